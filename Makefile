@@ -1,0 +1,36 @@
+# Every target sets up what it needs first; `make help` lists them.
+.DEFAULT_GOAL := help
+PYTHON_SOURCES := $(wildcard src tests bench scripts)
+VENV := .venv/bin
+
+.PHONY: help setup demo test lint bench asan docs clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: ## Install what is missing (system packages as root), create .venv, build the extensions
+	@scripts/bootstrap.sh
+
+demo: setup ## Two nodes on this machine, an array larger than its RAM, every page checked
+	@$(VENV)/ramster demo
+
+test: setup ## Run the tests
+	@$(VENV)/python -m pytest tests
+
+lint: setup ## ruff, formatting, mypy --strict
+	@$(VENV)/ruff check $(PYTHON_SOURCES)
+	@$(VENV)/ruff format --check $(PYTHON_SOURCES)
+	@$(VENV)/mypy --strict $(PYTHON_SOURCES)
+
+bench: setup ## Measure put, get, fault and remotify beside their floors
+	@$(VENV)/python bench/run.py
+
+asan: setup ## Run the native tests under AddressSanitizer and UBSan (own build in build/asan)
+	@scripts/asan.sh
+
+docs: setup ## Write docs/configuration.md and docs/errors.md from the code
+	@$(VENV)/python scripts/docs.py
+
+clean: ## Remove .venv, builds and caches
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

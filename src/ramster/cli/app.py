@@ -1,0 +1,99 @@
+"""The command tree and the one place that turns errors into a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ramster.cli.commands import cluster, config, demo, node, status, stop
+from ramster.errors import RamsterError
+
+EXIT_USAGE = 2
+EXIT_INTERNAL = 70  # EX_SOFTWARE
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_PIPE = 141  # 128 + SIGPIPE
+
+app = typer.Typer(
+    name="ramster",
+    help="Machines pool their RAM: pages that do not fit are compressed, kept locally and moved to other nodes.",
+    epilog="Start here: `ramster demo` runs two nodes on this machine and checks every page.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("demo", help=demo.HELP)(demo.demo)
+app.command("node", help=node.HELP)(node.node)
+app.command("status", help=status.HELP)(status.status)
+app.command("stop", help=stop.HELP)(stop.stop)
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(config.app, name="config")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ramster {version('ramster')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Prints every error once, on stderr, without a traceback."""
+    try:
+        result = _command()(
+            args=None if arguments is None else list(arguments), prog_name="ramster", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except RamsterError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. The interpreter's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_PIPE
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's errors; their class moved between typer's releases
+            return _usage(error)
+        if os.environ.get("RAMSTER_DEBUG"):
+            raise
+        return _fail(
+            f"internal error: {type(error).__name__}: {error}; this is a bug, "
+            "please report it with the output of the same command under RAMSTER_DEBUG=1",
+            EXIT_INTERNAL,
+        )
+    return result if isinstance(result, int) else 0
+
+
+def _command() -> Any:
+    # Typed as Any: its class moved between typer's releases, its call did not.
+    return typer.main.get_command(app)
+
+
+def _usage(error: Any) -> int:
+    message = str(error.format_message())
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(context.get_help() if context is not None and not message.strip() else message, err=True)
+        return EXIT_USAGE
+    command = context.command_path if context is not None else "ramster"
+    return _fail(f"{message.rstrip('.')}; `{command} --help` shows what is allowed", EXIT_USAGE)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"ramster: {message}", err=True)
+    return code

@@ -1,0 +1,31 @@
+"""`ramster node`: runs a node in the foreground until it is told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramster.errors import UsageError
+
+HELP = """Run a node in the foreground until `ramster stop`, Ctrl-C or SIGTERM.
+
+The configuration file says its name, its peers, how much RAM it uses and how much it lends.
+`ramster cluster init` writes one per node, `ramster config list` explains each knob.
+
+\b
+Examples:
+  ramster node --config lab/alpha.toml
+"""
+
+
+def node(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="This node's configuration file (TOML).")],
+) -> int:
+    if not __debug__:
+        raise UsageError("a node keeps its assertions on; run it without python -O and without PYTHONOPTIMIZE")
+    from ramster.config import load
+    from ramster.node.main import run
+
+    return run(load(config))

@@ -1,0 +1,37 @@
+"""Options and small checks that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ramster.config.paths import control_socket as control_path
+from ramster.config.paths import default_run_dir
+from ramster.errors import UsageError
+
+SocketOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket", metavar="PATH", help="The node's control socket. Default: the one in the default run_dir."
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Take the control socket from this node's configuration file."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def control_socket(socket: Path | None, config: Path | None) -> Path:
+    """The control socket that the options name. Raises UsageError for both at once, ConfigError for a bad file."""
+    if socket is not None and config is not None:
+        raise UsageError("--socket and --config both name a node; give one of them")
+    if socket is not None:
+        return socket
+    if config is not None:
+        from ramster.config import load
+
+        return control_path(load(config).node.run_dir)
+    return control_path(default_run_dir())

@@ -1,0 +1,32 @@
+"""`ramster status`: what a node does, for people or as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket
+from ramster.cli.control_client import ControlClient
+
+HELP = """Show a running node: arena, pages here and away, peers, regions, data kept for others.
+
+\b
+Examples:
+  ramster status
+  ramster status --config lab/alpha.toml --json
+"""
+
+
+def status(as_json: JsonOption = False, socket: SocketOption = None, config: ConfigOption = None) -> None:
+    data = ControlClient(control_socket(socket, config)).status()
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    from rich.console import Console
+
+    from ramster.cli.render import status_tables
+
+    console = Console(highlight=False)
+    for part in status_tables(data):
+        console.print(part)

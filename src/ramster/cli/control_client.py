@@ -1,0 +1,124 @@
+"""The command line's side of the control API: blocking HTTP over the node's Unix socket, standard library only.
+
+A command that asks one question should not load an event loop first: this keeps `ramster status` quick.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ramster.errors import NodeUnreachable, PermissionMissing, ProtocolError, RamsterError, from_code
+
+TIMEOUT_S = 10.0
+_ANSWER_BYTES_MAX = 64 << 20  # a status with thousands of regions stays far below
+
+
+@dataclass(frozen=True, slots=True)
+class StopAnswer:
+    """The node's answer to a stop request. A refusal lists what would be lost; the node then runs on unchanged."""
+
+    accepted: bool
+    would_lose: dict[str, Any]
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class ControlClient:
+    """Asks the node behind `path`. Each call makes its own connection and waits at most `timeout_s` seconds a step."""
+
+    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
+        self.path = path
+        self._timeout_s = timeout_s
+
+    def status(self) -> dict[str, Any]:
+        """The node's status object. Raises NodeUnreachable, PermissionMissing, ProtocolError, the node's own error."""
+        return self._ask("GET", "/v1/status")
+
+    def regions(self) -> list[dict[str, Any]]:
+        """The regions that the node serves. Raises as `status` does."""
+        regions = self._ask("GET", "/v1/regions").get("regions")
+        if not isinstance(regions, list):
+            raise ProtocolError(f"the answer on {self.path} is not a list of regions")
+        return regions
+
+    def stop(self, *, force: bool) -> StopAnswer:
+        """Asks the node to stop; returns at once, while an accepting node still stops. Raises as `status` does."""
+        status, answer = self._request("POST", "/v1/stop", {"force": force})
+        if status == 409:
+            return StopAnswer(accepted=False, would_lose=dict(answer.get("would_lose") or {}))
+        self._raise_for(status, answer)
+        return StopAnswer(accepted=True, would_lose=dict(answer.get("would_lose") or {}))
+
+    def _ask(self, method: str, path: str) -> dict[str, Any]:
+        status, answer = self._request(method, path, None)
+        self._raise_for(status, answer)
+        return answer
+
+    def _raise_for(self, status: int, answer: dict[str, Any]) -> None:
+        if status == 200:
+            return
+        message = str(answer.get("message") or f"HTTP status {status}")
+        error: RamsterError = from_code(
+            str(answer.get("error") or "protocol"), f"the node on {self.path} says: {message}"
+        )
+        raise error
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+        connection = _UnixConnection(self.path, self._timeout_s)
+        try:
+            connection.request(
+                method,
+                path,
+                body=None if body is None else json.dumps(body),
+                headers={"Content-Type": "application/json", "Connection": "close"},
+            )
+            answer = connection.getresponse()
+            data = answer.read(_ANSWER_BYTES_MAX)
+        except FileNotFoundError:
+            raise NodeUnreachable(
+                f"no node answers on {self.path}: there is no such socket; "
+                "start one with `ramster node --config FILE`, or name another with --socket or --config"
+            ) from None
+        except ConnectionRefusedError:
+            raise NodeUnreachable(
+                f"no node answers on {self.path}: the socket is left over from a node that is gone; "
+                "start it again with `ramster node --config FILE`"
+            ) from None
+        except PermissionError:
+            raise PermissionMissing(
+                f"this user may not use {self.path}; "
+                "run the command as the node's user or as a member of the socket's group"
+            ) from None
+        except TimeoutError:
+            raise NodeUnreachable(
+                f"the node on {self.path} gave no answer within {self._timeout_s:g} s; "
+                "it may be overloaded or suspended, try again"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise NodeUnreachable(
+                f"the connection to {self.path} failed ({str(error) or type(error).__name__}); "
+                "see the node's log, then try again"
+            ) from None
+        finally:
+            connection.close()
+        try:
+            decoded = json.loads(data)
+        except ValueError:
+            decoded = None
+        if not isinstance(decoded, dict):
+            raise ProtocolError(f"what answers on {self.path} is not a RAMster node")
+        return answer.status, decoded

@@ -1,0 +1,308 @@
+"""The cluster's own certificate authority: creates it, signs nodes, describes and checks certificates.
+
+A folder holds one cluster: `ca.crt`, `ca.key`, and `NAME.crt`, `NAME.key` per node. A node needs `ca.crt` and its own
+pair; `ca.key` stays where nodes are added. A certificate binds a node's name (CN and DNS SAN) to a cluster id (O).
+Does no networking; the TLS handshake itself belongs to the engine.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+
+from ramster.constants import NAME_PATTERN, NAME_RULE
+from ramster.errors import CertificateError
+
+CA_CERTIFICATE: Final = "ca.crt"
+CA_KEY: Final = "ca.key"
+
+_CA_VALID: Final = timedelta(days=10 * 365)
+_NODE_VALID: Final = timedelta(days=2 * 365)
+# Clocks of a lab's machines differ; a certificate made on a fast one works at once on the others.
+_BACKDATE: Final = timedelta(hours=1)
+# A certificate of ours has 1 KiB; whatever is much larger is not one.
+_FILE_BYTES_MAX: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a certificate says, in the words of a cluster."""
+
+    subject: str  # node name, or "<cluster> CA"
+    cluster_id: str
+    authority: bool
+    names: tuple[str, ...]  # DNS names of the SAN
+    not_before: datetime  # UTC
+    not_after: datetime  # UTC
+    serial: int
+    fingerprint: str  # SHA-256 of the DER form, lower-case hex
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFiles:
+    """What `[cluster]` of a node's configuration points to."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+def node_files(directory: str | Path, node: str) -> NodeFiles:
+    """Where the files of `node` are, or would be, in a cluster's folder."""
+    directory = Path(directory)
+    return NodeFiles(directory / CA_CERTIFICATE, directory / f"{node}.crt", directory / f"{node}.key")
+
+
+def create_cluster(
+    directory: str | Path, cluster_id: str, nodes: Sequence[str] = (), *, now: datetime | None = None
+) -> list[NodeFiles]:
+    """Makes a certificate authority and one certificate per node; keys are readable by their owner alone.
+
+    CertificateError when a name is not allowed or any of the files exists; then nothing was written.
+    """
+    directory, now = Path(directory), now or datetime.now(UTC)
+    _check_names([cluster_id], "cluster id")
+    _check_nodes(nodes)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name(f"{cluster_id} CA"[:64], cluster_id)
+    ca = (
+        _builder(name, name, key.public_key(), key.public_key(), now, now + _CA_VALID)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(sign=False), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = _authority_files(directory, ca, key)
+    for node in nodes:
+        files |= _issue(directory, node, ca, key, now)
+    _write_all(directory, files)
+    return [node_files(directory, node) for node in nodes]
+
+
+def add_node(directory: str | Path, node: str, *, now: datetime | None = None) -> NodeFiles:
+    """Signs one more node with the authority in `directory`.
+
+    CertificateError when the authority is missing, broken or expired, or the node has a file there; then nothing
+    was written.
+    """
+    directory, now = Path(directory), now or datetime.now(UTC)
+    _check_nodes([node])
+    ca, key = _load_certificate(directory / CA_CERTIFICATE), _load_key(directory / CA_KEY)
+    if ca.public_key() != key.public_key():
+        raise CertificateError(f"{directory / CA_KEY}: is not the key of {CA_CERTIFICATE}")
+    _check_dates(directory / CA_CERTIFICATE, ca, now)
+    _write_all(directory, _issue(directory, node, ca, key, now))
+    return node_files(directory, node)
+
+
+def describe(certificate: str | Path) -> Certificate:
+    """What the certificate in that PEM file says; CertificateError when it is none or not of a cluster."""
+    return _describe(Path(certificate), _load_certificate(Path(certificate)))
+
+
+def verify(files: NodeFiles, cluster_id: str, node: str, *, now: datetime | None = None) -> Certificate:
+    """Checks at start what a handshake would refuse later with less to say.
+
+    The certificate is signed by the authority, in date, of this cluster and node, and the key is its own.
+    CertificateError names the first file that is wrong, and why.
+    """
+    now = now or datetime.now(UTC)
+    ca, cert = _load_certificate(files.ca), _load_certificate(files.cert)
+    authority, described = _describe(files.ca, ca), _describe(files.cert, cert)
+    if not authority.authority:
+        raise CertificateError(f"{files.ca}: is a node's certificate, not an authority's")
+    for path, each in ((files.ca, authority), (files.cert, described)):
+        if each.cluster_id != cluster_id:
+            raise CertificateError(f"{path}: belongs to cluster {each.cluster_id}, not to {cluster_id}")
+    try:
+        cert.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise CertificateError(f"{files.cert}: was not signed by the authority in {files.ca}") from error
+    if described.authority or node not in described.names:
+        raise CertificateError(f"{files.cert}: is for {described.subject}, not for node {node}")
+    _check_dates(files.ca, ca, now)
+    _check_dates(files.cert, cert, now)
+    if _load_key(files.key).public_key() != cert.public_key():
+        raise CertificateError(f"{files.key}: is not the key of {files.cert}")
+    return described
+
+
+def _check_names(names: Iterable[str], what: str) -> None:
+    for name in names:
+        if not NAME_PATTERN.fullmatch(name):
+            raise CertificateError(f"{what} {name!r}: allowed are {NAME_RULE}")
+
+
+def _check_nodes(nodes: Sequence[str]) -> None:
+    _check_names(nodes, "node name")
+    if len(set(nodes)) != len(nodes):
+        raise CertificateError("a node name is given twice")
+    if "ca" in nodes:
+        raise CertificateError(f"node name 'ca': its files would be the authority's, {CA_CERTIFICATE} and {CA_KEY}")
+
+
+def _name(common: str, cluster_id: str) -> x509.Name:
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, cluster_id),
+            x509.NameAttribute(NameOID.COMMON_NAME, common),
+        ]
+    )
+
+
+def _usage(*, sign: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=sign,
+        key_cert_sign=not sign,
+        crl_sign=not sign,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePublicKey,
+    now: datetime,
+    until: datetime,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(until)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
+    )
+
+
+def _issue(
+    directory: Path, node: str, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey, now: datetime
+) -> dict[Path, bytes]:
+    cluster_id = _describe(directory / CA_CERTIFICATE, ca).cluster_id
+    key = ec.generate_private_key(ec.SECP256R1())
+    # Never beyond the authority's own end: such a chain fails later, with an error that names neither.
+    until = min(now + _NODE_VALID, ca.not_valid_after_utc)
+    # Every node both connects and listens.
+    purposes: list[ObjectIdentifier] = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    certificate = (
+        _builder(_name(node, cluster_id), ca.subject, key.public_key(), ca_key.public_key(), now, until)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(sign=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(node)]), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    files = node_files(directory, node)
+    return {files.cert: _pem(certificate), files.key: _pem(key)}
+
+
+def _authority_files(directory: Path, ca: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> dict[Path, bytes]:
+    return {directory / CA_CERTIFICATE: _pem(ca), directory / CA_KEY: _pem(key)}
+
+
+def _pem(item: x509.Certificate | ec.EllipticCurvePrivateKey) -> bytes:
+    if isinstance(item, x509.Certificate):
+        return item.public_bytes(serialization.Encoding.PEM)
+    return item.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write_all(directory: Path, files: dict[Path, bytes]) -> None:
+    """All files or none; none is overwritten, also when another process makes them at the same time."""
+    written: list[Path] = []
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path, data in files.items():
+            mode = 0o600 if path.suffix == ".key" else 0o644
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            written.append(path)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            raise CertificateError(f"{error.filename}: exists and is not overwritten; choose another folder") from error
+        raise CertificateError(f"{error.filename or directory}: {error.strerror}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_FILE_BYTES_MAX)
+    except OSError as error:
+        raise CertificateError(f"{path}: {error.strerror}") from error
+
+
+def _load_certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path))
+    except ValueError as error:
+        raise CertificateError(f"{path}: is not a certificate in PEM form") from error
+
+
+def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(_read(path), password=None)
+    except (ValueError, TypeError) as error:
+        raise CertificateError(f"{path}: is not an unencrypted private key in PEM form") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise CertificateError(f"{path}: is not an elliptic-curve key")
+    return key
+
+
+def _describe(path: Path, certificate: x509.Certificate) -> Certificate:
+    def one(oid: ObjectIdentifier) -> str:
+        found = certificate.subject.get_attributes_for_oid(oid)
+        if len(found) != 1:
+            raise CertificateError(f"{path}: is not a certificate of a RAMster cluster")
+        return str(found[0].value)
+
+    def extension(kind: type[x509.ExtensionType]) -> x509.ExtensionType | None:
+        try:
+            return certificate.extensions.get_extension_for_class(kind).value
+        except (x509.ExtensionNotFound, ValueError):
+            return None
+
+    constraints, alternative = extension(x509.BasicConstraints), extension(x509.SubjectAlternativeName)
+    return Certificate(
+        subject=one(NameOID.COMMON_NAME),
+        cluster_id=one(NameOID.ORGANIZATION_NAME),
+        authority=isinstance(constraints, x509.BasicConstraints) and constraints.ca,
+        names=tuple(alternative.get_values_for_type(x509.DNSName))
+        if isinstance(alternative, x509.SubjectAlternativeName)
+        else (),
+        not_before=certificate.not_valid_before_utc,
+        not_after=certificate.not_valid_after_utc,
+        serial=certificate.serial_number,
+        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+    )
+
+
+def _check_dates(path: Path, certificate: x509.Certificate, now: datetime) -> None:
+    if now < certificate.not_valid_before_utc:
+        raise CertificateError(
+            f"{path}: is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; is the clock right?"
+        )
+    if now > certificate.not_valid_after_utc:
+        raise CertificateError(f"{path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")

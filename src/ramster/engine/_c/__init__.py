@@ -1,0 +1,1 @@
+"""C declarations for the native modules; nothing to import at run time."""

@@ -1,0 +1,82 @@
+"""POSIX threads: what the page path uses of them."""
+from posix.time cimport timespec
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef struct pthread_condattr_t:
+        pass
+    ctypedef struct pthread_attr_t:
+        pass
+    ctypedef unsigned long pthread_t
+    int pthread_mutex_init(pthread_mutex_t *, void *) noexcept
+    int pthread_mutex_destroy(pthread_mutex_t *) noexcept
+    int pthread_mutex_lock(pthread_mutex_t *) noexcept
+    int pthread_mutex_trylock(pthread_mutex_t *) noexcept
+    int pthread_mutex_unlock(pthread_mutex_t *) noexcept
+    int pthread_condattr_init(pthread_condattr_t *) noexcept
+    int pthread_condattr_setclock(pthread_condattr_t *, int clock) noexcept
+    int pthread_cond_init(pthread_cond_t *, pthread_condattr_t *) noexcept
+    int pthread_cond_destroy(pthread_cond_t *) noexcept
+    int pthread_cond_signal(pthread_cond_t *) noexcept
+    int pthread_cond_broadcast(pthread_cond_t *) noexcept
+    int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *) noexcept
+    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, timespec *) noexcept
+    int pthread_create(pthread_t *, pthread_attr_t *, void *(*)(void *) noexcept nogil, void *) noexcept
+    int pthread_join(pthread_t, void **) noexcept
+    int pthread_setname_np(pthread_t, const char *) noexcept
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int sigfillset(sigset_t *) noexcept
+    int SIG_SETMASK
+    int pthread_sigmask(int how, sigset_t *new, sigset_t *old) noexcept
+
+cdef extern from "<time.h>" nogil:
+    int CLOCK_MONOTONIC
+    int CLOCK_MONOTONIC_COARSE
+    int clock_gettime(int clock, timespec *) noexcept
+
+
+cdef inline int cond_init_monotonic(pthread_cond_t *cond) noexcept nogil:
+    """A condition whose timed waits read CLOCK_MONOTONIC, so that a clock change cannot stretch a deadline."""
+    cdef pthread_condattr_t attr
+    pthread_condattr_init(&attr)
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
+    return pthread_cond_init(cond, &attr)
+
+
+cdef inline unsigned long long now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <unsigned long long> t.tv_sec * 1000000000ull + <unsigned long long> t.tv_nsec
+
+
+cdef inline unsigned long long coarse_ms() noexcept nogil:
+    """Milliseconds, with the resolution of the timer tick: for ages, never for latencies."""
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t)
+    return <unsigned long long> t.tv_sec * 1000ull + <unsigned long long> t.tv_nsec // 1000000ull
+
+
+cdef inline int cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, unsigned long long deadline_ns) noexcept nogil:
+    cdef timespec t
+    t.tv_sec = <long> (deadline_ns // 1000000000ull)
+    t.tv_nsec = <long> (deadline_ns % 1000000000ull)
+    return pthread_cond_timedwait(cond, mutex, &t)
+
+
+cdef inline int start_thread(pthread_t *thread, void *(*body)(void *) noexcept nogil, void *argument, const char *name) noexcept nogil:
+    """Start a native thread with every signal blocked (signals belong to Python's main thread)."""
+    cdef sigset_t everything, before
+    cdef int result
+    sigfillset(&everything)
+    pthread_sigmask(SIG_SETMASK, &everything, &before)
+    result = pthread_create(thread, NULL, body, argument)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    if result == 0:
+        pthread_setname_np(thread[0], name)
+    return result

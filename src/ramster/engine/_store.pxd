@@ -1,0 +1,254 @@
+"""The store's native interface: what links and regions may call. See _store.pyx for the rules."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
+from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+cdef enum:
+    PAGE = 4096
+    HEADER_BYTES = 40           # EntryHeader
+    OID_BYTES = 24              # three u64, in front of the payload of a sparse pool's entry
+    FRAME_HEADER_BYTES = 64     # at the start of each segment, here and away
+    SEAL_ID_BYTES = 24
+    TAG_BYTES = 16
+    ENTRY_BYTES_MAX = 40 + 24 + 4096
+    ORDINALS_MAX = 4096         # entries of one segment; keeps a directory below 8 KiB
+    POOLS_MAX = 4096
+    READERS_MAX = 256           # threads inside the store at one moment
+    COUNTER_STRIPES = 8
+    HEAD_STRIPES_MAX = 4
+
+# Results of page operations. Negative would read as errno; these are outcomes.
+cdef enum Result:
+    OK = 0
+    MISS = 1
+    REMOTE = 2                  # the page is on a lender: the reference says where
+    LOST = 3                    # its only copy is gone
+    CORRUPT = 4                 # the stored bytes fail their checksum: the copy is lost, and said so
+    FULL = 5                    # no room within the bounded wait
+    NO_POOL = 6
+    OUT_OF_RANGE = 7
+    NO_MEMORY = 8
+    UNREACHABLE = 9             # the lender did not answer within its deadline
+    BUSY = 10
+
+cdef enum Codec:
+    CODEC_LZ4 = 1
+    CODEC_RAW = 2
+
+cdef enum SegmentState:
+    SEG_FREE = 0
+    SEG_OPEN = 1
+    SEG_SEALED = 2
+    SEG_CLEANING = 3
+    SEG_SHIPPING = 4
+    SEG_REMOTE = 5
+    SEG_LOST = 6
+    SEG_FREEING = 7             # nothing live; the lender has yet to be told
+
+cdef enum Counter:
+    C_PUTS = 0
+    C_GETS
+    C_GETS_MISSED
+    C_FLUSHES
+    C_FLUSHES_FOUND
+    C_PUTS_REFUSED
+    C_CLEANED_SEGMENTS
+    C_CLEANED_BYTES
+    C_BYTES_IN
+    C_BYTES_COMPRESSED
+    C_EPHEMERAL_DROPPED
+    C_CORRUPT
+    C_FILLED                    # live same-filled pages (goes up and down)
+    C_LOCAL_GETS
+    C_SHIPPED_SEGMENTS
+    C_LOST_SEGMENTS
+    C_TABLE_BYTES               # page-table memory populated (goes up and down)
+    COUNTERS
+
+cdef packed struct EntryHeader:     # little-endian, docs/store-format.md
+    uint16_t length                 # bytes after the header, object id included
+    uint8_t codec
+    uint8_t flags                   # bit 0: an object id of 24 bytes comes first
+    uint32_t index
+    uint64_t version
+    uint32_t pool
+    uint32_t crc                    # CRC32C over the first 20 bytes and what follows the header; 0 once sealed
+    uint8_t tag[16]                 # AES-GCM tag once sealed
+
+cdef packed struct ImageHeader:     # of a sealed segment on the wire and on the lender
+    uint32_t magic
+    uint32_t segment
+    uint32_t generation
+    uint32_t entries                # ordinals in the directory
+    uint32_t data_bytes             # bytes after the directory
+    uint32_t flags
+    uint8_t seal_id[24]
+    uint8_t reserved[16]            # zero
+
+cdef struct RemoteMeta:
+    uint8_t seal_id[24]
+    uint8_t key[32]
+    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD bit; 'entries' of them
+
+cdef struct Segment:
+    uint32_t lock
+    uint32_t state
+    uint32_t generation
+    uint32_t frame
+    uint32_t ephemeral
+    uint32_t entries
+    uint32_t live_entries
+    uint32_t used_bytes             # of entries, headers and padding included
+    uint32_t live_bytes
+    uint32_t peer
+    uint32_t handle                 # the lender's hint where it lies
+    uint32_t next                   # link in the queue of remote segments to free
+    uint64_t touched_ms
+    RemoteMeta *meta
+
+cdef struct RemoteRef:              # everything that a request for a remote page needs, copied out of the tables
+    uint64_t slot
+    uint32_t segment
+    uint32_t generation
+    uint32_t ordinal
+    uint32_t peer
+    uint32_t handle
+    uint32_t pool
+    uint32_t index
+    uint32_t sparse
+    uint64_t oid[3]
+    uint8_t seal_id[24]
+    uint8_t key[32]
+
+cdef struct Leaf
+cdef struct Object:
+    uint64_t oid[3]
+    Object *next
+    Leaf *leaves
+
+cdef struct Leaf:                   # eight consecutive indices of one object
+    Object *object
+    Leaf *next                      # in the bucket
+    Leaf *after                     # in the object
+    Leaf *before
+    uint32_t number
+    uint32_t used
+    uint64_t slots[8]
+
+cdef struct Pool:
+    uint32_t id
+    bint ephemeral
+    bint dense
+    int fd
+    uint64_t pages
+    uint64_t *slots
+    uint8_t *populated              # per 2 MiB of slots
+    pthread_mutex_t lock
+    Leaf **leaf_buckets
+    Object **object_buckets
+    uint64_t buckets                # of each kind, a power of two
+    uint64_t leaves
+    uint64_t objects
+
+cdef struct Head:
+    pthread_mutex_t lock
+    uint32_t segment
+    uint32_t ephemeral
+    uint32_t cleaner                # may use the reserve
+    uint8_t pad[64]
+
+cdef struct Reader:
+    uint64_t epoch
+    uint64_t pad[7]
+
+cdef struct Retired:
+    uint32_t frame
+    uint64_t epoch
+
+cdef struct Candidate:
+    uint32_t segment
+    uint32_t generation
+    uint32_t live_bytes
+    uint32_t live_entries
+    uint64_t age_ms
+    uint32_t ephemeral
+
+cdef struct Store_t:
+    uint8_t *arena
+    uint64_t arena_bytes
+    uint32_t segment_bytes
+    uint32_t frames
+    int arena_fd
+    bint locked
+    Segment *segments
+    uint32_t segments_max
+    uint32_t segments_used          # ids ever handed out
+    uint32_t *free_ids              # a queue, so that an id rests before it comes back
+    uint32_t free_ids_head
+    uint32_t free_ids_count
+    uint32_t *frame_segment
+    pthread_mutex_t frame_lock
+    pthread_cond_t room
+    pthread_cond_t clean_wanted
+    uint32_t *free_frames
+    uint32_t free_count
+    Retired *retired                # ring
+    uint32_t retired_head
+    uint32_t retired_count
+    uint32_t reserve_frames
+    uint32_t clean_low_frames
+    uint32_t pressure_frames        # free frames below which 'pressure_fd' is raised
+    int pressure_fd
+    uint32_t pressure_raised
+    uint64_t full_wait_ns
+    uint64_t epoch
+    Reader readers[256]
+    Head heads[12]                  # persistent stripes, ephemeral stripes, then the cleaner's two
+    uint32_t head_stripes
+    Pool *pools[4096]
+    pthread_mutex_t pools_lock
+    uint64_t version
+    pthread_mutex_t freed_lock
+    uint32_t freed_first            # queue of SEG_FREEING segments
+    uint32_t freed_last
+    uint32_t freed_count
+    int freed_fd                    # eventfd: something is in the queue
+    uint8_t node_key[32]
+    pthread_t cleaner
+    bint cleaner_running
+    uint32_t stopping
+    uint64_t counters[8][32]
+
+
+cdef int store_put(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, const uint8_t *page,
+                   uint64_t wait_ns) noexcept nogil
+cdef int store_get(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
+                   RemoteRef *ref) noexcept nogil
+cdef int store_where(Store_t *s, uint32_t pool, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil
+cdef int store_flush(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
+cdef int store_flush_if(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil
+cdef uint64_t store_slot(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil
+cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil
+cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, uint8_t *page,
+                      EVP_CIPHER_CTX *ctx) noexcept nogil
+
+cdef int store_ship_begin(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
+cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, RemoteMeta **meta,
+                               EVP_CIPHER_CTX *ctx) noexcept nogil
+cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil
+cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
+cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil
+cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil
+cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
+cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
+cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
+cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil
+
+cdef class Store:
+    cdef Store_t *s
+    cdef bint closed
+    cdef object __weakref__
+    cdef void stop(self)
+    cdef Store_t *live(self) except NULL

@@ -1,0 +1,1918 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The store: a log of segments in a fixed arena, with page tables of 8-byte slots.
+
+Covers: arena, segments, entries, page tables (dense and sparse), put, get, flush, the cleaner, sealing and unsealing.
+Does not cover: who gets a segment and when (remotify), how it travels (_link), faults (_region).
+
+Rules that everything here keeps:
+
+* A slot is the only word that says where a page is. Publishing is one swap of it; who swaps a value out owns the entry
+  that it named, and frees it exactly once.
+* Publishing happens under the lock of the open segment that the entry was appended to, so a segment is never sealed,
+  cleaned or shipped with an entry that is still to be published.
+* Lock order: head, then pool, then segment (spin), then frame_lock or freed_lock. Nobody sleeps holding one of them.
+* A frame is used again only when every reader that could have found it has left its epoch.
+* Log-structured cleaning follows Rumble et al., Log-structured Memory for DRAM-based Storage (FAST'14).
+"""
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING
+from libc.errno cimport EEXIST, ENOMEM, ENOSPC, errno
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport abort, calloc, free, malloc, realloc
+from libc.stdio cimport fprintf, stderr
+from libc.string cimport memcmp, memcpy, memset, strerror
+from posix.unistd cimport close, ftruncate, write as fd_write
+
+from ramster.engine._c.atomic cimport *
+from ramster.engine._c.codec cimport LZ4_compress_default, LZ4_decompress_safe, crc32_iscsi
+from ramster.engine._c.crypto cimport (
+    EVP_CIPHER_CTX, EVP_CIPHER_CTX_ctrl, EVP_CTRL_GCM_GET_TAG, EVP_CTRL_GCM_SET_TAG, EVP_DecryptFinal_ex,
+    EVP_DecryptInit_ex, EVP_DecryptUpdate, EVP_EncryptFinal_ex, EVP_EncryptInit_ex, EVP_EncryptUpdate,
+    EVP_aes_256_gcm, EVP_sha256, HMAC, OPENSSL_cleanse, RAND_bytes)
+from ramster.engine._c.pthread cimport *
+
+import os
+
+from ramster import errors
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *, size_t, int, int, int, long) noexcept
+    int munmap(void *, size_t) noexcept
+    int mlock(const void *, size_t) noexcept
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    void *MAP_FAILED
+cdef extern from "<fcntl.h>" nogil:
+    int fallocate(int fd, int mode, long offset, long length) noexcept
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int, int) noexcept
+    int EFD_NONBLOCK, EFD_CLOEXEC
+cdef extern from *:
+    """
+    #ifndef likely
+    #define likely(x) __builtin_expect(!!(x), 1)
+    #endif
+    """
+
+# --- slots ---------------------------------------------------------------------------------------------------------
+# 63..62 kind | kind 1, same-filled: 61..32 check, 31..0 pattern | kind 2, stored: 61..48 generation, 47..16 segment,
+# 15..0 ordinal. Zero: no page.
+cdef enum:
+    KIND_SHIFT = 62
+    KIND_FILLED = 1
+    KIND_STORED = 2
+    GENERATION_MASK = 0x3fff
+    SPARSE_FLAG = 1
+    FRAME_MAGIC = 0x47455352        # "RSEG"
+    IMAGE_MAGIC = 0x4c455352        # "RSEL"
+    SEGMENT_FRAMES_NONE = 0xffffffff
+    DIRECTORY_DEAD = 0x8000
+    DIRECTORY_ABSENT = 0xffff
+    SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
+    STALE_LOOKS_MAX = 100000        # looks at one unchanged slot value before it counts as damaged
+    CLEANER_RESERVE = 2             # frames only the cleaner may take, so that it can always make progress
+
+cdef extern from *:
+    """
+    #define RAMSTER_ASSERT(condition) do { if (__builtin_expect(!(condition), 0)) { \
+        fprintf(stderr, "ramster: invariant broken: %s (%s:%d)\\n", #condition, __FILE__, __LINE__); abort(); } } while (0)
+    """
+    void ASSERT "RAMSTER_ASSERT"(bint condition) noexcept nogil
+
+
+cdef inline uint64_t slot_stored(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil:
+    return (<uint64_t> KIND_STORED << KIND_SHIFT) | (<uint64_t> (generation & GENERATION_MASK) << 48) | \
+        (<uint64_t> segment << 16) | ordinal
+
+
+cdef inline int slot_kind(uint64_t slot) noexcept nogil:
+    return <int> (slot >> KIND_SHIFT)
+
+
+cdef inline uint32_t slot_segment(uint64_t slot) noexcept nogil:
+    return <uint32_t> ((slot >> 16) & 0xffffffffu)
+
+
+cdef inline uint32_t slot_generation(uint64_t slot) noexcept nogil:
+    return <uint32_t> ((slot >> 48) & GENERATION_MASK)
+
+
+cdef inline uint32_t slot_ordinal(uint64_t slot) noexcept nogil:
+    return <uint32_t> (slot & 0xffff)
+
+
+cdef inline uint64_t slot_filled(uint32_t pool, uint32_t index, uint32_t pattern) noexcept nogil:
+    """A same-filled page lives in its slot: 30 bits of CRC over key and pattern guard it."""
+    cdef uint32_t key[3]
+    key[0] = pool
+    key[1] = index
+    key[2] = pattern
+    cdef uint64_t check = crc32_iscsi(<unsigned char *> key, 12, 0xffffffffu) & 0x3fffffff
+    return (<uint64_t> KIND_FILLED << KIND_SHIFT) | (check << 32) | pattern
+
+
+cdef inline uint32_t align8(uint32_t n) noexcept nogil:
+    return (n + 7) & ~<uint32_t> 7
+
+
+cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil:
+    add64(&s.counters[sched_getcpu() & (COUNTER_STRIPES - 1)][counter], amount, RELAXED)
+
+
+cdef uint64_t total(Store_t *s, int counter) noexcept nogil:
+    cdef uint64_t result = 0
+    cdef int i
+    for i in range(COUNTER_STRIPES):
+        result += load64(&s.counters[i][counter], RELAXED)
+    return result
+
+
+# --- epochs --------------------------------------------------------------------------------------------------------
+
+cdef inline Reader *enter(Store_t *s) noexcept nogil:
+    """Claim a reader record and stamp it with the current epoch: no frame retired from now on is reused until leave()."""
+    cdef uint32_t i = <uint32_t> (sched_getcpu() * 8)
+    cdef uint64_t idle
+    cdef Reader *reader
+    while True:
+        i = (i + 1) & (READERS_MAX - 1)
+        reader = &s.readers[i]
+        idle = 0
+        if load64(&reader.epoch, RELAXED) == 0 and \
+                cas64(&reader.epoch, &idle, load64(&s.epoch, SEQ_CST), False, SEQ_CST, RELAXED):
+            fence(SEQ_CST)
+            return reader
+
+
+cdef inline void leave(Reader *reader) noexcept nogil:
+    store64(&reader.epoch, 0, RELEASE)
+
+
+cdef uint64_t oldest_reader(Store_t *s) noexcept nogil:
+    cdef uint64_t oldest = <uint64_t> -1, epoch
+    cdef int i
+    fence(SEQ_CST)
+    for i in range(READERS_MAX):
+        epoch = load64(&s.readers[i].epoch, ACQUIRE)
+        if epoch != 0 and epoch < oldest:
+            oldest = epoch
+    return oldest
+
+
+cdef void wait_for_readers(Store_t *s) noexcept nogil:
+    """Return once every reader that is inside now has left. Bounded: nobody sleeps inside an epoch."""
+    cdef uint64_t epoch = add64(&s.epoch, 1, SEQ_CST)
+    while oldest_reader(s) < epoch:
+        sched_yield()
+
+
+# --- frames and segments -------------------------------------------------------------------------------------------
+
+cdef inline uint8_t *frame_at(Store_t *s, uint32_t frame) noexcept nogil:
+    return s.arena + <uint64_t> frame * s.segment_bytes
+
+
+cdef inline uint16_t *directory(Store_t *s, uint32_t frame) noexcept nogil:
+    """The ordinal -> offset table grows down from the end of the frame; entry i is directory()[-1 - i]."""
+    return <uint16_t *> (s.arena + <uint64_t> (frame + 1) * s.segment_bytes)
+
+
+cdef void reclaim_retired(Store_t *s) noexcept nogil:
+    """Under frame_lock: frames whose readers have left become free."""
+    cdef uint64_t oldest
+    if s.retired_count == 0:
+        return
+    oldest = oldest_reader(s)
+    while s.retired_count and s.retired[s.retired_head].epoch < oldest:
+        s.free_frames[s.free_count] = s.retired[s.retired_head].frame
+        s.free_count += 1
+        s.retired_head = (s.retired_head + 1) % s.frames
+        s.retired_count -= 1
+
+
+cdef void retire_frame(Store_t *s, uint32_t frame) noexcept nogil:
+    pthread_mutex_lock(&s.frame_lock)
+    cdef uint32_t tail = (s.retired_head + s.retired_count) % s.frames
+    ASSERT(s.retired_count < s.frames)
+    s.frame_segment[frame] = SEGMENT_FRAMES_NONE
+    s.retired[tail].frame = frame
+    s.retired[tail].epoch = add64(&s.epoch, 1, SEQ_CST) - 1
+    s.retired_count += 1
+    pthread_cond_broadcast(&s.room)
+    pthread_mutex_unlock(&s.frame_lock)
+
+
+cdef void raise_pressure(Store_t *s) noexcept nogil:
+    cdef uint64_t one = 1
+    if s.pressure_fd >= 0 and swap32(&s.pressure_raised, 1, ACQ_REL) == 0:
+        fd_write(s.pressure_fd, &one, 8)
+
+
+cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept nogil:
+    """Take a frame and a segment id and make them an open segment; SEGMENT_FRAMES_NONE when there is no frame."""
+    cdef uint32_t frame, segment, available
+    cdef Segment *row
+    cdef ImageHeader *header
+    pthread_mutex_lock(&s.frame_lock)
+    if s.free_count <= s.clean_low_frames:
+        reclaim_retired(s)
+    available = s.free_count
+    if available <= s.clean_low_frames:
+        pthread_cond_signal(&s.clean_wanted)
+    if available == 0 or (not cleaner and available <= s.reserve_frames) or \
+            (s.free_ids_count == 0 and s.segments_used == s.segments_max):
+        pthread_mutex_unlock(&s.frame_lock)
+        raise_pressure(s)
+        return SEGMENT_FRAMES_NONE
+    s.free_count -= 1
+    frame = s.free_frames[s.free_count]
+    # Fresh ids first, then the one that has rested longest: a stale slot must not match by chance.
+    if s.free_ids_count > s.frames or (s.free_ids_count and s.segments_used == s.segments_max):
+        segment = s.free_ids[s.free_ids_head]
+        s.free_ids_head = (s.free_ids_head + 1) % s.segments_max
+        s.free_ids_count -= 1
+    else:
+        segment = s.segments_used
+        s.segments_used += 1
+    s.frame_segment[frame] = segment
+    pthread_mutex_unlock(&s.frame_lock)
+    if available - 1 < s.pressure_frames:
+        raise_pressure(s)
+    row = &s.segments[segment]
+    header = <ImageHeader *> frame_at(s, frame)
+    memset(header, 0, FRAME_HEADER_BYTES)
+    header.magic = FRAME_MAGIC
+    header.segment = segment
+    header.generation = row.generation
+    spin_lock(&row.lock)
+    ASSERT(row.state == SEG_FREE and row.live_entries == 0)
+    row.frame = frame
+    row.ephemeral = ephemeral
+    row.entries = 0
+    row.used_bytes = 0
+    row.live_bytes = 0
+    row.meta = NULL
+    row.touched_ms = coarse_ms()
+    row.state = SEG_OPEN
+    spin_unlock(&row.lock)
+    return segment
+
+
+cdef void release_id(Store_t *s, uint32_t segment) noexcept nogil:
+    pthread_mutex_lock(&s.frame_lock)
+    s.free_ids[(s.free_ids_head + s.free_ids_count) % s.segments_max] = segment
+    s.free_ids_count += 1
+    pthread_mutex_unlock(&s.frame_lock)
+
+
+cdef void free_local(Store_t *s, uint32_t segment) noexcept nogil:
+    """Under the row's lock: a local segment without a live entry gives back its frame and its id."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t frame = row.frame
+    ASSERT(row.live_entries == 0 and row.live_bytes == 0)
+    row.state = SEG_FREE
+    row.generation = (row.generation + 1) & GENERATION_MASK
+    row.frame = SEGMENT_FRAMES_NONE
+    retire_frame(s, frame)
+    release_id(s, segment)
+
+
+cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
+    """Under the row's lock: nothing in this remote segment is live; the lender must hear of it."""
+    cdef uint64_t one = 1
+    cdef Segment *row = &s.segments[segment]
+    row.state = SEG_FREEING
+    pthread_mutex_lock(&s.freed_lock)
+    row.next = SEGMENT_FRAMES_NONE
+    if s.freed_count == 0:
+        s.freed_first = segment
+    else:
+        s.segments[s.freed_last].next = segment
+    s.freed_last = segment
+    s.freed_count += 1
+    pthread_mutex_unlock(&s.freed_lock)
+    fd_write(s.freed_fd, &one, 8)
+
+
+cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
+    """Under the row's lock: a segment that lies nowhere any more."""
+    cdef Segment *row = &s.segments[segment]
+    if row.meta != NULL:
+        OPENSSL_cleanse(row.meta.key, 32)
+        free(row.meta)
+        row.meta = NULL
+    row.state = SEG_FREE
+    row.live_entries = 0
+    row.live_bytes = 0
+    row.generation = (row.generation + 1) & GENERATION_MASK
+    release_id(s, segment)
+
+
+cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
+    """Account for an entry whose slot value was just swapped out. Exactly once per published value."""
+    cdef Segment *row
+    cdef uint16_t *mark
+    cdef uint32_t size, ordinal = slot_ordinal(slot)
+    if slot_kind(slot) == KIND_FILLED:
+        count(s, C_FILLED, <uint64_t> -1)
+        return
+    if slot_kind(slot) != KIND_STORED:
+        return
+    row = &s.segments[slot_segment(slot)]
+    spin_lock(&row.lock)
+    ASSERT(row.generation == slot_generation(slot) and ordinal < row.entries and row.live_entries > 0)
+    if row.state == SEG_REMOTE or row.state == SEG_LOST:
+        mark = &row.meta.sizes[ordinal]
+        size = <uint32_t> (mark[0] & 0x7fff) * 8
+    else:
+        mark = &directory(s, row.frame)[-1 - <int64_t> ordinal]
+        size = align8(HEADER_BYTES + (<EntryHeader *> (frame_at(s, row.frame) + (mark[0] & 0x7fff) * 8)).length)
+    ASSERT((mark[0] & DIRECTORY_DEAD) == 0 and row.live_bytes >= size)
+    mark[0] |= DIRECTORY_DEAD
+    row.live_entries -= 1
+    row.live_bytes -= size
+    if row.live_entries == 0:
+        if row.state == SEG_SEALED:
+            free_local(s, slot_segment(slot))
+        elif row.state == SEG_REMOTE:
+            queue_freed(s, slot_segment(slot))
+        elif row.state == SEG_LOST:
+            free_row(s, slot_segment(slot))
+    spin_unlock(&row.lock)
+
+
+cdef void seal_head(Store_t *s, Head *head) noexcept nogil:
+    """Under the head's lock: the open segment takes no more entries."""
+    cdef Segment *row
+    if head.segment == SEGMENT_FRAMES_NONE:
+        return
+    row = &s.segments[head.segment]
+    spin_lock(&row.lock)
+    row.state = SEG_SEALED
+    row.touched_ms = coarse_ms()
+    if row.live_entries == 0:
+        free_local(s, head.segment)
+    spin_unlock(&row.lock)
+    head.segment = SEGMENT_FRAMES_NONE
+
+
+cdef uint8_t *append(Store_t *s, Head *head, uint32_t entry_bytes, uint64_t *slot) noexcept nogil:
+    """Under the head's lock: room for an entry in the open segment, counted as live; NULL when there is no frame."""
+    cdef uint32_t need = align8(entry_bytes), offset
+    cdef Segment *row
+    if head.segment != SEGMENT_FRAMES_NONE:
+        row = &s.segments[head.segment]
+        if row.entries == ORDINALS_MAX or \
+                FRAME_HEADER_BYTES + row.used_bytes + need + 2 * (row.entries + 1) + 8 > s.segment_bytes:
+            seal_head(s, head)
+    if head.segment == SEGMENT_FRAMES_NONE:
+        head.segment = open_segment(s, head.ephemeral, head.cleaner)
+        if head.segment == SEGMENT_FRAMES_NONE:
+            return NULL
+    row = &s.segments[head.segment]
+    offset = FRAME_HEADER_BYTES + row.used_bytes
+    spin_lock(&row.lock)
+    directory(s, row.frame)[-1 - <int64_t> row.entries] = <uint16_t> (offset >> 3)
+    slot[0] = slot_stored(head.segment, row.generation, row.entries)
+    row.entries += 1
+    row.used_bytes += need
+    row.live_entries += 1
+    row.live_bytes += need
+    spin_unlock(&row.lock)
+    return frame_at(s, row.frame) + offset
+
+
+cdef void unappend(Store_t *s, Head *head, uint32_t entry_bytes) noexcept nogil:
+    """Under the head's lock: take back the entry appended last; it was never published."""
+    cdef Segment *row = &s.segments[head.segment]
+    spin_lock(&row.lock)
+    row.entries -= 1
+    row.used_bytes -= align8(entry_bytes)
+    row.live_entries -= 1
+    row.live_bytes -= align8(entry_bytes)
+    spin_unlock(&row.lock)
+
+
+# --- page tables ---------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t oid_hash(const uint64_t *oid) noexcept nogil:
+    cdef uint64_t h = oid[0] ^ (oid[1] * 0x9e3779b97f4a7c15ull) ^ (oid[2] * 0xc2b2ae3d27d4eb4full)
+    h ^= h >> 32
+    h *= 0xd6e8feb86659fd93ull
+    return h ^ (h >> 29)
+
+
+cdef inline uint64_t leaf_hash(const Object *thing, uint32_t number) noexcept nogil:
+    cdef uint64_t h = (<uint64_t> <size_t> thing >> 4) * 0x9e3779b97f4a7c15ull + number * 0xd6e8feb86659fd93ull
+    return h ^ (h >> 31)
+
+
+cdef Object *find_object(Pool *pool, const uint64_t *oid) noexcept nogil:
+    cdef Object *thing = pool.object_buckets[oid_hash(oid) & (pool.buckets - 1)]
+    while thing != NULL and memcmp(thing.oid, oid, OID_BYTES) != 0:
+        thing = thing.next
+    return thing
+
+
+cdef Leaf *find_leaf(Pool *pool, const Object *thing, uint32_t number) noexcept nogil:
+    cdef Leaf *leaf = pool.leaf_buckets[leaf_hash(thing, number) & (pool.buckets - 1)]
+    while leaf != NULL and not (leaf.object == thing and leaf.number == number):
+        leaf = leaf.next
+    return leaf
+
+
+cdef int grow_buckets(Pool *pool) noexcept nogil:
+    cdef uint64_t buckets = pool.buckets * 2, i, b
+    cdef Leaf **leaves = <Leaf **> calloc(buckets, sizeof(Leaf *))
+    cdef Object **objects = <Object **> calloc(buckets, sizeof(Object *))
+    cdef Leaf *leaf
+    cdef Leaf *next_leaf
+    cdef Object *thing
+    cdef Object *next_thing
+    if leaves == NULL or objects == NULL:
+        free(leaves)
+        free(objects)
+        return -1
+    for i in range(pool.buckets):
+        leaf = pool.leaf_buckets[i]
+        while leaf != NULL:
+            next_leaf = leaf.next
+            b = leaf_hash(leaf.object, leaf.number) & (buckets - 1)
+            leaf.next = leaves[b]
+            leaves[b] = leaf
+            leaf = next_leaf
+        thing = pool.object_buckets[i]
+        while thing != NULL:
+            next_thing = thing.next
+            b = oid_hash(thing.oid) & (buckets - 1)
+            thing.next = objects[b]
+            objects[b] = thing
+            thing = next_thing
+    free(pool.leaf_buckets)
+    free(pool.object_buckets)
+    pool.leaf_buckets = leaves
+    pool.object_buckets = objects
+    pool.buckets = buckets
+    return 0
+
+
+cdef Leaf *make_leaf(Pool *pool, const uint64_t *oid, uint32_t number) noexcept nogil:
+    """Under the pool's lock: the leaf for these eight indices, made when absent; NULL without memory."""
+    cdef Object *thing = find_object(pool, oid)
+    cdef Leaf *leaf
+    cdef uint64_t b
+    if thing != NULL:
+        leaf = find_leaf(pool, thing, number)
+        if leaf != NULL:
+            return leaf
+    if pool.leaves >= pool.buckets:
+        grow_buckets(pool)      # without memory the chains get longer, nothing else
+    leaf = <Leaf *> calloc(1, sizeof(Leaf))
+    if leaf == NULL:
+        return NULL
+    if thing == NULL:
+        thing = <Object *> calloc(1, sizeof(Object))
+        if thing == NULL:
+            free(leaf)
+            return NULL
+        memcpy(thing.oid, oid, OID_BYTES)
+        b = oid_hash(oid) & (pool.buckets - 1)
+        thing.next = pool.object_buckets[b]
+        pool.object_buckets[b] = thing
+        pool.objects += 1
+    leaf.object = thing
+    leaf.number = number
+    b = leaf_hash(thing, number) & (pool.buckets - 1)
+    leaf.next = pool.leaf_buckets[b]
+    pool.leaf_buckets[b] = leaf
+    leaf.after = thing.leaves
+    if leaf.after != NULL:
+        leaf.after.before = leaf
+    thing.leaves = leaf
+    pool.leaves += 1
+    return leaf
+
+
+cdef void drop_leaf(Pool *pool, Leaf *leaf) noexcept nogil:
+    """Under the pool's lock: unlink and free an empty leaf, and its object when that was the last one."""
+    cdef Object *thing = leaf.object
+    cdef uint64_t b = leaf_hash(thing, leaf.number) & (pool.buckets - 1)
+    cdef Leaf **link = &pool.leaf_buckets[b]
+    cdef Object **object_link
+    while link[0] != leaf:
+        link = &link[0].next
+    link[0] = leaf.next
+    if leaf.before != NULL:
+        leaf.before.after = leaf.after
+    else:
+        thing.leaves = leaf.after
+    if leaf.after != NULL:
+        leaf.after.before = leaf.before
+    free(leaf)
+    pool.leaves -= 1
+    if thing.leaves == NULL:
+        object_link = &pool.object_buckets[oid_hash(thing.oid) & (pool.buckets - 1)]
+        while object_link[0] != thing:
+            object_link = &object_link[0].next
+        object_link[0] = thing.next
+        free(thing)
+        pool.objects -= 1
+
+
+cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
+    """Reserve the 2 MiB of slots around an index: a full tmpfs gives ENOSPC here instead of SIGBUS at the store."""
+    cdef uint64_t chunk = index // SLOTS_PER_CHUNK
+    cdef uint64_t first = chunk * SLOTS_PER_CHUNK * 8, length = SLOTS_PER_CHUNK * 8
+    cdef int result = 0
+    if first + length > pool.pages * 8:
+        length = pool.pages * 8 - first
+    pthread_mutex_lock(&pool.lock)
+    if not pool.populated[chunk]:
+        result = fallocate(pool.fd, 0, <long> first, <long> length)
+        if result == 0:
+            count(s, C_TABLE_BYTES, length)
+            store8(&pool.populated[chunk], 1, RELEASE)
+    pthread_mutex_unlock(&pool.lock)
+    return result
+
+
+cdef inline uint64_t *dense_slot(Pool *pool, uint64_t index) noexcept nogil:
+    """The slot, or NULL where nothing near the index was ever put."""
+    if not load8(&pool.populated[index // SLOTS_PER_CHUNK], ACQUIRE):
+        return NULL
+    return &pool.slots[index]
+
+
+cdef uint64_t read_slot(Pool *pool, const uint64_t *oid, uint32_t index) noexcept nogil:
+    cdef uint64_t *slot
+    cdef uint64_t value = 0
+    cdef Object *thing
+    cdef Leaf *leaf
+    if pool.dense:
+        slot = dense_slot(pool, index)
+        return load64(slot, ACQUIRE) if slot != NULL else 0
+    pthread_mutex_lock(&pool.lock)
+    thing = find_object(pool, oid)
+    if thing != NULL:
+        leaf = find_leaf(pool, thing, index >> 3)
+        if leaf != NULL:
+            value = leaf.slots[index & 7]
+    pthread_mutex_unlock(&pool.lock)
+    return value
+
+
+cdef int publish(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t index, uint64_t value, uint64_t *old) noexcept nogil:
+    """Swap a new value in; the caller frees the old one. A value of zero is for clear() only."""
+    cdef Leaf *leaf
+    if pool.dense:
+        if not load8(&pool.populated[index // SLOTS_PER_CHUNK], ACQUIRE) and populate(s, pool, index) != 0:
+            return NO_MEMORY
+        old[0] = swap64(&pool.slots[index], value, ACQ_REL)
+        return OK
+    pthread_mutex_lock(&pool.lock)
+    leaf = make_leaf(pool, oid, index >> 3)
+    if leaf == NULL:
+        pthread_mutex_unlock(&pool.lock)
+        return NO_MEMORY
+    old[0] = leaf.slots[index & 7]
+    leaf.slots[index & 7] = value
+    if old[0] == 0:
+        leaf.used += 1
+    pthread_mutex_unlock(&pool.lock)
+    return OK
+
+
+cdef bint replace(Pool *pool, const uint64_t *oid, uint32_t index, uint64_t expected, uint64_t value) noexcept nogil:
+    """Compare and swap: the cleaner, an exclusive get and a drop lose to whoever was here first."""
+    cdef uint64_t *slot
+    cdef Object *thing
+    cdef Leaf *leaf
+    cdef bint done = False
+    if pool.dense:
+        slot = dense_slot(pool, index)
+        return slot != NULL and cas64(slot, &expected, value, False, ACQ_REL, ACQUIRE)
+    pthread_mutex_lock(&pool.lock)
+    thing = find_object(pool, oid)
+    if thing != NULL:
+        leaf = find_leaf(pool, thing, index >> 3)
+        if leaf != NULL and leaf.slots[index & 7] == expected:
+            leaf.slots[index & 7] = value
+            done = True
+            if value == 0:
+                leaf.used -= 1
+                if leaf.used == 0:
+                    drop_leaf(pool, leaf)
+    pthread_mutex_unlock(&pool.lock)
+    return done
+
+
+cdef uint64_t clear(Pool *pool, const uint64_t *oid, uint32_t index) noexcept nogil:
+    """Swap the slot to empty; returns what it held, which the caller frees."""
+    cdef uint64_t value
+    cdef uint64_t *slot
+    if pool.dense:
+        slot = dense_slot(pool, index)
+        if slot == NULL or load64(slot, RELAXED) == 0:
+            return 0
+        return swap64(slot, 0, ACQ_REL)
+    while True:
+        value = read_slot(pool, oid, index)
+        if value == 0 or replace(pool, oid, index, value, 0):
+            return value
+
+
+# --- put -----------------------------------------------------------------------------------------------------------
+
+cdef inline bint same_filled(const uint8_t *page, uint32_t *pattern) noexcept nogil:
+    cdef const uint64_t *words = <const uint64_t *> page
+    cdef uint64_t first = words[0]
+    cdef int i
+    if <uint32_t> first != <uint32_t> (first >> 32):
+        return False
+    for i in range(1, PAGE // 8):
+        if words[i] != first:
+            return False
+    pattern[0] = <uint32_t> first
+    return True
+
+
+cdef inline uint32_t entry_crc(EntryHeader *header, const uint8_t *body) noexcept nogil:
+    cdef uint32_t crc = crc32_iscsi(<unsigned char *> header, 20, 0xffffffffu)
+    return crc32_iscsi(<unsigned char *> body, header.length, crc)
+
+
+cdef int drop_ephemeral(Store_t *s) noexcept nogil:
+    """Drop the ephemeral segment that was used least recently; 0 when one was dropped."""
+    cdef uint32_t f, best = SEGMENT_FRAMES_NONE, segment, ordinal, dropped = 0
+    cdef uint64_t oldest = <uint64_t> -1, slot
+    cdef Segment *row
+    cdef EntryHeader *header
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool
+    cdef uint64_t oid[3]
+    for f in range(s.frames):
+        segment = s.frame_segment[f]
+        if segment == SEGMENT_FRAMES_NONE:
+            continue
+        row = &s.segments[segment]
+        if row.ephemeral and load32(&row.state, ACQUIRE) == SEG_SEALED and row.touched_ms < oldest:
+            oldest = row.touched_ms
+            best = segment
+    if best == SEGMENT_FRAMES_NONE or not take_local(s, best, SEG_CLEANING):
+        leave(reader)
+        return -1
+    row = &s.segments[best]
+    for ordinal in range(row.entries):
+        header = entry_at(s, row, ordinal)
+        if header == NULL:
+            continue
+        pool = s.pools[header.pool & (POOLS_MAX - 1)]
+        if pool == NULL:
+            continue
+        entry_oid(header, oid)
+        slot = slot_stored(best, row.generation, ordinal)
+        if replace(pool, oid, header.index, slot, 0):
+            free_entry(s, slot)
+            dropped += 1
+    count(s, C_EPHEMERAL_DROPPED, dropped)
+    give_back(s, best)
+    leave(reader)
+    return 0
+
+
+cdef bint wait_for_room(Store_t *s, uint64_t deadline_ns) noexcept nogil:
+    """Sleep until a frame may have become free; False once the deadline has passed. Never inside an epoch."""
+    cdef uint64_t now = now_ns(), until
+    if now >= deadline_ns:
+        return False
+    pthread_mutex_lock(&s.frame_lock)
+    reclaim_retired(s)
+    if s.free_count <= s.reserve_frames:
+        pthread_cond_signal(&s.clean_wanted)
+        # A retired frame becomes free when a reader leaves, which signals nobody: look again soon.
+        until = now + 2000000
+        cond_wait_until(&s.room, &s.frame_lock, until if until < deadline_ns else deadline_ns)
+        reclaim_retired(s)
+    pthread_mutex_unlock(&s.frame_lock)
+    return True
+
+
+cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, const uint8_t *page,
+                   uint64_t wait_ns) noexcept nogil:
+    """Compress a page and publish it. FULL after wait_ns without room; a refused put leaves no older copy behind."""
+    cdef uint8_t buffer[ENTRY_BYTES_MAX]
+    cdef EntryHeader *header = <EntryHeader *> buffer
+    cdef uint8_t *body = buffer + HEADER_BYTES
+    cdef uint8_t *place
+    cdef uint32_t pattern = 0, prefix = 0
+    cdef int size, result = OK
+    cdef uint64_t slot = 0, old = 0, deadline = 0
+    cdef Reader *reader
+    cdef Pool *pool
+    cdef Head *head
+    cdef bint filled = same_filled(page, &pattern)
+
+    pool_id &= POOLS_MAX - 1
+    reader = enter(s)
+    pool = s.pools[pool_id]
+    if pool == NULL or (pool.dense and index >= pool.pages):
+        leave(reader)
+        return NO_POOL if pool == NULL else OUT_OF_RANGE
+    if not pool.dense:
+        prefix = OID_BYTES
+        memcpy(body, oid, OID_BYTES)
+    if filled:
+        slot = slot_filled(pool_id, index, pattern)
+        count(s, C_FILLED, 1)       # before it shows, so that a racing flush finds it counted
+        result = publish(s, pool, oid, index, slot, &old)
+        if result == OK:
+            free_entry(s, old)
+            count(s, C_PUTS, 1)
+            count(s, C_BYTES_IN, PAGE)
+        else:
+            count(s, C_FILLED, <uint64_t> -1)
+            free_entry(s, clear(pool, oid, index))
+            count(s, C_PUTS_REFUSED, 1)
+        leave(reader)
+        return result
+    leave(reader)
+
+    header.codec = CODEC_LZ4
+    size = LZ4_compress_default(<const char *> page, <char *> body + prefix, PAGE, PAGE * 7 // 8)
+    if size <= 0:
+        header.codec = CODEC_RAW        # does not pay: less than an eighth saved
+        memcpy(body + prefix, page, PAGE)
+        size = PAGE
+    header.length = <uint16_t> (prefix + size)
+    header.flags = SPARSE_FLAG if prefix else 0
+    header.index = index
+    header.pool = pool_id
+    memset(header.tag, 0, TAG_BYTES)
+    header.version = add64(&s.version, 1, RELAXED)
+    header.crc = entry_crc(header, body)
+
+    while True:
+        reader = enter(s)
+        pool = s.pools[pool_id]
+        if pool == NULL:
+            leave(reader)
+            return NO_POOL
+        head = &s.heads[(HEAD_STRIPES_MAX if pool.ephemeral else 0) + sched_getcpu() % s.head_stripes]
+        pthread_mutex_lock(&head.lock)
+        place = append(s, head, HEADER_BYTES + header.length, &slot)
+        if place != NULL:
+            memcpy(place, buffer, HEADER_BYTES + header.length)
+            result = publish(s, pool, oid, index, slot, &old)
+            if result != OK:
+                unappend(s, head, HEADER_BYTES + header.length)
+        pthread_mutex_unlock(&head.lock)
+        if place != NULL:
+            break
+        leave(reader)
+        if deadline == 0:
+            deadline = now_ns() + wait_ns
+        if drop_ephemeral(s) != 0 and not wait_for_room(s, deadline):
+            reader = enter(s)
+            result = FULL
+            break
+    if result == OK:
+        free_entry(s, old)
+        count(s, C_PUTS, 1)
+        count(s, C_BYTES_IN, PAGE)
+        count(s, C_BYTES_COMPRESSED, <uint64_t> size)
+    else:
+        # Rule 3 of tmem: a duplicate put that fails must not leave the older page readable.
+        pool = s.pools[pool_id]
+        if pool != NULL:
+            free_entry(s, clear(pool, oid, index))
+        count(s, C_PUTS_REFUSED, 1)
+    leave(reader)
+    return result
+
+
+# --- get -----------------------------------------------------------------------------------------------------------
+
+cdef inline EntryHeader *entry_at(Store_t *s, Segment *row, uint32_t ordinal) noexcept nogil:
+    """An entry of a local segment, or NULL when it is marked dead."""
+    cdef uint16_t mark = directory(s, row.frame)[-1 - <int64_t> ordinal]
+    if mark & DIRECTORY_DEAD:
+        return NULL
+    return <EntryHeader *> (frame_at(s, row.frame) + <uint32_t> mark * 8)
+
+
+cdef inline void entry_oid(EntryHeader *header, uint64_t *oid) noexcept nogil:
+    if header.flags & SPARSE_FLAG:
+        memcpy(oid, <uint8_t *> header + HEADER_BYTES, OID_BYTES)
+    else:
+        memset(oid, 0, OID_BYTES)
+
+
+cdef int decode(EntryHeader *header, const uint8_t *body, const RemoteRef *expected, uint8_t *page) noexcept nogil:
+    """Key, length and codec must be what the slot promised; then uncompress."""
+    cdef uint32_t prefix = OID_BYTES if header.flags & SPARSE_FLAG else 0
+    if header.index != expected.index or header.pool != expected.pool or (prefix != 0) != (expected.sparse != 0) or \
+            header.length < prefix or header.length > prefix + PAGE:
+        return CORRUPT
+    if prefix and memcmp(body, expected.oid, OID_BYTES) != 0:
+        return CORRUPT
+    if header.codec == CODEC_RAW and header.length == prefix + PAGE:
+        memcpy(page, body + prefix, PAGE)
+        return OK
+    if header.codec == CODEC_LZ4 and LZ4_decompress_safe(
+            <const char *> body + prefix, <char *> page, <int> (header.length - prefix), PAGE) == PAGE:
+        return OK
+    return CORRUPT
+
+
+cdef int decode_local(Store_t *s, const uint8_t *place, const RemoteRef *expected, uint8_t *page) noexcept nogil:
+    cdef EntryHeader *header = <EntryHeader *> place
+    if header.length > OID_BYTES + PAGE or entry_crc(header, place + HEADER_BYTES) != header.crc:
+        return CORRUPT
+    return decode(header, place + HEADER_BYTES, expected, page)
+
+
+cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
+                   RemoteRef *ref) noexcept nogil:
+    """Uncompress a page into 'page'. REMOTE fills 'ref' and touches nothing else. mode: 1 remove, 0 remove if the pool
+    is ephemeral, -1 keep."""
+    cdef uint64_t slot
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef Segment *row
+    cdef uint8_t *place
+    cdef uint32_t pattern, state
+    cdef uint32_t *words
+    cdef uint64_t before = 0
+    cdef int i, result, looks = 0
+    if pool == NULL or (pool.dense and index >= pool.pages):
+        leave(reader)
+        return NO_POOL if pool == NULL else OUT_OF_RANGE
+    ref.pool = pool_id
+    ref.index = index
+    ref.sparse = not pool.dense
+    if not pool.dense:
+        memcpy(ref.oid, oid, OID_BYTES)
+    count(s, C_GETS, 1)
+    while True:
+        slot = read_slot(pool, oid, index)
+        ref.slot = slot
+        if slot == 0:
+            count(s, C_GETS_MISSED, 1)
+            leave(reader)
+            return MISS
+        if slot_kind(slot) == KIND_FILLED:
+            pattern = <uint32_t> slot
+            result = OK if slot == slot_filled(pool_id, index, pattern) else CORRUPT
+            if result == OK:
+                words = <uint32_t *> page
+                if pattern == 0:
+                    memset(page, 0, PAGE)
+                else:
+                    for i in range(PAGE // 4):
+                        words[i] = pattern
+            break
+        # A value that moved while we looked changes; one that keeps naming nothing was damaged in memory.
+        looks = looks + 1 if slot == before else 0
+        before = slot
+        if slot_kind(slot) != KIND_STORED or slot_segment(slot) >= s.segments_used or looks > STALE_LOOKS_MAX:
+            result = CORRUPT
+            break
+        row = &s.segments[slot_segment(slot)]
+        spin_lock(&row.lock)
+        if row.generation != slot_generation(slot) or slot_ordinal(slot) >= row.entries:
+            spin_unlock(&row.lock)
+            continue
+        state = row.state
+        row.touched_ms = coarse_ms()
+        if state == SEG_REMOTE:
+            ref.segment = slot_segment(slot)
+            ref.generation = row.generation
+            ref.ordinal = slot_ordinal(slot)
+            ref.peer = row.peer
+            ref.handle = row.handle
+            memcpy(ref.seal_id, row.meta.seal_id, SEAL_ID_BYTES)
+            memcpy(ref.key, row.meta.key, 32)
+            spin_unlock(&row.lock)
+            leave(reader)
+            return REMOTE
+        if state == SEG_LOST:
+            spin_unlock(&row.lock)
+            leave(reader)
+            return LOST
+        if state == SEG_FREE or state == SEG_FREEING:
+            spin_unlock(&row.lock)
+            continue
+        place = frame_at(s, row.frame) + <uint32_t> (directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)] & 0x7fff) * 8
+        spin_unlock(&row.lock)
+        result = decode_local(s, place, ref, page)
+        break
+    if result == OK:
+        count(s, C_LOCAL_GETS, 1)
+        if mode == 1 or (mode == 0 and pool.ephemeral):
+            if replace(pool, oid, index, slot, 0):
+                free_entry(s, slot)
+    elif result == CORRUPT:
+        count(s, C_CORRUPT, 1)
+    leave(reader)
+    return result
+
+
+cdef uint64_t store_slot(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef uint64_t slot = read_slot(pool, oid, index) if pool != NULL else 0
+    leave(reader)
+    return slot
+
+
+cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil:
+    """Where a page of a dense pool is, without reading it: OK for here, MISS, REMOTE (with the peer) or LOST."""
+    cdef Segment *row
+    cdef int result, looks
+    cdef uint64_t zero[3]
+    for looks in range(STALE_LOOKS_MAX):
+        slot[0] = store_slot(s, pool_id, zero, index)
+        if slot[0] == 0:
+            return MISS
+        if slot_kind(slot[0]) == KIND_FILLED:
+            return OK
+        if slot_kind(slot[0]) != KIND_STORED or slot_segment(slot[0]) >= s.segments_used:
+            return CORRUPT
+        row = &s.segments[slot_segment(slot[0])]
+        spin_lock(&row.lock)
+        if row.generation == slot_generation(slot[0]) and row.state != SEG_FREE and row.state != SEG_FREEING:
+            result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else OK
+            peer[0] = row.peer
+            spin_unlock(&row.lock)
+            return result
+        spin_unlock(&row.lock)
+    return CORRUPT
+
+
+# --- flush, pools --------------------------------------------------------------------------------------------------
+
+cdef int store_flush(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
+    """Forget a page, here and away. OK when there was one, MISS when not."""
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef uint64_t old
+    if pool == NULL or (pool.dense and index >= pool.pages):
+        leave(reader)
+        return NO_POOL if pool == NULL else OUT_OF_RANGE
+    old = clear(pool, oid, index)
+    if old != 0:
+        free_entry(s, old)
+        count(s, C_FLUSHES_FOUND, 1)
+    count(s, C_FLUSHES, 1)
+    leave(reader)
+    return OK if old != 0 else MISS
+
+
+cdef int store_flush_if(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil:
+    """Forget a page only if its slot still holds this value (an exclusive get that came back from a lender)."""
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef int result = MISS
+    if pool != NULL and slot != 0 and replace(pool, oid, index, slot, 0):
+        free_entry(s, slot)
+        result = OK
+    leave(reader)
+    return result
+
+
+cdef uint64_t flush_object(Store_t *s, Pool *pool, const uint64_t *oid) noexcept nogil:
+    cdef uint64_t dropped = 0, slots[8]
+    cdef Object *thing
+    cdef Leaf *leaf
+    cdef int i
+    while True:
+        pthread_mutex_lock(&pool.lock)
+        thing = find_object(pool, oid)
+        if thing == NULL:
+            pthread_mutex_unlock(&pool.lock)
+            return dropped
+        leaf = thing.leaves
+        memcpy(slots, leaf.slots, sizeof(slots))
+        drop_leaf(pool, leaf)
+        pthread_mutex_unlock(&pool.lock)
+        for i in range(8):
+            if slots[i] != 0:
+                free_entry(s, slots[i])
+                dropped += 1
+
+
+cdef void *map_file(const char *name, uint64_t length, int *fd, object_path) except? NULL:
+    """A mapping on a named file in memory (or an anonymous memfd); sized, not yet populated."""
+    cdef void *base
+    if object_path is None:
+        fd[0] = os.memfd_create(name.decode(), os.MFD_CLOEXEC)
+    else:
+        fd[0] = os.open(object_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.ftruncate(fd[0], length)
+    base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd[0], 0)
+    if base == MAP_FAILED:
+        raise OSError(errno, strerror(errno).decode())
+    return base
+
+
+cdef extern from "<sys/mman.h>" nogil:
+    int memfd_create(const char *name, unsigned int flags) noexcept
+    unsigned int MFD_CLOEXEC
+
+
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil:
+    cdef Pool *pool = <Pool *> calloc(1, sizeof(Pool))
+    cdef uint32_t i
+    cdef bint placed = False
+    if pool == NULL:
+        return NO_MEMORY
+    pthread_mutex_init(&pool.lock, NULL)
+    pool.dense = dense
+    pool.ephemeral = ephemeral
+    pool.fd = -1
+    if dense:
+        pool.pages = pages
+        pool.populated = <uint8_t *> calloc(pages // SLOTS_PER_CHUNK + 1, 1)
+        pool.fd = memfd_create("ramster-slots", MFD_CLOEXEC)
+        if pool.populated == NULL or pool.fd < 0 or ftruncate(pool.fd, <long> (pages * 8)) != 0:
+            drop_pool_memory(s, pool)
+            return NO_MEMORY
+        pool.slots = <uint64_t *> mmap(NULL, pages * 8, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, pool.fd, 0)
+        if <void *> pool.slots == MAP_FAILED:
+            pool.slots = NULL
+            drop_pool_memory(s, pool)
+            return NO_MEMORY
+    else:
+        pool.buckets = 256
+        pool.leaf_buckets = <Leaf **> calloc(pool.buckets, sizeof(Leaf *))
+        pool.object_buckets = <Object **> calloc(pool.buckets, sizeof(Object *))
+        if pool.leaf_buckets == NULL or pool.object_buckets == NULL:
+            drop_pool_memory(s, pool)
+            return NO_MEMORY
+    pthread_mutex_lock(&s.pools_lock)
+    for i in range(POOLS_MAX):
+        if s.pools[i] == NULL:
+            pool.id = i
+            s.pools[i] = pool
+            placed = True
+            break
+    pthread_mutex_unlock(&s.pools_lock)
+    if not placed:
+        drop_pool_memory(s, pool)
+        return FULL
+    id[0] = pool.id
+    return OK
+
+
+cdef void drop_pool_memory(Store_t *s, Pool *pool) noexcept nogil:
+    cdef uint64_t chunk, chunks
+    if pool.slots != NULL:
+        munmap(pool.slots, pool.pages * 8)
+        chunks = (pool.pages + SLOTS_PER_CHUNK - 1) // SLOTS_PER_CHUNK
+        for chunk in range(chunks):
+            if pool.populated[chunk]:
+                count(s, C_TABLE_BYTES, <uint64_t> -(<int64_t> min(
+                    <uint64_t> SLOTS_PER_CHUNK * 8, pool.pages * 8 - chunk * SLOTS_PER_CHUNK * 8)))
+    if pool.fd >= 0:
+        close(pool.fd)
+    free(pool.populated)
+    free(pool.leaf_buckets)
+    free(pool.object_buckets)
+    pthread_mutex_destroy(&pool.lock)
+    free(pool)
+
+
+cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil:
+    """Unpublish the id, wait until nobody uses the pool, drop every page here and away, then let the id be used again."""
+    cdef Pool *pool
+    cdef uint64_t i, b
+    pthread_mutex_lock(&s.pools_lock)
+    pool = s.pools[id & (POOLS_MAX - 1)]
+    if pool == NULL:
+        pthread_mutex_unlock(&s.pools_lock)
+        return NO_POOL
+    pthread_mutex_unlock(&s.pools_lock)
+    # Two passes: the first under traffic of those that still hold the pool, the second when they have left.
+    drop_pages(s, pool)
+    pthread_mutex_lock(&s.pools_lock)
+    if s.pools[id] != pool:
+        pthread_mutex_unlock(&s.pools_lock)
+        return NO_POOL
+    s.pools[id] = NULL
+    pthread_mutex_unlock(&s.pools_lock)
+    wait_for_readers(s)
+    drop_pages(s, pool)
+    drop_pool_memory(s, pool)
+    return OK
+
+
+cdef void drop_pages(Store_t *s, Pool *pool) noexcept nogil:
+    cdef uint64_t i, b, value
+    cdef uint64_t oid[3]
+    if pool.dense:
+        i = 0
+        while i < pool.pages:
+            if not load8(&pool.populated[i // SLOTS_PER_CHUNK], ACQUIRE):
+                i = (i // SLOTS_PER_CHUNK + 1) * SLOTS_PER_CHUNK
+                continue
+            if pool.slots[i] != 0:
+                value = swap64(&pool.slots[i], 0, ACQ_REL)
+                if value != 0:
+                    free_entry(s, value)
+            i += 1
+        return
+    for b in range(pool.buckets):
+        while pool.object_buckets[b] != NULL:
+            memcpy(oid, pool.object_buckets[b].oid, OID_BYTES)
+            flush_object(s, pool, oid)
+
+
+# --- cleaning ------------------------------------------------------------------------------------------------------
+
+cdef bint take_local(Store_t *s, uint32_t segment, uint32_t state) noexcept nogil:
+    """Sealed -> cleaning or shipping, for one taker only."""
+    cdef Segment *row = &s.segments[segment]
+    cdef bint taken
+    spin_lock(&row.lock)
+    taken = row.state == SEG_SEALED
+    if taken:
+        row.state = state
+    spin_unlock(&row.lock)
+    return taken
+
+
+cdef void give_back(Store_t *s, uint32_t segment) noexcept nogil:
+    """Cleaning or shipping -> sealed, or free when nothing in it is live any more."""
+    cdef Segment *row = &s.segments[segment]
+    spin_lock(&row.lock)
+    row.state = SEG_SEALED
+    if row.live_entries == 0:
+        free_local(s, segment)
+    spin_unlock(&row.lock)
+
+
+cdef uint32_t choose_victim(Store_t *s, bint any_gain) noexcept nogil:
+    """Cost-benefit: (1 - u) * age / (1 + u), u being the live share. Only segments that would give something back."""
+    cdef uint32_t f, segment, best = SEGMENT_FRAMES_NONE
+    cdef Segment *row
+    cdef double u, score, best_score = -1.0
+    cdef uint64_t now = coarse_ms()
+    cdef double capacity = s.segment_bytes - FRAME_HEADER_BYTES
+    for f in range(s.frames):
+        segment = s.frame_segment[f]
+        if segment == SEGMENT_FRAMES_NONE:
+            continue
+        row = &s.segments[segment]
+        if load32(&row.state, RELAXED) != SEG_SEALED:
+            continue
+        u = row.live_bytes / capacity
+        if u > 0.97 or (not any_gain and u > 0.9):
+            continue
+        score = (1.0 - u) * <double> (now - min(now, row.touched_ms) + 1) / (1.0 + u)
+        if score > best_score:
+            best_score = score
+            best = segment
+    return best
+
+
+cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
+    """Copy the live entries of a sealed segment forward and free it; -1 when there was no room to copy to."""
+    cdef Segment *row = &s.segments[segment]
+    cdef Reader *reader
+    cdef Head *head
+    cdef EntryHeader *header
+    cdef Pool *pool
+    cdef uint8_t *place
+    cdef uint64_t oid[3]
+    cdef uint64_t slot, moved
+    cdef uint32_t ordinal, size, before
+    cdef bint dead, won
+    cdef int result = 0
+    if not take_local(s, segment, SEG_CLEANING):
+        return 0
+    reader = enter(s)
+    head = &s.heads[2 * HEAD_STRIPES_MAX + (1 if row.ephemeral else 0)]
+    before = row.live_bytes
+    for ordinal in range(row.entries):
+        spin_lock(&row.lock)
+        header = entry_at(s, row, ordinal)
+        spin_unlock(&row.lock)
+        if header == NULL:
+            continue
+        pool = s.pools[header.pool & (POOLS_MAX - 1)]
+        if pool == NULL:
+            continue
+        entry_oid(header, oid)
+        size = HEADER_BYTES + header.length
+        slot = slot_stored(segment, row.generation, ordinal)
+        pthread_mutex_lock(&head.lock)
+        place = append(s, head, size, &moved)
+        if place == NULL:
+            pthread_mutex_unlock(&head.lock)
+            result = -1
+            break
+        memcpy(place, header, size)
+        won = replace(pool, oid, header.index, slot, moved)
+        if not won:
+            unappend(s, head, size)
+        pthread_mutex_unlock(&head.lock)
+        if won:
+            free_entry(s, slot)
+    count(s, C_CLEANED_SEGMENTS, 1)
+    count(s, C_CLEANED_BYTES, before)
+    leave(reader)
+    give_back(s, segment)
+    return result
+
+
+cdef uint32_t clean(Store_t *s, uint32_t most, bint any_gain) noexcept nogil:
+    cdef uint32_t done = 0, victim
+    while done < most and not load32(&s.stopping, ACQUIRE):
+        victim = choose_victim(s, any_gain)
+        if victim == SEGMENT_FRAMES_NONE or clean_segment(s, victim) != 0:
+            break
+        done += 1
+    return done
+
+
+cdef void *cleaner_main(void *argument) noexcept nogil:
+    cdef Store_t *s = <Store_t *> argument
+    cdef bint wanted
+    while not load32(&s.stopping, ACQUIRE):
+        pthread_mutex_lock(&s.frame_lock)
+        if s.free_count > s.clean_low_frames:
+            cond_wait_until(&s.clean_wanted, &s.frame_lock, now_ns() + 200000000ull)
+        reclaim_retired(s)
+        wanted = s.free_count <= s.clean_low_frames
+        pthread_mutex_unlock(&s.frame_lock)
+        if wanted and clean(s, 4, s.free_count <= s.reserve_frames) == 0:
+            # Nothing worth copying: what is here is live, and room must come from remotify.
+            pthread_mutex_lock(&s.frame_lock)
+            cond_wait_until(&s.clean_wanted, &s.frame_lock, now_ns() + 20000000ull)
+            pthread_mutex_unlock(&s.frame_lock)
+    return NULL
+
+
+# --- sealing and shipping ------------------------------------------------------------------------------------------
+
+cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil:
+    """The sealed segments untouched for longest, oldest first."""
+    cdef uint32_t f, segment, found = 0, i
+    cdef uint64_t now = coarse_ms(), age
+    cdef Segment *row
+    for f in range(s.frames):
+        segment = s.frame_segment[f]
+        if segment == SEGMENT_FRAMES_NONE:
+            continue
+        row = &s.segments[segment]
+        if load32(&row.state, ACQUIRE) != SEG_SEALED:
+            continue
+        age = now - min(now, row.touched_ms)
+        if found == most and age <= out[most - 1].age_ms:
+            continue
+        i = found if found < most else most - 1
+        while i > 0 and out[i - 1].age_ms < age:
+            out[i] = out[i - 1]
+            i -= 1
+        out[i].segment = segment
+        out[i].generation = row.generation
+        out[i].live_bytes = row.live_bytes
+        out[i].live_entries = row.live_entries
+        out[i].age_ms = age
+        out[i].ephemeral = row.ephemeral
+        if found < most:
+            found += 1
+    return found
+
+
+cdef int store_ship_begin(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
+    """Claim a sealed segment for shipping; BUSY when it is gone or in other hands."""
+    if segment >= s.segments_used or s.segments[segment].generation != generation:
+        return BUSY
+    return OK if take_local(s, segment, SEG_SHIPPING) else BUSY
+
+
+cdef int seal_nonce_aad(const uint8_t *seal_id, uint32_t ordinal, const EntryHeader *header, const uint64_t *oid,
+                        uint8_t *nonce, uint8_t *aad) noexcept nogil:
+    """Nonce: the ordinal (each sealing has a key of its own). Associated data: docs/store-format.md."""
+    memset(nonce, 0, 12)
+    memcpy(nonce + 8, &ordinal, 4)
+    memcpy(aad, seal_id, SEAL_ID_BYTES)
+    memcpy(aad + 24, &ordinal, 4)
+    memcpy(aad + 28, header, 20)        # length, codec, flags, index, version, pool
+    memcpy(aad + 48, oid, OID_BYTES)
+    return 72
+
+
+cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, RemoteMeta **meta_out,
+                               EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Build the sealed image of a segment in state shipping: live entries only, ordinals kept. Returns its bytes; 0
+    without memory or when libcrypto fails. The caller frees the meta data unless it commits them."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t entries = row.entries, ordinal, position = 0, size, base
+    cdef ImageHeader *image = <ImageHeader *> out
+    cdef uint16_t *offsets = <uint16_t *> (out + FRAME_HEADER_BYTES)
+    cdef RemoteMeta *meta = <RemoteMeta *> calloc(1, sizeof(RemoteMeta) + 2 * <size_t> entries)
+    cdef EntryHeader *header
+    cdef EntryHeader *target
+    cdef uint8_t info[48]
+    cdef uint8_t nonce[12]
+    cdef uint8_t aad[72]
+    cdef uint64_t oid[3]
+    cdef unsigned int key_bytes = 32
+    cdef int n = 0, aad_bytes
+    if meta == NULL:
+        return 0
+    # HKDF-Expand (RFC 5869) with one block: the node key is uniform, so there is nothing to extract.
+    memcpy(info, <const uint8_t *> b"ramster seal v1\0", 16)
+    if RAND_bytes(meta.seal_id, SEAL_ID_BYTES) != 1:
+        free(meta)
+        return 0
+    memcpy(info + 16, meta.seal_id, SEAL_ID_BYTES)
+    info[40] = 1
+    if HMAC(EVP_sha256(), s.node_key, 32, info, 41, meta.key, &key_bytes) == NULL or \
+            EVP_EncryptInit_ex(ctx, EVP_aes_256_gcm(), NULL, meta.key, NULL) != 1:
+        free(meta)
+        return 0
+    base = align8(FRAME_HEADER_BYTES + 2 * entries)
+    memset(image, 0, base)
+    for ordinal in range(entries):
+        spin_lock(&row.lock)
+        header = entry_at(s, row, ordinal)
+        spin_unlock(&row.lock)
+        if header == NULL:
+            offsets[ordinal] = DIRECTORY_ABSENT
+            continue
+        size = align8(HEADER_BYTES + header.length)
+        target = <EntryHeader *> (out + base + position)
+        memcpy(target, header, HEADER_BYTES)
+        target.crc = 0          # the tag takes its place; a CRC of the plain bytes would tell a lender about them
+        entry_oid(header, oid)
+        aad_bytes = seal_nonce_aad(meta.seal_id, ordinal, header, oid, nonce, aad)
+        if EVP_EncryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
+                EVP_EncryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
+                EVP_EncryptUpdate(ctx, <unsigned char *> target + HEADER_BYTES, &n,
+                                  <unsigned char *> header + HEADER_BYTES, header.length) != 1 or \
+                EVP_EncryptFinal_ex(ctx, <unsigned char *> target + HEADER_BYTES + n, &n) != 1 or \
+                EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_GET_TAG, TAG_BYTES, target.tag) != 1:
+            free(meta)
+            return 0
+        memset(<uint8_t *> target + HEADER_BYTES + header.length, 0, size - HEADER_BYTES - header.length)
+        offsets[ordinal] = <uint16_t> (position >> 3)
+        meta.sizes[ordinal] = <uint16_t> (size >> 3)
+        position += size
+    image.magic = IMAGE_MAGIC
+    image.segment = segment
+    image.generation = row.generation
+    image.entries = entries
+    image.data_bytes = position
+    memcpy(image.seal_id, meta.seal_id, SEAL_ID_BYTES)
+    ASSERT(base + position <= s.segment_bytes)
+    meta_out[0] = meta
+    return base + position
+
+
+cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil:
+    """The lender has it: from here on the segment is remote. Entries that died on the way are dead there too."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t ordinal, frame, live = 0, live_bytes = 0
+    spin_lock(&row.lock)
+    ASSERT(row.state == SEG_SHIPPING)
+    frame = row.frame
+    for ordinal in range(row.entries):
+        if directory(s, frame)[-1 - <int64_t> ordinal] & DIRECTORY_DEAD:
+            meta.sizes[ordinal] |= DIRECTORY_DEAD
+        else:
+            ASSERT(meta.sizes[ordinal] != 0)
+            live += 1
+            live_bytes += <uint32_t> meta.sizes[ordinal] * 8
+    ASSERT(live == row.live_entries and live_bytes == row.live_bytes)
+    row.meta = meta
+    row.peer = peer
+    row.handle = handle
+    row.frame = SEGMENT_FRAMES_NONE
+    row.state = SEG_REMOTE
+    if live == 0:
+        queue_freed(s, segment)
+    retire_frame(s, frame)
+    spin_unlock(&row.lock)
+    count(s, C_SHIPPED_SEGMENTS, 1)
+
+
+cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil:
+    """The lender refused or is gone: the segment stays here, as if nothing had been tried."""
+    cdef Segment *row = &s.segments[segment]
+    row.touched_ms = coarse_ms()        # at the end of the queue, so that one bad segment does not block the rest
+    give_back(s, segment)
+
+
+cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil:
+    """Take the next remote segment that a lender must be told to forget."""
+    cdef Segment *row
+    pthread_mutex_lock(&s.freed_lock)
+    if s.freed_count == 0:
+        pthread_mutex_unlock(&s.freed_lock)
+        return False
+    segment[0] = s.freed_first
+    row = &s.segments[s.freed_first]
+    s.freed_first = row.next
+    s.freed_count -= 1
+    generation[0] = row.generation
+    peer[0] = row.peer
+    handle[0] = row.handle
+    pthread_mutex_unlock(&s.freed_lock)
+    return True
+
+
+cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil:
+    cdef Segment *row = &s.segments[segment]
+    spin_lock(&row.lock)
+    if row.state == SEG_FREEING:
+        free_row(s, segment)
+    spin_unlock(&row.lock)
+
+
+cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
+    """A lender's memory is gone for good (it restarted or said goodbye): what only it held is lost. Returns pages."""
+    cdef uint32_t segment
+    cdef uint64_t pages = 0
+    cdef Segment *row
+    for segment in range(s.segments_used):
+        row = &s.segments[segment]
+        spin_lock(&row.lock)
+        if row.peer == peer and row.state == SEG_REMOTE:
+            row.state = SEG_LOST
+            pages += row.live_entries
+            count(s, C_LOST_SEGMENTS, 1)
+        elif row.peer == peer and row.state == SEG_FREEING:
+            free_row(s, segment)
+        spin_unlock(&row.lock)
+    return pages
+
+
+cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, uint8_t *page,
+                      EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Check and uncompress a sealed entry that came back. CORRUPT unless it is the very entry that was asked for."""
+    cdef EntryHeader *header = <EntryHeader *> entry
+    cdef uint8_t plain[OID_BYTES + PAGE]
+    cdef uint8_t nonce[12]
+    cdef uint8_t aad[72]
+    cdef uint64_t oid[3]
+    cdef int n = 0, aad_bytes
+    if entry_bytes < HEADER_BYTES or header.length > OID_BYTES + PAGE or entry_bytes < HEADER_BYTES + header.length:
+        return CORRUPT
+    memset(oid, 0, OID_BYTES)
+    if ref.sparse:
+        memcpy(oid, ref.oid, OID_BYTES)
+    aad_bytes = seal_nonce_aad(ref.seal_id, ref.ordinal, header, oid, nonce, aad)
+    if EVP_DecryptInit_ex(ctx, EVP_aes_256_gcm(), NULL, ref.key, nonce) != 1 or \
+            EVP_DecryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
+            EVP_DecryptUpdate(ctx, plain, &n, entry + HEADER_BYTES, header.length) != 1 or \
+            EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_SET_TAG, TAG_BYTES, header.tag) != 1 or \
+            EVP_DecryptFinal_ex(ctx, plain + n, &n) != 1:
+        return CORRUPT
+    return decode(header, plain, ref, page)
+
+
+cdef uint32_t store_seal_open(Store_t *s) noexcept nogil:
+    cdef uint32_t sealed = 0, i
+    for i in range(12):
+        pthread_mutex_lock(&s.heads[i].lock)
+        if s.heads[i].segment != SEGMENT_FRAMES_NONE:
+            seal_head(s, &s.heads[i])
+            sealed += 1
+        pthread_mutex_unlock(&s.heads[i].lock)
+    return sealed
+
+
+# --- the Python face's base ----------------------------------------------------------------------------------------
+
+cdef int recount_slot(Store_t *s, uint64_t slot, uint32_t *entries, uint64_t *size, uint64_t *filled) noexcept nogil:
+    """One live slot: it must name a live entry of the generation it says. Adds to the recount."""
+    cdef Segment *row
+    cdef uint16_t mark
+    cdef uint32_t segment = slot_segment(slot)
+    if slot_kind(slot) == KIND_FILLED:
+        filled[0] += 1
+        return 0
+    if slot_kind(slot) != KIND_STORED or segment >= s.segments_used:
+        return -1
+    row = &s.segments[segment]
+    if row.generation != slot_generation(slot) or slot_ordinal(slot) >= row.entries:
+        return -1
+    if row.state == SEG_REMOTE or row.state == SEG_LOST:
+        mark = row.meta.sizes[slot_ordinal(slot)]
+        size[segment] += <uint64_t> (mark & 0x7fff) * 8
+    elif row.frame != SEGMENT_FRAMES_NONE:
+        mark = directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)]
+        size[segment] += align8(HEADER_BYTES + (<EntryHeader *> (frame_at(s, row.frame) + (mark & 0x7fff) * 8)).length)
+    else:
+        return -1
+    entries[segment] += 1
+    return -1 if mark & DIRECTORY_DEAD else 0
+
+
+cdef class Store:
+    """Owns the arena and the native state. Use ramster.engine.store.Store, which documents the contract."""
+
+    def __cinit__(self, uint64_t arena_bytes, uint32_t segment_bytes, path, bint lock, uint64_t full_wait_ns,
+                  uint32_t segments_max, bytes node_key, double clean_low, double pressure, bint cleaner):
+        cdef Store_t *s
+        cdef uint32_t i
+        cdef int result
+        if segment_bytes < 65536 or segment_bytes > 262144 or segment_bytes % 4096:
+            raise errors.UsageError(f"segment of {segment_bytes} bytes: must be 64 KiB to 256 KiB in whole pages")
+        if arena_bytes < 8 * <uint64_t> segment_bytes:
+            raise errors.UsageError(f"arena of {arena_bytes} bytes: must hold at least 8 segments of {segment_bytes} bytes")
+        if len(node_key) != 32:
+            raise errors.UsageError("the node key must be 32 bytes")
+        s = <Store_t *> calloc(1, sizeof(Store_t))
+        if s == NULL:
+            raise MemoryError
+        self.s = s
+        s.arena_fd = s.freed_fd = s.pressure_fd = -1
+        s.segment_bytes = segment_bytes
+        s.frames = <uint32_t> (arena_bytes // segment_bytes)
+        s.arena_bytes = <uint64_t> s.frames * segment_bytes
+        s.segments_max = max(segments_max, 2 * s.frames)
+        s.full_wait_ns = full_wait_ns
+        s.epoch = 1
+        s.reserve_frames = CLEANER_RESERVE
+        s.clean_low_frames = max(<uint32_t> (clean_low * s.frames), <uint32_t> (CLEANER_RESERVE + 1))
+        s.pressure_frames = <uint32_t> (pressure * s.frames)
+        s.head_stripes = max(1, min(<int> HEAD_STRIPES_MAX, min(<int> (s.frames // 32), <int> (os.cpu_count() or 1))))
+        memcpy(s.node_key, <const uint8_t *> PyBytes_AS_STRING(node_key), 32)
+        pthread_mutex_init(&s.frame_lock, NULL)
+        pthread_mutex_init(&s.pools_lock, NULL)
+        pthread_mutex_init(&s.freed_lock, NULL)
+        cond_init_monotonic(&s.room)
+        cond_init_monotonic(&s.clean_wanted)
+        for i in range(12):
+            pthread_mutex_init(&s.heads[i].lock, NULL)
+            s.heads[i].segment = SEGMENT_FRAMES_NONE
+            s.heads[i].ephemeral = 1 if HEAD_STRIPES_MAX <= i < 2 * HEAD_STRIPES_MAX or i == 9 else 0
+            s.heads[i].cleaner = i >= 2 * HEAD_STRIPES_MAX
+        s.segments = <Segment *> mmap(NULL, <uint64_t> s.segments_max * sizeof(Segment), PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        s.free_ids = <uint32_t *> mmap(NULL, <uint64_t> s.segments_max * 4, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        s.frame_segment = <uint32_t *> malloc(4 * <size_t> s.frames)
+        s.free_frames = <uint32_t *> malloc(4 * <size_t> s.frames)
+        s.retired = <Retired *> malloc(sizeof(Retired) * s.frames)
+        if <void *> s.segments == MAP_FAILED or <void *> s.free_ids == MAP_FAILED or s.frame_segment == NULL or \
+                s.free_frames == NULL or s.retired == NULL:
+            raise MemoryError
+        s.arena = <uint8_t *> map_file("ramster-arena", s.arena_bytes, &s.arena_fd, path)
+        with nogil:
+            result = fallocate(s.arena_fd, 0, 0, <long> s.arena_bytes)
+        if result != 0:
+            raise errors.StoreFull(
+                f"cannot reserve an arena of {s.arena_bytes >> 20} MiB in memory ({strerror(errno).decode()}): "
+                "make it smaller or /dev/shm larger")
+        with nogil:
+            memset(s.arena, 0, s.arena_bytes)       # pre-touched: a put never waits for the kernel to find a page
+            s.locked = lock and mlock(s.arena, s.arena_bytes) == 0
+        for i in range(s.frames):
+            s.frame_segment[i] = SEGMENT_FRAMES_NONE
+            s.free_frames[i] = s.frames - 1 - i
+        s.free_count = s.frames
+        s.freed_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        s.pressure_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if s.freed_fd < 0 or s.pressure_fd < 0:
+            raise OSError(errno, strerror(errno).decode())
+        if cleaner:
+            if start_thread(&s.cleaner, cleaner_main, s, "ramster-clean") != 0:
+                raise MemoryError("cannot start the cleaner thread")
+            s.cleaner_running = True
+
+    def __dealloc__(self):
+        cdef Store_t *s = self.s
+        cdef uint32_t i
+        if s == NULL:
+            return
+        self.stop()
+        for i in range(POOLS_MAX):
+            if s.pools[i] != NULL:
+                drop_pages(s, s.pools[i])
+                drop_pool_memory(s, s.pools[i])
+        if s.segments != NULL and <void *> s.segments != MAP_FAILED:
+            for i in range(s.segments_used):
+                if s.segments[i].meta != NULL:
+                    free(s.segments[i].meta)
+            munmap(s.segments, <uint64_t> s.segments_max * sizeof(Segment))
+        if s.free_ids != NULL and <void *> s.free_ids != MAP_FAILED:
+            munmap(s.free_ids, <uint64_t> s.segments_max * 4)
+        if s.arena != NULL:
+            munmap(s.arena, s.arena_bytes)
+        for fd in (s.arena_fd, s.freed_fd, s.pressure_fd):
+            if fd >= 0:
+                close(fd)
+        free(s.frame_segment)
+        free(s.free_frames)
+        free(s.retired)
+        OPENSSL_cleanse(s.node_key, 32)
+        free(s)
+        self.s = NULL
+
+    cdef void stop(self):
+        cdef Store_t *s = self.s
+        store32(&s.stopping, 1, RELEASE)
+        if s.cleaner_running:
+            s.cleaner_running = False
+            with nogil:
+                pthread_mutex_lock(&s.frame_lock)
+                pthread_cond_broadcast(&s.clean_wanted)
+                pthread_mutex_unlock(&s.frame_lock)
+                pthread_join(s.cleaner, NULL)
+
+    cdef Store_t *live(self) except NULL:
+        if self.closed:
+            raise errors.UsageError("the store is closed")
+        return self.s
+
+    def close(self):
+        """Stop the cleaner. The memory goes with the last reference, since links and regions may still hold it."""
+        self.closed = True
+        self.stop()
+
+    @property
+    def pressure_fd(self):
+        return self.live().pressure_fd
+
+    def pressure_handled(self):
+        """Let the next shortage raise pressure_fd again."""
+        store32(&self.live().pressure_raised, 0, RELEASE)
+
+    def create_pool(self, *, pages=None, bint persistent=True):
+        cdef Store_t *s = self.live()
+        cdef uint32_t pool = 0
+        cdef uint64_t n = 0
+        cdef int result
+        cdef bint dense = pages is not None
+        if dense:
+            if not 0 < pages <= 1 << 32:
+                raise errors.UsageError(f"a pool of {pages} pages: must be 1 to 2^32")
+            n = pages
+        with nogil:
+            result = store_create_pool(s, dense, n, not persistent, &pool)
+        if result == FULL:
+            raise errors.StoreFull(f"all {POOLS_MAX} pools are in use")
+        if result != OK:
+            raise MemoryError("cannot reserve the page table of a new pool")
+        return pool
+
+    def destroy_pool(self, uint32_t pool):
+        cdef Store_t *s = self.live()
+        cdef int result
+        with nogil:
+            result = store_destroy_pool(s, pool)
+        raise_for(result, pool, 0)
+
+    def put(self, uint32_t pool, uint64_t index, page, oid=(0, 0, 0)):
+        cdef Store_t *s = self.live()
+        cdef Py_buffer view
+        cdef uint64_t key[3]
+        cdef int result
+        cdef uint32_t small
+        split_oid(oid, key)
+        small = check_index(index)
+        PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
+        try:
+            if view.len != PAGE:
+                raise errors.UsageError(f"a page is {PAGE} bytes, got {view.len}")
+            with nogil:
+                result = store_put(s, pool, key, small, <const uint8_t *> view.buf, s.full_wait_ns)
+        finally:
+            PyBuffer_Release(&view)
+        raise_for(result, pool, index)
+
+    def get(self, uint32_t pool, uint64_t index, oid=(0, 0, 0), int mode=-1):
+        cdef Store_t *s = self.live()
+        cdef uint64_t key[3]
+        cdef RemoteRef ref
+        cdef int result
+        cdef uint32_t small
+        split_oid(oid, key)
+        small = check_index(index)
+        page = PyBytes_FromStringAndSize(NULL, PAGE)
+        cdef uint8_t *out = <uint8_t *> PyBytes_AS_STRING(page)
+        with nogil:
+            result = store_get(s, pool, key, small, out, mode, &ref)
+        if result == MISS:
+            return None
+        if result == REMOTE:
+            raise errors.UsageError(f"page {index} of pool {pool} is on node {ref.peer}: read it through Links.get")
+        raise_for(result, pool, index)
+        return page
+
+    def flush_page(self, uint32_t pool, uint64_t index, oid=(0, 0, 0)):
+        cdef Store_t *s = self.live()
+        cdef uint64_t key[3]
+        cdef int result
+        cdef uint32_t small
+        split_oid(oid, key)
+        small = check_index(index)
+        with nogil:
+            result = store_flush(s, pool, key, small)
+        if result == MISS:
+            return False
+        raise_for(result, pool, index)
+        return True
+
+    def flush_object(self, uint32_t pool, oid):
+        cdef Store_t *s = self.live()
+        cdef uint64_t key[3]
+        cdef uint64_t dropped = 0
+        cdef Pool *p
+        cdef Reader *reader
+        split_oid(oid, key)
+        with nogil:
+            reader = enter(s)
+            p = s.pools[pool & (POOLS_MAX - 1)]
+            if p != NULL and not p.dense:
+                dropped = flush_object(s, p, key)
+            leave(reader)
+        if p == NULL:
+            raise_for(NO_POOL, pool, 0)
+        return dropped
+
+    def where(self, uint32_t pool, uint64_t index):
+        """'here', 'lost', 'none' or the number of the lender, of a page in a dense pool."""
+        cdef uint32_t peer = 0
+        cdef uint64_t slot = 0
+        cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
+        return {OK: "here", LOST: "lost", MISS: "none"}.get(result, peer)
+
+    def seal_open(self):
+        cdef Store_t *s = self.live()
+        cdef uint32_t sealed
+        with nogil:
+            sealed = store_seal_open(s)
+        return sealed
+
+    def clean(self, uint32_t segments=1):
+        cdef Store_t *s = self.live()
+        cdef uint32_t cleaned
+        with nogil:
+            cleaned = clean(s, segments, True)
+        return cleaned
+
+    def coldest(self, uint32_t most):
+        """Sealed local segments, untouched for longest first: (segment, generation, live bytes, live pages, age ms, ephemeral)."""
+        cdef Store_t *s = self.live()
+        cdef Candidate *found
+        cdef uint32_t n, i
+        most = min(most, 4096)
+        found = <Candidate *> malloc(sizeof(Candidate) * max(most, 1))
+        if found == NULL:
+            raise MemoryError
+        with nogil:
+            n = store_coldest(s, found, most) if most else 0
+        result = [(found[i].segment, found[i].generation, found[i].live_bytes, found[i].live_entries, found[i].age_ms,
+                   bool(found[i].ephemeral)) for i in range(n)]
+        free(found)
+        return result
+
+    def corrupt(self, uint32_t pool, uint64_t index, uint32_t bit):
+        """Flip one bit of a stored page's bytes in the arena: how tests show that a checksum is really looked at."""
+        cdef Store_t *s = self.live()
+        cdef uint64_t zero[3]
+        cdef Segment *row
+        cdef uint8_t *place
+        cdef uint64_t slot
+        memset(zero, 0, OID_BYTES)
+        slot = store_slot(s, pool, zero, check_index(index))
+        if slot_kind(slot) == KIND_FILLED:
+            s.pools[pool].slots[index] ^= 1 << (bit % 62)
+            return
+        if slot_kind(slot) != KIND_STORED or s.segments[slot_segment(slot)].frame == SEGMENT_FRAMES_NONE:
+            raise errors.UsageError(f"page {index} is not stored here")
+        row = &s.segments[slot_segment(slot)]
+        place = <uint8_t *> entry_at(s, row, slot_ordinal(slot))
+        bit %= (HEADER_BYTES - TAG_BYTES + (<EntryHeader *> place).length) * 8
+        if bit >= 24 * 8:
+            bit += TAG_BYTES * 8        # the tag of an unsealed entry carries nothing
+        place[bit // 8] ^= 1 << (bit % 8)
+
+    def verify(self):
+        """Recount everything from the page tables; AssertionError where stored != live. For a store at rest."""
+        cdef Store_t *s = self.live()
+        cdef uint32_t *entries = <uint32_t *> calloc(s.segments_used + 1, 4)
+        cdef uint64_t *sizes = <uint64_t *> calloc(s.segments_used + 1, 8)
+        cdef uint64_t filled = 0, i, b
+        cdef uint32_t p, k
+        cdef Pool *pool
+        cdef Leaf *leaf
+        cdef Segment *row
+        cdef int bad = 0
+        wrong = []
+        if entries == NULL or sizes == NULL:
+            raise MemoryError
+        for p in range(POOLS_MAX):
+            pool = s.pools[p]
+            if pool == NULL:
+                continue
+            if pool.dense:
+                for i in range(pool.pages):
+                    if pool.populated[i // SLOTS_PER_CHUNK] and pool.slots[i] != 0 and \
+                            recount_slot(s, pool.slots[i], entries, sizes, &filled) != 0:
+                        wrong.append(f"pool {p} page {i}: its slot names a dead or missing entry")
+                continue
+            for b in range(pool.buckets):
+                leaf = pool.leaf_buckets[b]
+                while leaf != NULL:
+                    for k in range(8):
+                        if leaf.slots[k] != 0 and recount_slot(s, leaf.slots[k], entries, sizes, &filled) != 0:
+                            wrong.append(f"pool {p} index {leaf.number * 8 + k}: its slot names a dead or missing entry")
+                    leaf = leaf.next
+        for k in range(s.segments_used):
+            row = &s.segments[k]
+            if row.state == SEG_FREE or row.state == SEG_FREEING:
+                if entries[k]:
+                    wrong.append(f"segment {k} is free but {entries[k]} slots name it")
+            elif row.live_entries != entries[k] or row.live_bytes != sizes[k]:
+                wrong.append(f"segment {k} (state {row.state}) counts {row.live_entries} live entries of {row.live_bytes} bytes, "
+                             f"the page tables {entries[k]} of {sizes[k]}")
+        if filled != total(s, C_FILLED):
+            wrong.append(f"{total(s, C_FILLED)} same-filled pages counted, the page tables hold {filled}")
+        free(entries)
+        free(sizes)
+        if wrong:
+            raise AssertionError("stored != live: " + "; ".join(wrong[:8]))
+
+    def counters(self):
+        """A plain dictionary; the face makes it a dataclass."""
+        cdef Store_t *s = self.live()
+        cdef uint32_t i
+        cdef Segment *row
+        cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
+        cdef uint64_t used_r = 0
+        cdef uint32_t k
+        for i in range(s.segments_used):
+            row = &s.segments[i]
+            spin_lock(&row.lock)
+            if row.state == SEG_REMOTE:
+                remote += 1
+                live_r += row.live_bytes
+                pages_r += row.live_entries
+                for k in range(row.entries):
+                    used_r += <uint64_t> (row.meta.sizes[k] & 0x7fff) * 8
+            elif row.state == SEG_LOST:
+                lost += 1
+                pages_x += row.live_entries
+            elif row.state != SEG_FREE and row.state != SEG_FREEING:
+                local += 1
+                live_l += row.live_bytes
+                used_l += row.used_bytes
+                pages_l += row.live_entries
+            spin_unlock(&row.lock)
+        pthread_mutex_lock(&s.frame_lock)
+        reclaim_retired(s)
+        i = s.free_count
+        pthread_mutex_unlock(&s.frame_lock)
+        filled = total(s, C_FILLED)
+        return dict(
+            arena_bytes=s.arena_bytes, segment_bytes=s.segment_bytes, frames_total=s.frames, frames_free=i,
+            segments_local=local, segments_remote=remote, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
+            pages_local=pages_l, pages_remote=pages_r, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
+            dead_bytes=used_l - live_l, live_bytes_remote=live_r, dead_bytes_remote=used_r - live_r,
+            table_bytes=total(s, C_TABLE_BYTES), puts=total(s, C_PUTS), gets=total(s, C_GETS),
+            local_gets=total(s, C_LOCAL_GETS), gets_missed=total(s, C_GETS_MISSED), flushes=total(s, C_FLUSHES),
+            flushes_found=total(s, C_FLUSHES_FOUND), puts_refused=total(s, C_PUTS_REFUSED),
+            cleaned_segments=total(s, C_CLEANED_SEGMENTS), cleaned_bytes=total(s, C_CLEANED_BYTES),
+            shipped_segments=total(s, C_SHIPPED_SEGMENTS), bytes_in=total(s, C_BYTES_IN),
+            bytes_compressed=total(s, C_BYTES_COMPRESSED), ephemeral_dropped=total(s, C_EPHEMERAL_DROPPED),
+            corrupt_pages=total(s, C_CORRUPT), locked=bool(s.locked))
+
+
+cdef uint32_t check_index(uint64_t index) except? 0xffffffffu:
+    if index > 0xffffffffu:
+        raise errors.UsageError(f"index {index} is out of range: at most 2^32 - 1")
+    return <uint32_t> index
+
+
+cdef int split_oid(oid, uint64_t *key) except -1:
+    try:
+        key[0], key[1], key[2] = oid
+    except (OverflowError, TypeError, ValueError) as error:
+        raise errors.UsageError(f"object id {oid!r}: must be three integers of 64 bits") from error
+    return 0
+
+
+cdef int raise_for(int result, uint32_t pool, uint64_t index) except -1:
+    """Turn an outcome into the exception that names it."""
+    if result == OK:
+        return 0
+    if result == FULL:
+        raise errors.StoreFull(f"no room for page {index} of pool {pool} within the bounded wait; nothing is stored under it now")
+    if result == NO_POOL:
+        raise errors.UsageError(f"there is no pool {pool}")
+    if result == OUT_OF_RANGE:
+        raise errors.UsageError(f"index {index} is beyond the end of pool {pool}")
+    if result == LOST:
+        raise errors.PageLost(f"page {index} of pool {pool} is lost: the only node that held it is gone")
+    if result == CORRUPT:
+        raise errors.PageLost(f"page {index} of pool {pool} is lost: its stored bytes fail their checksum")
+    if result == UNREACHABLE:
+        raise errors.PageLost(f"page {index} of pool {pool} cannot be had: its lender does not answer")
+    raise MemoryError(f"no memory for the page table of pool {pool}")

@@ -1,0 +1,118 @@
+"""The store's documented face: put, get and flush of pages, and everything that can be asked of it.
+
+Covers the contract. The mechanism, and the rules that keep it right under threads, are in `_store.pyx`; bytes and
+offsets are in docs/store-format.md; the readable reference with the same contract is `ramster.tmem.model`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ramster.constants import SEGMENT_BYTES_DEFAULT
+from ramster.engine import _store
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """One look at a store. Counts are pages unless the name says otherwise; `bytes` are bytes.
+
+    Always: pages_stored = pages_local + pages_remote + pages_filled (lost pages are counted apart), and bytes held by
+    local segments = live_bytes + dead_bytes.
+    """
+
+    arena_bytes: int
+    segment_bytes: int
+    frames_total: int
+    frames_free: int
+    segments_local: int
+    segments_remote: int
+    segments_lost: int
+    pages_stored: int
+    pages_local: int
+    pages_remote: int
+    pages_filled: int
+    pages_lost: int
+    live_bytes: int
+    dead_bytes: int
+    live_bytes_remote: int
+    dead_bytes_remote: int
+    table_bytes: int
+    puts: int
+    gets: int
+    local_gets: int
+    gets_missed: int
+    flushes: int
+    flushes_found: int
+    puts_refused: int
+    cleaned_segments: int
+    cleaned_bytes: int
+    shipped_segments: int
+    bytes_in: int
+    bytes_compressed: int
+    ephemeral_dropped: int
+    corrupt_pages: int
+    locked: bool
+
+
+class Store(_store.Store):
+    """A fixed arena of compressed pages in a log of segments, safe from many threads at once.
+
+    Every method releases the GIL while it works. Pages are 4096 bytes; a key is (pool, object id, index), the object id
+    three unsigned 64-bit integers (0, 0, 0 in a dense pool), the index 32 bits.
+
+    Args:
+        arena_bytes: RAM for compressed pages, taken, touched and (where allowed) locked at once. StoreFull where
+            the system cannot give it.
+        segment_bytes: 64 KiB to 256 KiB in whole pages; the unit of cleaning and of shipping.
+        path: a file on tmpfs that backs the arena; None: an anonymous memfd.
+        lock: try mlock; `statistics().locked` says whether it worked.
+        full_wait_ms: how long a put waits for room before StoreFull.
+        node_key: 32 secret bytes that segment keys are derived from; never leaves this process. None: random.
+        clean_low: share of free segments below which the cleaner works.
+        pressure: share of free segments below which `pressure_fd` (an eventfd) is raised.
+        cleaner: run the cleaner thread. False leaves cleaning to `clean()` (tests).
+
+    put: compresses a page under its key. An older page under that key is replaced. StoreFull, once full_wait_ms have
+        passed without room: then nothing is stored under the key any more, so that an old page can never be
+        read as the new one. UsageError for an unknown pool or an index out of range.
+    get: the page's bytes, or None. mode 1 removes it, 0 removes it if the pool is ephemeral, -1 keeps it. PageLost
+        when its bytes fail their checksum or its only copy is gone: it stays lost until it is put or flushed.
+        A page on a lender is read through `Links.get`.
+    flush_page, flush_object: forget, here and away. True, or how many pages, when there was something.
+    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse one.
+        Pages of a pool that is not persistent may be dropped at any time.
+    destroy_pool: drops every page; the id is used again only afterwards.
+    """
+
+    def __new__(
+        cls,
+        arena_bytes: int,
+        *,
+        segment_bytes: int = SEGMENT_BYTES_DEFAULT,
+        path: str | None = None,
+        lock: bool = True,
+        full_wait_ms: int = 1000,
+        node_key: bytes | None = None,
+        segments_max: int = 1 << 20,
+        clean_low: float = 0.08,
+        pressure: float = 0.25,
+        cleaner: bool = True,
+    ) -> Store:
+        return super().__new__(
+            cls,
+            arena_bytes,
+            segment_bytes,
+            path,
+            lock,
+            full_wait_ms * 1_000_000,
+            segments_max,
+            os.urandom(32) if node_key is None else node_key,
+            clean_low,
+            pressure,
+            cleaner,
+        )
+
+    def statistics(self) -> StoreStatistics:
+        """Counters of this moment; never blocks the page path for more than a segment row at a time."""
+        return StoreStatistics(**self.counters())

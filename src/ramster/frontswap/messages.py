@@ -1,0 +1,138 @@
+"""What the two ends of the region socket say to each other: JSON, one message per SEQPACKET record, pages as the unit.
+
+The application asks, the node answers each request once and in order; `id` is copied to the answer, so that an
+answer that came after the application gave up on it is recognised and dropped. Descriptors travel beside the record
+(SCM_RIGHTS): the answer to `Create` carries the region's memfd and the guard channel, `Attach` carries the userfaultfd.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from ramster.constants import POOL_PAGES_MAX
+
+VERSION: Final = 1
+# An answer with this many runs takes at most 26 KiB, well inside REGION_MESSAGE_BYTES_MAX.
+RUNS_MAX: Final = 1000
+# Pages that one pin, unpin, prefetch or evict may name (16 MiB): short enough that every answer comes within its
+# deadline.
+SPAN_MAX: Final = 4096
+NAME_MAX: Final = 64
+
+# A record of the guard channel: op, flags, first page, pages, text (UTF-8, NUL padded).
+GUARD: Final = struct.Struct("<IIQQ64s")
+GUARD_LOST: Final = 1
+GUARD_NOTE: Final = 2
+
+Page = Annotated[int, Meta(ge=0, lt=POOL_PAGES_MAX)]
+Count = Annotated[int, Meta(ge=1, le=POOL_PAGES_MAX)]
+
+
+class _Request(msgspec.Struct, tag_field="op", kw_only=True, omit_defaults=True):
+    id: int = 0
+
+
+class Create(_Request, tag="create"):
+    """First message of a connection: make a region of `pages`, of which `resident_pages` may be in RAM (None: the
+    node decides).
+    """
+
+    version: int
+    pages: Count
+    resident_pages: Count | None = None
+    name: Annotated[str, Meta(max_length=NAME_MAX)] | None = None
+
+
+class Attach(_Request, tag="attach"):
+    """Second message: the application mapped the memfd at `base` and hands over its userfaultfd with these features
+    enabled.
+    """
+
+    base: Annotated[int, Meta(ge=4096, le=2**63 - 1)]
+    features: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    user_mode_only: bool = False
+
+
+class Pin(_Request, tag="pin"):
+    first: Page
+    count: Count
+
+
+class Unpin(_Request, tag="unpin"):
+    first: Page
+    count: Count
+
+
+class Prefetch(_Request, tag="prefetch"):
+    first: Page
+    count: Count
+
+
+class Evict(_Request, tag="evict"):
+    first: Page
+    count: Count
+
+
+class Check(_Request, tag="check"):
+    first: Page
+    count: Count
+
+
+class Statistics(_Request, tag="statistics"):
+    pass
+
+
+class Close(_Request, tag="close"):
+    pass
+
+
+Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Check
+Request: TypeAlias = Create | Attach | Pin | Unpin | Prefetch | Evict | Check | Statistics | Close
+
+
+class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The answer to any request. ok=False: `error` is the stable code of a RamsterError, `message` says what
+    happened.
+    """
+
+    ok: bool
+    id: int = 0
+    error: str = ""
+    message: str = ""
+    runs: list[tuple[int, int]] = []
+    """Lost pages, (first, count) each; at most RUNS_MAX."""
+    next_page: int | None = None
+    """Check: where to go on, because more than RUNS_MAX runs were found."""
+    pages: int = 0
+    """Create: pages of the region. Prefetch: pages now resident. Evict: pages written out."""
+    region: int = 0
+    resident_pages: int = 0
+    node_wait_ms: int = 0
+    poison: str = "auto"
+    """Create: "guard" asks the application to leave UFFDIO_POISON off."""
+    statistics: dict[str, int] = {}
+
+
+_encode = msgspec.json.Encoder().encode
+_request: Callable[[bytes], Request] = msgspec.json.Decoder(Request).decode
+_reply = msgspec.json.Decoder(Reply).decode
+
+
+def encode(message: Request | Reply) -> bytes:
+    """The bytes of one record."""
+    return _encode(message)
+
+
+def decode_request(data: bytes) -> Request:
+    """Raises msgspec.DecodeError (ValidationError included) for anything that is no request."""
+    return _request(data)
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Raises msgspec.DecodeError for anything that is no answer."""
+    return _reply(data)

@@ -1,0 +1,507 @@
+"""The node's side of the region socket: one connection per region, thin glue between applications and the engine's
+Region.
+
+Everything here runs in the node's event loop; whatever may block (making, pinning, closing a region ...) runs in a
+small thread pool, one request of a connection at a time. The page path never comes through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+
+from ramster.config.units import format_bytes
+from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
+from ramster.errors import PermissionMissing, PortTaken, ProtocolError, RamsterError, Refused, RegionLost, UsageError
+from ramster.frontswap import messages
+
+_log = logging.getLogger("ramster.regions")
+
+# Each region costs threads, two sockets and a page table; far above what one machine's applications need.
+REGIONS_MAX: Final = 256
+# Connections that have no region yet: beyond, new ones are closed at once.
+WAITING_MAX: Final = 64
+# Requests that may block at a time, all bounded by the engine's own waits.
+WORKERS: Final = 8
+# Two messages of a local process.
+HANDSHAKE_DEADLINE_S: Final = 10.0
+_SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
+
+_T = TypeVar("_T")
+
+
+class EngineRegion(Protocol):
+    """What is used of ramster.engine's Region. `statistics` may be called beside any other method."""
+
+    @property
+    def memfd(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def resident_pages(self) -> int: ...
+    def guard_fd(self) -> int: ...
+    def attach(self, uffd: int, base: int, features: int) -> None: ...
+    def pin(self, first: int, count: int) -> None: ...
+    def unpin(self, first: int, count: int) -> None: ...
+    def prefetch(self, first: int, count: int) -> int: ...
+    def evict(self, first: int, count: int) -> int: ...
+    def check(self, first: int, count: int) -> list[tuple[int, int]]: ...
+    def statistics(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+
+MakeRegion = Callable[[int, int, str], EngineRegion]
+"""(pages, resident pages, name) -> a region; may block, may raise a RamsterError."""
+
+
+class Settings(Protocol):
+    """What is used of the configuration's [region] section."""
+
+    @property
+    def resident_default_bytes(self) -> int: ...
+    @property
+    def resident_max_bytes(self) -> int: ...
+    @property
+    def node_wait_ms(self) -> int: ...
+    @property
+    def poison(self) -> str: ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class ServiceCounters:
+    """Events since the node started."""
+
+    connections: int = 0
+    regions_made: int = 0
+    regions_closed: int = 0
+    refused: int = 0
+    garbage: int = 0
+    """Connections closed because what they sent is no message."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegionInfo:
+    """One region, for `ramster status`."""
+
+    number: int
+    name: str
+    pid: int
+    statistics: dict[str, int]
+
+
+class _Garbage(Exception):
+    """The other side sent what is no message; its connection ends."""
+
+
+class _Connection:
+    """A connected application and, after its first message, its region."""
+
+    def __init__(self, service: RegionService, sock: socket.socket) -> None:
+        self.service = service
+        self.sock = sock
+        self.loop = asyncio.get_running_loop()
+        self.pid, self.pidfd = _peer(sock)
+        self.region: EngineRegion | None = None
+        self.number = 0
+        self.name = ""
+        self.attached = False
+        self.reserved_pages = 0
+        self._gone = False
+        self._waiting: asyncio.Future[None] | None = None
+        # Between `statistics` and `close`, which run in pool threads.
+        self._closing = threading.Lock()
+        if self.pidfd is not None:
+            self.loop.add_reader(self.pidfd, self.leave)
+
+    def leave(self) -> None:
+        """The application has ended, or the node wants to: stop after the request that is being served."""
+        self._gone = True
+        if self.pidfd is not None:
+            self.loop.remove_reader(self.pidfd)
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def serve(self) -> None:
+        """Until the application closes its region, ends, or breaks the rules."""
+        try:
+            while not self._gone:
+                received = await self._receive()
+                if received is None:
+                    return
+                request, fds = received
+                reply, sent = await self._answer(request, fds)
+                if not self._send(reply, sent) or isinstance(request, messages.Close):
+                    return
+        except _Garbage as error:
+            self.service.counters.garbage += 1
+            _log.warning("region socket: closing the connection of process %d: %s", self.pid, error)
+        except (TimeoutError, OSError) as error:
+            _log.warning("region socket: closing the connection of process %d: %s", self.pid, str(error) or "too slow")
+        finally:
+            await self._end()
+
+    async def _receive(self) -> tuple[messages.Request, list[int]] | None:
+        """The next request; None once the application is gone."""
+        while True:
+            self._waiting = self.loop.create_future()
+            self.loop.add_reader(self.sock, self._notify)
+            try:
+                async with asyncio.timeout(None if self.attached else HANDSHAKE_DEADLINE_S):
+                    await self._waiting
+            finally:
+                self.loop.remove_reader(self.sock)
+                self._waiting = None
+            if self._gone:
+                return None
+            try:
+                data, fds, flags, _ = socket.recv_fds(
+                    self.sock, REGION_MESSAGE_BYTES_MAX, 8, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                )
+            except (BlockingIOError, InterruptedError):
+                continue
+            except ConnectionError:
+                return None
+            break
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise _Garbage(f"a message of more than {REGION_MESSAGE_BYTES_MAX} bytes, or with too many descriptors")
+            if not data:
+                return None  # end of file brings no descriptors
+            try:
+                request = messages.decode_request(data)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise _Garbage(str(error)) from error
+            if len(fds) != isinstance(request, messages.Attach):
+                raise _Garbage(f"{len(fds)} descriptors with a {type(request).__name__} message")
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return request, fds
+
+    def _send(self, reply: messages.Reply, fds: list[int]) -> bool:
+        try:
+            socket.send_fds(self.sock, [messages.encode(reply)], fds, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            # Gone, or it asks without ever reading answers.
+            return False
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    async def _answer(self, request: messages.Request, fds: list[int]) -> tuple[messages.Reply, list[int]]:
+        sent: list[int] = []
+        try:
+            match request:
+                case messages.Create():
+                    reply, sent = await self._create(request)
+                case messages.Attach():
+                    reply = await self._attach(request, fds.pop())
+                case messages.Close():
+                    await self._close_region()
+                    reply = messages.Reply(ok=True)
+                case messages.Statistics():
+                    reply = messages.Reply(ok=True, statistics=await self.service.run(self._ready().statistics))
+                case _:
+                    reply = await self._span(request)
+        except RamsterError as error:
+            runs = error.runs[: messages.RUNS_MAX] if isinstance(error, RegionLost) else []
+            self.service.counters.refused += isinstance(error, Refused)
+            reply = messages.Reply(ok=False, error=error.code, message=str(error), runs=runs)
+        except ValueError as error:
+            reply = messages.Reply(ok=False, error=UsageError.code, message=str(error))
+        except Exception as error:
+            _log.exception("region %d (%s): %s failed", self.number, self.name, type(request).__name__)
+            reply = messages.Reply(ok=False, error=RamsterError.code, message=f"{type(error).__name__}: {error}")
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return msgspec.structs.replace(reply, id=request.id), sent
+
+    async def _create(self, request: messages.Create) -> tuple[messages.Reply, list[int]]:
+        if request.version != messages.VERSION:
+            raise ProtocolError(
+                f"the application speaks version {request.version} of the region protocol, this node {messages.VERSION}"
+            )
+        if self.region is not None:
+            raise UsageError("this connection has a region already")
+        service, settings = self.service, self.service.settings
+        asked = request.resident_pages
+        if asked is None:
+            asked = settings.resident_default_bytes // PAGE_BYTES
+        resident = max(1, min(request.pages, asked))
+        limit = settings.resident_max_bytes // PAGE_BYTES
+        if settings.resident_max_bytes and service.reserved_pages + resident > limit:
+            free = format_bytes((limit - service.reserved_pages) * PAGE_BYTES)
+            raise Refused(
+                f"the region wants {format_bytes(resident * PAGE_BYTES)} resident; of the node's resident_max "
+                f"({format_bytes(limit * PAGE_BYTES)}) {free} is free"
+            )
+        if service.regions_count >= REGIONS_MAX:
+            raise Refused(f"this node has {REGIONS_MAX} regions already, its limit")
+        # Reserved before the first await: two that come at once cannot both pass the check.
+        service.regions_count += 1
+        service.reserved_pages += resident
+        self.reserved_pages = resident
+        self.name = request.name or f"pid {self.pid}"
+        try:
+            region = await service.run(lambda: service.make_region(request.pages, resident, self.name))
+        except BaseException:
+            self._release()
+            raise
+        self.region = region
+        service.last_number += 1
+        self.number = service.last_number
+        service.counters.regions_made += 1
+        reply = messages.Reply(
+            ok=True,
+            region=self.number,
+            pages=region.pages,
+            resident_pages=region.resident_pages,
+            node_wait_ms=settings.node_wait_ms,
+            poison=settings.poison,
+        )
+        channel = region.guard_fd()
+        try:
+            return reply, [os.dup(region.memfd), channel]
+        except OSError:
+            os.close(channel)
+            raise
+
+    async def _attach(self, request: messages.Attach, uffd: int) -> messages.Reply:
+        try:
+            region = self.region
+            if region is None or self.attached:
+                raise UsageError("attach comes once, after create")
+            if request.base % PAGE_BYTES or request.base + region.pages * PAGE_BYTES >= 1 << 63:
+                raise UsageError(f"base: {request.base:#x} is no place for {region.pages} pages")
+            # Anything else would answer the engine's requests in its own way, or block it.
+            if not _is_userfaultfd(uffd):
+                raise UsageError("the descriptor is no userfaultfd")
+        except BaseException:
+            os.close(uffd)
+            raise
+        await self.service.run(lambda: region.attach(uffd, request.base, request.features))
+        self.attached = True
+        return messages.Reply(ok=True)
+
+    async def _span(self, request: messages.Span) -> messages.Reply:
+        region = self._ready()
+        first, count = request.first, request.count
+        if first + count > region.pages:
+            raise UsageError(f"pages {first} to {first + count}, the region has {region.pages}")
+        if count > messages.SPAN_MAX and not isinstance(request, messages.Check):
+            raise UsageError(f"{count} pages in one request, allowed are {messages.SPAN_MAX}")
+        run = self.service.run
+        match request:
+            case messages.Pin():
+                await run(lambda: region.pin(first, count))
+                return messages.Reply(ok=True)
+            case messages.Unpin():
+                await run(lambda: region.unpin(first, count))
+                return messages.Reply(ok=True)
+            case messages.Prefetch():
+                return messages.Reply(ok=True, pages=await run(lambda: region.prefetch(first, count)))
+            case messages.Evict():
+                return messages.Reply(ok=True, pages=await run(lambda: region.evict(first, count)))
+            case messages.Check():
+                runs = await run(lambda: region.check(first, count))
+                more = runs[messages.RUNS_MAX][0] if len(runs) > messages.RUNS_MAX else None
+                return messages.Reply(ok=True, runs=runs[: messages.RUNS_MAX], next_page=more)
+
+    def _ready(self) -> EngineRegion:
+        if self.region is None or not self.attached:
+            raise UsageError("create and attach come first")
+        return self.region
+
+    def info(self) -> RegionInfo | None:
+        """Runs in a pool thread; None where the region is gone."""
+        with self._closing:
+            if self.region is None:
+                return None
+            return RegionInfo(
+                number=self.number, name=self.name, pid=self.pid, statistics=dict(self.region.statistics())
+            )
+
+    def _close_in_thread(self) -> None:
+        with self._closing:
+            region, self.region = self.region, None
+            if region is not None:
+                region.close()
+
+    async def _close_region(self) -> None:
+        if self.region is None:
+            return
+        try:
+            await self.service.run(self._close_in_thread)
+        finally:
+            self.attached = False
+            self.service.counters.regions_closed += 1
+            self._release()
+
+    def _release(self) -> None:
+        self.service.regions_count -= 1
+        self.service.reserved_pages -= self.reserved_pages
+        self.reserved_pages = 0
+
+    async def _end(self) -> None:
+        if self.pidfd is not None:
+            self.loop.remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = None
+        try:
+            await self._close_region()
+        except Exception:
+            _log.exception("region %d (%s): close failed", self.number, self.name)
+        self.sock.close()
+
+
+def _is_userfaultfd(fd: int) -> bool:
+    return Path(f"/proc/self/fd/{fd}").readlink() == Path("anon_inode:[userfaultfd]")
+
+
+def _peer(sock: socket.socket) -> tuple[int, int | None]:
+    """(process id, pidfd) of the other side; no pidfd where it lives in another process namespace or has ended already.
+
+    End of file alone does not tell that the application is gone: a child that it forked may hold the socket.
+    """
+    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    with contextlib.suppress(OSError):
+        return pid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    with contextlib.suppress(OSError, ValueError):
+        return pid, os.pidfd_open(pid)
+    return pid, None
+
+
+class RegionService:
+    """Serves `region.sock` in a run directory.
+
+    run_dir: made if missing (mode 0700); must belong to this user or root and be writable for nobody else.
+    make_region: makes the engine's region. settings: the [region] section of the configuration.
+    """
+
+    def __init__(self, run_dir: Path, make_region: MakeRegion, settings: Settings) -> None:
+        self.path = run_dir / REGION_SOCKET
+        self.make_region = make_region
+        self.settings = settings
+        self.counters = ServiceCounters()
+        self.regions_count = 0
+        self.reserved_pages = 0
+        self.last_number = 0
+        self._connections: dict[_Connection, asyncio.Task[None]] = {}
+        self._listener: socket.socket | None = None
+        self._lock: int | None = None
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ramster-region")
+
+    async def start(self) -> None:
+        """Listen. Raises PortTaken where another node serves this directory, PermissionMissing for a directory that
+        others can write.
+        """
+        directory = self.path.parent
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.stat()
+            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionMissing(
+                    f"{directory} must belong to user {os.geteuid()} or root and be writable for its owner only "
+                    f"(owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}): chmod go-w {directory}"
+                )
+            # The lock tells a dead node's socket from a live one's without a race; the kernel drops it with the
+            # process.
+            self._lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise PermissionMissing(
+                f"cannot use {directory}: {error.strerror}; set another run_dir in [node]"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._unlock()
+            raise PortTaken(f"{self.path}: another node serves it; stop it, or set another run_dir in [node]") from None
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                    raise PortTaken(f"{self.path} exists and is no socket; move it away")
+                self.path.unlink()
+            listener.bind(os.fspath(self.path))
+            self.path.chmod(0o660)  # who may come this far is the directory's matter
+            listener.listen(WAITING_MAX)
+        except BaseException:
+            listener.close()
+            self._unlock()
+            raise
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self._accept)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, InterruptedError, ConnectionError)):
+                _log.error("region socket: cannot accept: %s", error)
+            return
+        self.counters.connections += 1
+        sock.setblocking(False)
+        if sum(connection.region is None for connection in self._connections) >= WAITING_MAX:
+            self.counters.refused += 1
+            sock.close()
+            return
+        connection = _Connection(self, sock)
+        task = asyncio.get_running_loop().create_task(connection.serve(), name=f"region of {connection.pid}")
+        self._connections[connection] = task
+        task.add_done_callback(lambda _: self._connections.pop(connection))
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        """Run what may block in the pool. Goes on to the end where the caller is cancelled: a region is never closed
+        under it.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    async def describe(self) -> list[RegionInfo]:
+        """Every region with its counters, in the order of their making."""
+        found = [await self.run(connection.info) for connection in list(self._connections) if connection.region]
+        return sorted((info for info in found if info is not None), key=lambda info: info.number)
+
+    async def close(self) -> None:
+        """Stop listening, close every region, wait for the threads. Again: does nothing."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+            self.path.unlink(missing_ok=True)
+        for connection in list(self._connections):
+            connection.leave()
+        if self._connections:
+            await asyncio.wait(list(self._connections.values()))
+        self._pool.shutdown()
+        self._unlock()
