@@ -9,7 +9,8 @@ target=$out/site
 mkdir -p "$out"
 echo "asan: building into $out ..."
 .venv/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-build-isolation --no-deps \
-    --upgrade --target "$target" -C build-dir="$out/cmake" -C cmake.define.RAMSTER_SANITIZE=address . \
+    --upgrade --target "$target" --config-settings build-dir="$out/cmake" \
+    --config-settings cmake.define.RAMSTER_SANITIZE=address . \
     >"$out/build.log" 2>&1 || { cat "$out/build.log" >&2; exit 1; }
 
 # The interpreter below .venv, with the two folders as plain PYTHONPATH: .venv's editable hook, which would lead to

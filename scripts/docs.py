@@ -47,10 +47,10 @@ def configuration() -> str:
     parts = [
         "# Configuration\n\n",
         "Made from `src/ramster/config/knobs.py` by `make docs`; edit there.\n\n",
-        "`ramster node --config FILE` reads one TOML file. A mistake is reported with file, line, key, what was given\n"
-        "and what is allowed, all mistakes at once, before anything starts. Only `[node]` is required.\n\n",
-        f"- A size is {SIZE_RULE}.\n- A time is {TIME_RULE}.\n",
-        "- A relative path starts at the folder of the file.\n\n",
+        "`ramster node --config FILE` reads one TOML file. Mistakes are reported all at once before anything starts,\n",
+        "each with file, line, key, what was given and what is allowed. Only `[node]` is required.\n\n",
+        f"- Sizes: {SIZE_RULE}.\n- Times: {TIME_RULE}.\n",
+        "- Paths: a relative one starts at the folder of the file.\n\n",
         f"```toml\n{EXAMPLE}```\n",
     ]
     for name, cls in SECTIONS.items():

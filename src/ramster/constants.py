@@ -17,8 +17,8 @@ PAGE_BYTES: Final = 4096
 SEGMENT_BYTES_DEFAULT: Final = 256 * KIB
 # Below, headers and half-filled tails cost more than 5 % of the arena.
 SEGMENT_BYTES_MIN: Final = 64 * KIB
-# Above, one segment in flight delays the next recall or stop by more than 30 ms at 1 Gbit/s.
-SEGMENT_BYTES_MAX: Final = 4 * MIB
+# A directory entry of the store has 15 bits for an offset in 8-byte units.
+SEGMENT_BYTES_MAX: Final = 256 * KIB
 
 # Open segments of every class, the cleaner's reserve and a few sealed ones to choose from.
 ARENA_BYTES_MIN: Final = 4 * MIB

@@ -185,9 +185,9 @@ class PortTaken(RamsterError):
 
 
 def every_error() -> Iterator[type[RamsterError]]:
-    """RamsterError and its subclasses in the order of their declaration."""
+    """RamsterError and the subclasses declared here, in that order."""
     yield RamsterError
-    yield from RamsterError.__subclasses__()
+    yield from (cls for cls in RamsterError.__subclasses__() if cls.__module__ == __name__)
 
 
 def from_code(code: str, message: str, runs: Iterable[tuple[int, int]] = ()) -> RamsterError:

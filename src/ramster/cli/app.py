@@ -66,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough. The interpreter's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_PIPE
+    except SystemExit:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # the parser met the broken pipe first
+            return EXIT_PIPE
+        raise
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's errors; their class moved between typer's releases
             return _usage(error)
@@ -88,7 +92,8 @@ def _usage(error: Any) -> int:
     message = str(error.format_message())
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(context.get_help() if context is not None and not message.strip() else message, err=True)
+        if message.strip():  # with rich the help was printed when the error was made
+            typer.echo(message, err=True)
         return EXIT_USAGE
     command = context.command_path if context is not None else "ramster"
     return _fail(f"{message.rstrip('.')}; `{command} --help` shows what is allowed", EXIT_USAGE)

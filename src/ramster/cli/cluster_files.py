@@ -71,8 +71,8 @@ def create(
 ) -> list[Path]:
     """Makes the authority, certificates, keys and `NAME.toml` of each place; returns the paths of the latter.
 
-    `extra` adds knobs by node name and section. Paths inside are relative to the file, so that it can be copied together
-    with its certificates. Raises UsageError or CertificateError; nothing is ever overwritten.
+    `extra` adds knobs by node name and section. Paths inside are relative to the file, so that it can be copied
+    together with its certificates. Raises UsageError or CertificateError; nothing is ever overwritten.
     """
     from ramster.cluster import identity
 

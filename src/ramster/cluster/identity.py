@@ -107,6 +107,15 @@ def describe(certificate: str | Path) -> Certificate:
     return _describe(Path(certificate), _load_certificate(Path(certificate)))
 
 
+def describe_der(certificate: bytes) -> Certificate:
+    """What a certificate that a peer showed says; CertificateError when it is not of a cluster."""
+    shown = Path("the peer's certificate")
+    try:
+        return _describe(shown, x509.load_der_x509_certificate(certificate))
+    except ValueError as error:
+        raise CertificateError(f"{shown}: cannot be read: {error}") from error
+
+
 def verify(files: NodeFiles, cluster_id: str, node: str, *, now: datetime | None = None) -> Certificate:
     """Checks at start what a handshake would refuse later with less to say.
 
@@ -234,7 +243,7 @@ def _write_all(directory: Path, files: dict[Path, bytes]) -> None:
             mode = 0o600 if path.suffix == ".key" else 0o644
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             written.append(path)
-            with open(descriptor, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

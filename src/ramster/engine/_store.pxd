@@ -44,7 +44,8 @@ cdef enum SegmentState:
     SEG_SHIPPING = 4
     SEG_REMOTE = 5
     SEG_LOST = 6
-    SEG_FREEING = 7             # nothing live; the lender has yet to be told
+    SEG_FREEING = 7             # nothing live; waits in the queue for the lender to be told
+    SEG_FREE_SENT = 8           # the lender was told, or is to be told again once it is back
 
 cdef enum Counter:
     C_PUTS = 0
@@ -104,6 +105,7 @@ cdef struct Segment:
     uint32_t peer
     uint32_t handle                 # the lender's hint where it lies
     uint32_t next                   # link in the queue of remote segments to free
+    uint32_t damaged                # entries in it have lost their key: the cleaner leaves it alone
     uint64_t touched_ms
     RemoteMeta *meta
 
@@ -138,6 +140,7 @@ cdef struct Leaf:                   # eight consecutive indices of one object
 
 cdef struct Pool:
     uint32_t id
+    uint64_t serial                 # never used again, unlike the id
     bint ephemeral
     bint dense
     int fd
@@ -241,8 +244,11 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
 cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
 cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil
 cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil
+cdef uint32_t store_requeue_freed(Store_t *s, uint32_t peer) noexcept nogil
+cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
+cdef void store_census(Store_t *s, uint32_t pool, const uint8_t *resident, uint64_t *census) noexcept nogil
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil
 

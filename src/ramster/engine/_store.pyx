@@ -1,4 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The store: a log of segments in a fixed arena, with page tables of 8-byte slots.
 
 Covers: arena, segments, entries, page tables (dense and sparse), put, get, flush, the cleaner, sealing and unsealing.
@@ -16,43 +15,29 @@ Rules that everything here keeps:
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING
-from libc.errno cimport EEXIST, ENOMEM, ENOSPC, errno
+from libc.errno cimport errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport abort, calloc, free, malloc, realloc
-from libc.stdio cimport fprintf, stderr
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strerror
-from posix.unistd cimport close, ftruncate, write as fd_write
 
 from ramster.engine._c.atomic cimport *
+from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.codec cimport LZ4_compress_default, LZ4_decompress_safe, crc32_iscsi
 from ramster.engine._c.crypto cimport (
     EVP_CIPHER_CTX, EVP_CIPHER_CTX_ctrl, EVP_CTRL_GCM_GET_TAG, EVP_CTRL_GCM_SET_TAG, EVP_DecryptFinal_ex,
     EVP_DecryptInit_ex, EVP_DecryptUpdate, EVP_EncryptFinal_ex, EVP_EncryptInit_ex, EVP_EncryptUpdate,
     EVP_aes_256_gcm, EVP_sha256, HMAC, OPENSSL_cleanse, RAND_bytes)
-from ramster.engine._c.pthread cimport *
+from ramster.engine._c.linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MFD_CLOEXEC, PROT_READ,
+    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, memfd_create, mlock, mmap, munmap)
+from ramster.engine._c.pthread cimport (
+    cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
 
 import os
 
 from ramster import errors
-
-cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *, size_t, int, int, int, long) noexcept
-    int munmap(void *, size_t) noexcept
-    int mlock(const void *, size_t) noexcept
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    void *MAP_FAILED
-cdef extern from "<fcntl.h>" nogil:
-    int fallocate(int fd, int mode, long offset, long length) noexcept
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int, int) noexcept
-    int EFD_NONBLOCK, EFD_CLOEXEC
-cdef extern from *:
-    """
-    #ifndef likely
-    #define likely(x) __builtin_expect(!!(x), 1)
-    #endif
-    """
 
 # --- slots ---------------------------------------------------------------------------------------------------------
 # 63..62 kind | kind 1, same-filled: 61..32 check, 31..0 pattern | kind 2, stored: 61..48 generation, 47..16 segment,
@@ -71,14 +56,6 @@ cdef enum:
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
     STALE_LOOKS_MAX = 100000        # looks at one unchanged slot value before it counts as damaged
     CLEANER_RESERVE = 2             # frames only the cleaner may take, so that it can always make progress
-
-cdef extern from *:
-    """
-    #define RAMSTER_ASSERT(condition) do { if (__builtin_expect(!(condition), 0)) { \
-        fprintf(stderr, "ramster: invariant broken: %s (%s:%d)\\n", #condition, __FILE__, __LINE__); abort(); } } while (0)
-    """
-    void ASSERT "RAMSTER_ASSERT"(bint condition) noexcept nogil
-
 
 cdef inline uint64_t slot_stored(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil:
     return (<uint64_t> KIND_STORED << KIND_SHIFT) | (<uint64_t> (generation & GENERATION_MASK) << 48) | \
@@ -113,6 +90,11 @@ cdef inline uint64_t slot_filled(uint32_t pool, uint32_t index, uint32_t pattern
 
 cdef inline uint32_t align8(uint32_t n) noexcept nogil:
     return (n + 7) & ~<uint32_t> 7
+
+
+cdef inline Pool *pool_at(Store_t *s, uint32_t id) noexcept nogil:
+    """The pool of this id, or NULL; ids beyond the table name nothing (they must not alias another pool)."""
+    return s.pools[id] if id < POOLS_MAX else NULL
 
 
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil:
@@ -177,6 +159,17 @@ cdef inline uint16_t *directory(Store_t *s, uint32_t frame) noexcept nogil:
     return <uint16_t *> (s.arena + <uint64_t> (frame + 1) * s.segment_bytes)
 
 
+cdef inline uint32_t entry_bytes_at(Store_t *s, Segment *row, uint32_t ordinal) noexcept nogil:
+    """Bytes that an entry of a local segment takes, padding included: from the directory, since a flipped bit in the
+    entry's own length must not reach accounting or copies. Under the row's lock while the segment is open."""
+    cdef uint16_t *offsets = directory(s, row.frame)
+    cdef uint32_t begin = <uint32_t> (offsets[-1 - <int64_t> ordinal] & 0x7fff) * 8
+    cdef uint32_t end = FRAME_HEADER_BYTES + row.used_bytes
+    if ordinal + 1 < row.entries:
+        end = <uint32_t> (offsets[-2 - <int64_t> ordinal] & 0x7fff) * 8
+    return end - begin
+
+
 cdef void reclaim_retired(Store_t *s) noexcept nogil:
     """Under frame_lock: frames whose readers have left become free."""
     cdef uint64_t oldest
@@ -203,9 +196,8 @@ cdef void retire_frame(Store_t *s, uint32_t frame) noexcept nogil:
 
 
 cdef void raise_pressure(Store_t *s) noexcept nogil:
-    cdef uint64_t one = 1
     if s.pressure_fd >= 0 and swap32(&s.pressure_raised, 1, ACQ_REL) == 0:
-        fd_write(s.pressure_fd, &one, 8)
+        eventfd_write(s.pressure_fd, 1)
 
 
 cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept nogil:
@@ -252,6 +244,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     row.used_bytes = 0
     row.live_bytes = 0
     row.meta = NULL
+    row.damaged = False
     row.touched_ms = coarse_ms()
     row.state = SEG_OPEN
     spin_unlock(&row.lock)
@@ -279,7 +272,6 @@ cdef void free_local(Store_t *s, uint32_t segment) noexcept nogil:
 
 cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: nothing in this remote segment is live; the lender must hear of it."""
-    cdef uint64_t one = 1
     cdef Segment *row = &s.segments[segment]
     row.state = SEG_FREEING
     pthread_mutex_lock(&s.freed_lock)
@@ -291,7 +283,7 @@ cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
     s.freed_last = segment
     s.freed_count += 1
     pthread_mutex_unlock(&s.freed_lock)
-    fd_write(s.freed_fd, &one, 8)
+    eventfd_write(s.freed_fd, 1)
 
 
 cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
@@ -326,7 +318,7 @@ cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
         size = <uint32_t> (mark[0] & 0x7fff) * 8
     else:
         mark = &directory(s, row.frame)[-1 - <int64_t> ordinal]
-        size = align8(HEADER_BYTES + (<EntryHeader *> (frame_at(s, row.frame) + (mark[0] & 0x7fff) * 8)).length)
+        size = entry_bytes_at(s, row, ordinal)
     ASSERT((mark[0] & DIRECTORY_DEAD) == 0 and row.live_bytes >= size)
     mark[0] |= DIRECTORY_DEAD
     row.live_entries -= 1
@@ -537,8 +529,8 @@ cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
 
 
 cdef inline uint64_t *dense_slot(Pool *pool, uint64_t index) noexcept nogil:
-    """The slot, or NULL where nothing near the index was ever put."""
-    if not load8(&pool.populated[index // SLOTS_PER_CHUNK], ACQUIRE):
+    """The slot, or NULL beyond the end and where nothing near the index was ever put."""
+    if index >= pool.pages or not load8(&pool.populated[index // SLOTS_PER_CHUNK], ACQUIRE):
         return NULL
     return &pool.slots[index]
 
@@ -655,18 +647,24 @@ cdef int drop_ephemeral(Store_t *s) noexcept nogil:
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if row.ephemeral and load32(&row.state, ACQUIRE) == SEG_SEALED and row.touched_ms < oldest:
+        if row.ephemeral and not row.damaged and load32(&row.state, ACQUIRE) == SEG_SEALED and row.touched_ms < oldest:
             oldest = row.touched_ms
             best = segment
     if best == SEGMENT_FRAMES_NONE or not take_local(s, best, SEG_CLEANING):
         leave(reader)
         return -1
     row = &s.segments[best]
+    if not row.ephemeral:       # freed and used again for persistent pages since the look
+        give_back(s, best)
+        leave(reader)
+        return -1
     for ordinal in range(row.entries):
+        spin_lock(&row.lock)
         header = entry_at(s, row, ordinal)
+        spin_unlock(&row.lock)
         if header == NULL:
             continue
-        pool = s.pools[header.pool & (POOLS_MAX - 1)]
+        pool = pool_at(s, header.pool)
         if pool == NULL:
             continue
         entry_oid(header, oid)
@@ -674,6 +672,7 @@ cdef int drop_ephemeral(Store_t *s) noexcept nogil:
         if replace(pool, oid, header.index, slot, 0):
             free_entry(s, slot)
             dropped += 1
+    row.damaged = row.live_entries > 0      # never twice: a put must not loop on a segment that cannot be emptied
     count(s, C_EPHEMERAL_DROPPED, dropped)
     give_back(s, best)
     leave(reader)
@@ -706,21 +705,21 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     cdef uint8_t *place
     cdef uint32_t pattern = 0, prefix = 0
     cdef int size, result = OK
-    cdef uint64_t slot = 0, old = 0, deadline = 0
+    cdef uint64_t slot = 0, old = 0, deadline = 0, serial
     cdef Reader *reader
     cdef Pool *pool
     cdef Head *head
     cdef bint filled = same_filled(page, &pattern)
 
-    pool_id &= POOLS_MAX - 1
     reader = enter(s)
-    pool = s.pools[pool_id]
+    pool = pool_at(s, pool_id)
     if pool == NULL or (pool.dense and index >= pool.pages):
         leave(reader)
         return NO_POOL if pool == NULL else OUT_OF_RANGE
     if not pool.dense:
         prefix = OID_BYTES
         memcpy(body, oid, OID_BYTES)
+    serial = pool.serial
     if filled:
         slot = slot_filled(pool_id, index, pattern)
         count(s, C_FILLED, 1)       # before it shows, so that a racing flush finds it counted
@@ -754,8 +753,8 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     while True:
         reader = enter(s)
         pool = s.pools[pool_id]
-        if pool == NULL:
-            leave(reader)
+        if pool == NULL or pool.serial != serial:
+            leave(reader)       # destroyed meanwhile; its id may already name another pool
             return NO_POOL
         head = &s.heads[(HEAD_STRIPES_MAX if pool.ephemeral else 0) + sched_getcpu() % s.head_stripes]
         pthread_mutex_lock(&head.lock)
@@ -783,7 +782,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     else:
         # Rule 3 of tmem: a duplicate put that fails must not leave the older page readable.
         pool = s.pools[pool_id]
-        if pool != NULL:
+        if pool != NULL and pool.serial == serial:
             free_entry(s, clear(pool, oid, index))
         count(s, C_PUTS_REFUSED, 1)
     leave(reader)
@@ -824,9 +823,15 @@ cdef int decode(EntryHeader *header, const uint8_t *body, const RemoteRef *expec
     return CORRUPT
 
 
-cdef int decode_local(Store_t *s, const uint8_t *place, const RemoteRef *expected, uint8_t *page) noexcept nogil:
+cdef inline bint entry_intact(EntryHeader *header, uint32_t room) noexcept nogil:
+    """The length fits the room that the directory gives the entry, and the checksum is right."""
+    return align8(HEADER_BYTES + header.length) == room and \
+        entry_crc(header, <const uint8_t *> header + HEADER_BYTES) == header.crc
+
+
+cdef int decode_local(const uint8_t *place, uint32_t room, const RemoteRef *expected, uint8_t *page) noexcept nogil:
     cdef EntryHeader *header = <EntryHeader *> place
-    if header.length > OID_BYTES + PAGE or entry_crc(header, place + HEADER_BYTES) != header.crc:
+    if not entry_intact(header, room):
         return CORRUPT
     return decode(header, place + HEADER_BYTES, expected, page)
 
@@ -837,13 +842,14 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     is ephemeral, -1 keep."""
     cdef uint64_t slot
     cdef Reader *reader = enter(s)
-    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef Pool *pool = pool_at(s, pool_id)
     cdef Segment *row
     cdef uint8_t *place
-    cdef uint32_t pattern, state
+    cdef uint32_t pattern, state, room
     cdef uint32_t *words
     cdef uint64_t before = 0
     cdef int i, result, looks = 0
+    cdef bint remove
     if pool == NULL or (pool.dense and index >= pool.pages):
         leave(reader)
         return NO_POOL if pool == NULL else OUT_OF_RANGE
@@ -852,6 +858,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     ref.sparse = not pool.dense
     if not pool.dense:
         memcpy(ref.oid, oid, OID_BYTES)
+    remove = mode == 1 or (mode == 0 and pool.ephemeral)
     count(s, C_GETS, 1)
     while True:
         slot = read_slot(pool, oid, index)
@@ -870,7 +877,12 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
                 else:
                     for i in range(PAGE // 4):
                         words[i] = pattern
-            break
+            if result != OK or not remove:
+                break
+            if replace(pool, oid, index, slot, 0):
+                free_entry(s, slot)
+                break
+            continue
         # A value that moved while we looked changes; one that keeps naming nothing was damaged in memory.
         looks = looks + 1 if slot == before else 0
         before = slot
@@ -899,18 +911,22 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             spin_unlock(&row.lock)
             leave(reader)
             return LOST
-        if state == SEG_FREE or state == SEG_FREEING:
+        if state == SEG_FREE or state >= SEG_FREEING:
             spin_unlock(&row.lock)
             continue
         place = frame_at(s, row.frame) + <uint32_t> (directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)] & 0x7fff) * 8
+        room = entry_bytes_at(s, row, slot_ordinal(slot))
         spin_unlock(&row.lock)
-        result = decode_local(s, place, ref, page)
-        break
+        result = decode_local(place, room, ref, page)
+        if result != OK or not remove:
+            break
+        # The cleaner may have moved the entry, or somebody else was first: look again, so that the page is gone
+        # after this get and no two exclusive gets return the same put.
+        if replace(pool, oid, index, slot, 0):
+            free_entry(s, slot)
+            break
     if result == OK:
         count(s, C_LOCAL_GETS, 1)
-        if mode == 1 or (mode == 0 and pool.ephemeral):
-            if replace(pool, oid, index, slot, 0):
-                free_entry(s, slot)
     elif result == CORRUPT:
         count(s, C_CORRUPT, 1)
     leave(reader)
@@ -919,7 +935,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
 
 cdef uint64_t store_slot(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
     cdef Reader *reader = enter(s)
-    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef Pool *pool = pool_at(s, pool_id)
     cdef uint64_t slot = read_slot(pool, oid, index) if pool != NULL else 0
     leave(reader)
     return slot
@@ -930,6 +946,7 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
     cdef Segment *row
     cdef int result, looks
     cdef uint64_t zero[3]
+    memset(zero, 0, OID_BYTES)
     for looks in range(STALE_LOOKS_MAX):
         slot[0] = store_slot(s, pool_id, zero, index)
         if slot[0] == 0:
@@ -940,7 +957,7 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
             return CORRUPT
         row = &s.segments[slot_segment(slot[0])]
         spin_lock(&row.lock)
-        if row.generation == slot_generation(slot[0]) and row.state != SEG_FREE and row.state != SEG_FREEING:
+        if row.generation == slot_generation(slot[0]) and row.state != SEG_FREE and row.state < SEG_FREEING:
             result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else OK
             peer[0] = row.peer
             spin_unlock(&row.lock)
@@ -954,7 +971,7 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
 cdef int store_flush(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
     """Forget a page, here and away. OK when there was one, MISS when not."""
     cdef Reader *reader = enter(s)
-    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef Pool *pool = pool_at(s, pool_id)
     cdef uint64_t old
     if pool == NULL or (pool.dense and index >= pool.pages):
         leave(reader)
@@ -971,7 +988,7 @@ cdef int store_flush(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t
 cdef int store_flush_if(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil:
     """Forget a page only if its slot still holds this value (an exclusive get that came back from a lender)."""
     cdef Reader *reader = enter(s)
-    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef Pool *pool = pool_at(s, pool_id)
     cdef int result = MISS
     if pool != NULL and slot != 0 and replace(pool, oid, index, slot, 0):
         free_entry(s, slot)
@@ -1015,11 +1032,6 @@ cdef void *map_file(const char *name, uint64_t length, int *fd, object_path) exc
     return base
 
 
-cdef extern from "<sys/mman.h>" nogil:
-    int memfd_create(const char *name, unsigned int flags) noexcept
-    unsigned int MFD_CLOEXEC
-
-
 cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil:
     cdef Pool *pool = <Pool *> calloc(1, sizeof(Pool))
     cdef uint32_t i
@@ -1027,6 +1039,7 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
     if pool == NULL:
         return NO_MEMORY
     pthread_mutex_init(&pool.lock, NULL)
+    pool.serial = add64(&s.version, 1, RELAXED)
     pool.dense = dense
     pool.ephemeral = ephemeral
     pool.fd = -1
@@ -1083,23 +1096,17 @@ cdef void drop_pool_memory(Store_t *s, Pool *pool) noexcept nogil:
 
 
 cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil:
-    """Unpublish the id, wait until nobody uses the pool, drop every page here and away, then let the id be used again."""
+    """Unpublish the id, wait until nobody uses the pool, then drop every page here and away."""
     cdef Pool *pool
-    cdef uint64_t i, b
-    pthread_mutex_lock(&s.pools_lock)
-    pool = s.pools[id & (POOLS_MAX - 1)]
-    if pool == NULL:
-        pthread_mutex_unlock(&s.pools_lock)
+    if id >= POOLS_MAX:
         return NO_POOL
-    pthread_mutex_unlock(&s.pools_lock)
-    # Two passes: the first under traffic of those that still hold the pool, the second when they have left.
-    drop_pages(s, pool)
+    # Whoever takes the pointer out owns the pool: a second destroy finds nothing.
     pthread_mutex_lock(&s.pools_lock)
-    if s.pools[id] != pool:
-        pthread_mutex_unlock(&s.pools_lock)
-        return NO_POOL
+    pool = s.pools[id]
     s.pools[id] = NULL
     pthread_mutex_unlock(&s.pools_lock)
+    if pool == NULL:
+        return NO_POOL
     wait_for_readers(s)
     drop_pages(s, pool)
     drop_pool_memory(s, pool)
@@ -1107,6 +1114,7 @@ cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil:
 
 
 cdef void drop_pages(Store_t *s, Pool *pool) noexcept nogil:
+    """Of a pool that nobody else can reach any more."""
     cdef uint64_t i, b, value
     cdef uint64_t oid[3]
     if pool.dense:
@@ -1163,10 +1171,13 @@ cdef uint32_t choose_victim(Store_t *s, bint any_gain) noexcept nogil:
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if load32(&row.state, RELAXED) != SEG_SEALED:
+        if load32(&row.state, RELAXED) != SEG_SEALED or row.damaged:
+            continue
+        # Less than the largest entry to win: the copy would end as full as this one, and be copied again.
+        if row.live_bytes + 2 * row.live_entries + ENTRY_BYTES_MAX + 16 > s.segment_bytes - FRAME_HEADER_BYTES:
             continue
         u = row.live_bytes / capacity
-        if u > 0.97 or (not any_gain and u > 0.9):
+        if not any_gain and u > 0.9:
             continue
         score = (1.0 - u) * <double> (now - min(now, row.touched_ms) + 1) / (1.0 + u)
         if score > best_score:
@@ -1196,14 +1207,14 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
     for ordinal in range(row.entries):
         spin_lock(&row.lock)
         header = entry_at(s, row, ordinal)
+        size = entry_bytes_at(s, row, ordinal)
         spin_unlock(&row.lock)
         if header == NULL:
             continue
-        pool = s.pools[header.pool & (POOLS_MAX - 1)]
+        pool = pool_at(s, header.pool)
         if pool == NULL:
             continue
         entry_oid(header, oid)
-        size = HEADER_BYTES + header.length
         slot = slot_stored(segment, row.generation, ordinal)
         pthread_mutex_lock(&head.lock)
         place = append(s, head, size, &moved)
@@ -1218,8 +1229,12 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
         pthread_mutex_unlock(&head.lock)
         if won:
             free_entry(s, slot)
-    count(s, C_CLEANED_SEGMENTS, 1)
-    count(s, C_CLEANED_BYTES, before)
+    if result == 0:
+        # What is still live has a key that names something else: damaged. It stays where get finds and reports it;
+        # taking this segment again would not change that. (Or its owner is just letting go of it.)
+        row.damaged = row.live_entries > 0
+        count(s, C_CLEANED_SEGMENTS, 1)
+        count(s, C_CLEANED_BYTES, before)
     leave(reader)
     give_back(s, segment)
     return result
@@ -1339,12 +1354,19 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
     for ordinal in range(entries):
         spin_lock(&row.lock)
         header = entry_at(s, row, ordinal)
+        size = entry_bytes_at(s, row, ordinal)
         spin_unlock(&row.lock)
         if header == NULL:
             offsets[ordinal] = DIRECTORY_ABSENT
             continue
-        size = align8(HEADER_BYTES + header.length)
         target = <EntryHeader *> (out + base + position)
+        offsets[ordinal] = <uint16_t> (position >> 3)
+        meta.sizes[ordinal] = <uint16_t> (size >> 3)
+        position += size
+        if not entry_intact(header, size):
+            # Sealing would give damaged bytes a valid tag. Zeros have none: the page is lost here and there.
+            memset(target, 0, size)
+            continue
         memcpy(target, header, HEADER_BYTES)
         target.crc = 0          # the tag takes its place; a CRC of the plain bytes would tell a lender about them
         entry_oid(header, oid)
@@ -1358,9 +1380,6 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
             free(meta)
             return 0
         memset(<uint8_t *> target + HEADER_BYTES + header.length, 0, size - HEADER_BYTES - header.length)
-        offsets[ordinal] = <uint16_t> (position >> 3)
-        meta.sizes[ordinal] = <uint16_t> (size >> 3)
-        position += size
     image.magic = IMAGE_MAGIC
     image.segment = segment
     image.generation = row.generation
@@ -1417,17 +1436,45 @@ cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, 
     row = &s.segments[s.freed_first]
     s.freed_first = row.next
     s.freed_count -= 1
+    pthread_mutex_unlock(&s.freed_lock)
+    spin_lock(&row.lock)
+    row.state = SEG_FREE_SENT
     generation[0] = row.generation
     peer[0] = row.peer
     handle[0] = row.handle
-    pthread_mutex_unlock(&s.freed_lock)
+    spin_unlock(&row.lock)
     return True
+
+
+cdef uint32_t store_requeue_freed(Store_t *s, uint32_t peer) noexcept nogil:
+    """After a reconnect: whatever this lender was told to forget without an answer is told again. Returns segments."""
+    cdef uint32_t segment, queued = 0
+    cdef Segment *row
+    for segment in range(s.segments_used):
+        row = &s.segments[segment]
+        spin_lock(&row.lock)
+        if row.state == SEG_FREE_SENT and row.peer == peer:
+            queue_freed(s, segment)
+            queued += 1
+        spin_unlock(&row.lock)
+    return queued
+
+
+cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil:
+    """What became of the segment that a slot value named: REMOTE still, LOST, or MISS when it is something else now."""
+    cdef Segment *row = &s.segments[slot_segment(slot)]
+    cdef int result = MISS
+    spin_lock(&row.lock)
+    if row.generation == slot_generation(slot):
+        result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else MISS
+    spin_unlock(&row.lock)
+    return result
 
 
 cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil:
     cdef Segment *row = &s.segments[segment]
     spin_lock(&row.lock)
-    if row.state == SEG_FREEING:
+    if row.state == SEG_FREE_SENT:
         free_row(s, segment)
     spin_unlock(&row.lock)
 
@@ -1444,7 +1491,7 @@ cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
             row.state = SEG_LOST
             pages += row.live_entries
             count(s, C_LOST_SEGMENTS, 1)
-        elif row.peer == peer and row.state == SEG_FREEING:
+        elif row.peer == peer and row.state == SEG_FREE_SENT:
             free_row(s, segment)
         spin_unlock(&row.lock)
     return pages
@@ -1472,6 +1519,30 @@ cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry
             EVP_DecryptFinal_ex(ctx, plain + n, &n) != 1:
         return CORRUPT
     return decode(header, plain, ref, page)
+
+
+cdef void store_census(Store_t *s, uint32_t pool_id, const uint8_t *resident, uint64_t *census) noexcept nogil:
+    """Where the pages of a dense pool are: counts of absent, same-filled, local, remote and lost ones, without those whose
+    low nibble in 'resident' is set. A glance, no lock."""
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef uint64_t i = 0, slot
+    cdef uint32_t state
+    memset(census, 0, 5 * 8)
+    while pool != NULL and i < pool.pages:
+        if resident[i] & 0x0f:
+            i += 1
+            continue
+        slot = load64(&pool.slots[i], RELAXED) if load8(&pool.populated[i // SLOTS_PER_CHUNK], ACQUIRE) else 0
+        i += 1
+        if slot == 0:
+            census[0] += 1
+        elif slot_kind(slot) == KIND_FILLED:
+            census[1] += 1
+        else:
+            state = load32(&s.segments[slot_segment(slot)].state, RELAXED)
+            census[3 if state == SEG_REMOTE else 4 if state == SEG_LOST else 2] += 1
+    leave(reader)
 
 
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil:
@@ -1505,7 +1576,7 @@ cdef int recount_slot(Store_t *s, uint64_t slot, uint32_t *entries, uint64_t *si
         size[segment] += <uint64_t> (mark & 0x7fff) * 8
     elif row.frame != SEGMENT_FRAMES_NONE:
         mark = directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)]
-        size[segment] += align8(HEADER_BYTES + (<EntryHeader *> (frame_at(s, row.frame) + (mark & 0x7fff) * 8)).length)
+        size[segment] += entry_bytes_at(s, row, slot_ordinal(slot))
     else:
         return -1
     entries[segment] += 1
@@ -1524,6 +1595,11 @@ cdef class Store:
             raise errors.UsageError(f"segment of {segment_bytes} bytes: must be 64 KiB to 256 KiB in whole pages")
         if arena_bytes < 8 * <uint64_t> segment_bytes:
             raise errors.UsageError(f"arena of {arena_bytes} bytes: must hold at least 8 segments of {segment_bytes} bytes")
+        # Asked before anything is taken: an unlimited memfd grows until the kernel kills somebody.
+        available = memory_available()
+        if arena_bytes > available:
+            raise errors.StoreFull(
+                f"cannot reserve an arena of {arena_bytes >> 20} MiB: {available >> 20} MiB of memory are available")
         if len(node_key) != 32:
             raise errors.UsageError("the node key must be 32 bytes")
         s = <Store_t *> calloc(1, sizeof(Store_t))
@@ -1668,13 +1744,14 @@ cdef class Store:
             result = store_destroy_pool(s, pool)
         raise_for(result, pool, 0)
 
-    def put(self, uint32_t pool, uint64_t index, page, oid=(0, 0, 0)):
+    def put(self, uint32_t pool, index, page, oid=(0, 0, 0)):
         cdef Store_t *s = self.live()
         cdef Py_buffer view
         cdef uint64_t key[3]
         cdef int result
         cdef uint32_t small
         split_oid(oid, key)
+        check_oid(s, pool, key)
         small = check_index(index)
         PyObject_GetBuffer(page, &view, PyBUF_SIMPLE)
         try:
@@ -1686,13 +1763,16 @@ cdef class Store:
             PyBuffer_Release(&view)
         raise_for(result, pool, index)
 
-    def get(self, uint32_t pool, uint64_t index, oid=(0, 0, 0), int mode=-1):
+    def get(self, uint32_t pool, index, oid=(0, 0, 0), int mode=-1):
         cdef Store_t *s = self.live()
         cdef uint64_t key[3]
         cdef RemoteRef ref
         cdef int result
         cdef uint32_t small
+        if not -1 <= mode <= 1:
+            raise errors.UsageError(f"get mode {mode}: must be 1 (remove), 0 (remove if ephemeral) or -1 (keep)")
         split_oid(oid, key)
+        check_oid(s, pool, key)
         small = check_index(index)
         page = PyBytes_FromStringAndSize(NULL, PAGE)
         cdef uint8_t *out = <uint8_t *> PyBytes_AS_STRING(page)
@@ -1705,12 +1785,13 @@ cdef class Store:
         raise_for(result, pool, index)
         return page
 
-    def flush_page(self, uint32_t pool, uint64_t index, oid=(0, 0, 0)):
+    def flush_page(self, uint32_t pool, index, oid=(0, 0, 0)):
         cdef Store_t *s = self.live()
         cdef uint64_t key[3]
         cdef int result
         cdef uint32_t small
         split_oid(oid, key)
+        check_oid(s, pool, key)
         small = check_index(index)
         with nogil:
             result = store_flush(s, pool, key, small)
@@ -1725,15 +1806,20 @@ cdef class Store:
         cdef uint64_t dropped = 0
         cdef Pool *p
         cdef Reader *reader
+        cdef bint dense = False
         split_oid(oid, key)
         with nogil:
             reader = enter(s)
-            p = s.pools[pool & (POOLS_MAX - 1)]
-            if p != NULL and not p.dense:
-                dropped = flush_object(s, p, key)
+            p = pool_at(s, pool)
+            if p != NULL:
+                dense = p.dense
+                if not dense:
+                    dropped = flush_object(s, p, key)
             leave(reader)
         if p == NULL:
             raise_for(NO_POOL, pool, 0)
+        if dense:
+            raise errors.UsageError(f"pool {pool} is dense: flush its pages, or destroy it")
         return dropped
 
     def where(self, uint32_t pool, uint64_t index):
@@ -1741,7 +1827,7 @@ cdef class Store:
         cdef uint32_t peer = 0
         cdef uint64_t slot = 0
         cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
-        return {OK: "here", LOST: "lost", MISS: "none"}.get(result, peer)
+        return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, peer)
 
     def seal_open(self):
         cdef Store_t *s = self.live()
@@ -1781,15 +1867,20 @@ cdef class Store:
         cdef uint8_t *place
         cdef uint64_t slot
         memset(zero, 0, OID_BYTES)
+        if pool_at(s, pool) == NULL or not pool_at(s, pool).dense:
+            raise errors.UsageError(f"pool {pool} is not a dense pool")
         slot = store_slot(s, pool, zero, check_index(index))
         if slot_kind(slot) == KIND_FILLED:
-            s.pools[pool].slots[index] ^= 1 << (bit % 62)
+            s.pools[pool].slots[index] ^= <uint64_t> 1 << (bit % 62)
             return
         if slot_kind(slot) != KIND_STORED or s.segments[slot_segment(slot)].frame == SEGMENT_FRAMES_NONE:
             raise errors.UsageError(f"page {index} is not stored here")
         row = &s.segments[slot_segment(slot)]
         place = <uint8_t *> entry_at(s, row, slot_ordinal(slot))
-        bit %= (HEADER_BYTES - TAG_BYTES + (<EntryHeader *> place).length) * 8
+        if (<EntryHeader *> place).length <= OID_BYTES + PAGE:      # else flipped before: any bit of the header will do
+            bit %= (HEADER_BYTES - TAG_BYTES + (<EntryHeader *> place).length) * 8
+        else:
+            bit %= (HEADER_BYTES - TAG_BYTES) * 8
         if bit >= 24 * 8:
             bit += TAG_BYTES * 8        # the tag of an unsealed entry carries nothing
         place[bit // 8] ^= 1 << (bit % 8)
@@ -1804,7 +1895,7 @@ cdef class Store:
         cdef Pool *pool
         cdef Leaf *leaf
         cdef Segment *row
-        cdef int bad = 0
+        cdef uint32_t frames = 0
         wrong = []
         if entries == NULL or sizes == NULL:
             raise MemoryError
@@ -1827,12 +1918,18 @@ cdef class Store:
                     leaf = leaf.next
         for k in range(s.segments_used):
             row = &s.segments[k]
-            if row.state == SEG_FREE or row.state == SEG_FREEING:
+            if SEG_OPEN <= row.state <= SEG_SHIPPING:
+                frames += 1
+                if s.frame_segment[row.frame] != k:
+                    wrong.append(f"segment {k} lies in frame {row.frame}, which belongs to segment {s.frame_segment[row.frame]}")
+            if row.state == SEG_FREE or row.state >= SEG_FREEING:
                 if entries[k]:
                     wrong.append(f"segment {k} is free but {entries[k]} slots name it")
             elif row.live_entries != entries[k] or row.live_bytes != sizes[k]:
                 wrong.append(f"segment {k} (state {row.state}) counts {row.live_entries} live entries of {row.live_bytes} bytes, "
                              f"the page tables {entries[k]} of {sizes[k]}")
+        if frames + s.free_count + s.retired_count != s.frames:
+            wrong.append(f"{frames} frames in use, {s.free_count} free and {s.retired_count} retired, of {s.frames}")
         if filled != total(s, C_FILLED):
             wrong.append(f"{total(s, C_FILLED)} same-filled pages counted, the page tables hold {filled}")
         free(entries)
@@ -1860,7 +1957,7 @@ cdef class Store:
             elif row.state == SEG_LOST:
                 lost += 1
                 pages_x += row.live_entries
-            elif row.state != SEG_FREE and row.state != SEG_FREEING:
+            elif row.state != SEG_FREE and row.state < SEG_FREEING:
                 local += 1
                 live_l += row.live_bytes
                 used_l += row.used_bytes
@@ -1885,10 +1982,32 @@ cdef class Store:
             corrupt_pages=total(s, C_CORRUPT), locked=bool(s.locked))
 
 
-cdef uint32_t check_index(uint64_t index) except? 0xffffffffu:
-    if index > 0xffffffffu:
-        raise errors.UsageError(f"index {index} is out of range: at most 2^32 - 1")
+cdef uint32_t check_index(index) except? 0xffffffffu:
+    if not 0 <= index <= 0xffffffffu:
+        raise errors.UsageError(f"index {index} is out of range: 0 to 2^32 - 1")
     return <uint32_t> index
+
+
+cdef int check_oid(Store_t *s, uint32_t pool, const uint64_t *key) except -1:
+    """A dense pool is one object, (0, 0, 0): another id there must not reach its pages."""
+    cdef Reader *reader
+    cdef bint dense
+    if key[0] | key[1] | key[2]:
+        reader = enter(s)
+        dense = pool_at(s, pool) != NULL and pool_at(s, pool).dense
+        leave(reader)
+        if dense:
+            raise errors.UsageError(f"pool {pool} is dense: its only object id is (0, 0, 0)")
+    return 0
+
+
+cdef uint64_t memory_available() except *:
+    """Bytes that can be had without pushing anything out, as the kernel estimates it."""
+    with open("/proc/meminfo", "rb") as lines:
+        for line in lines:
+            if line.startswith(b"MemAvailable:"):
+                return <uint64_t> int(line.split()[1]) * 1024
+    return <uint64_t> -1
 
 
 cdef int split_oid(oid, uint64_t *key) except -1:

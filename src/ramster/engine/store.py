@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Self
 
 from ramster.constants import SEGMENT_BYTES_DEFAULT
 from ramster.engine import _store
@@ -98,7 +99,7 @@ class Store(_store.Store):
         clean_low: float = 0.08,
         pressure: float = 0.25,
         cleaner: bool = True,
-    ) -> Store:
+    ) -> Self:
         return super().__new__(
             cls,
             arena_bytes,

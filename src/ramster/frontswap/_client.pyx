@@ -512,13 +512,14 @@ cdef class Mapping:
         if guard == NULL:
             return
         with nogil:
-            # First unmap, then wake: a thread that (wrongly) still waits on a page gets SIGSEGV. Unregistering first
-            # would show it zeros.
+            # The guardian first: it maps over pages, and after munmap the addresses may be somebody else's.
+            eventfd_write(guard.stop, 1)
+            pthread_join(guard.thread, NULL)
+            # Unmap, then wake: a thread that (wrongly) still waits on a page gets SIGSEGV. Unregistering first would
+            # show it zeros.
             munmap(guard.base, guard.size)
             span.start, span.len = <uint64_t> guard.base, guard.size
             ioctl(guard.uffd, UFFDIO_WAKE, &span)
-            eventfd_write(guard.stop, 1)
-            pthread_join(guard.thread, NULL)
             delist(guard)
             close_all(guard)
             free(guard)
@@ -538,7 +539,7 @@ cdef class Mapping:
         return True
 
     def unmap(self):
-        """Unmap, join the guardian, close the descriptors. Again: does nothing. Raises BufferError while buffers
+        """Join the guardian, unmap, close the descriptors. Again: does nothing. Raises BufferError while buffers
         exist, ForkedError.
         """
         if getpid() != self.creator:

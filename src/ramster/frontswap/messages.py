@@ -22,7 +22,8 @@ RUNS_MAX: Final = 1000
 # Pages that one pin, unpin, prefetch or evict may name (16 MiB): short enough that every answer comes within its
 # deadline.
 SPAN_MAX: Final = 4096
-NAME_MAX: Final = 64
+# Characters of a region's name; with the longest UTF-8 still a valid name for a memfd.
+NAME_MAX: Final = 48
 
 # A record of the guard channel: op, flags, first page, pages, text (UTF-8, NUL padded).
 GUARD: Final = struct.Struct("<IIQQ64s")

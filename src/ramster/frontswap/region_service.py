@@ -39,6 +39,7 @@ WAITING_MAX: Final = 64
 WORKERS: Final = 8
 # Two messages of a local process.
 HANDSHAKE_DEADLINE_S: Final = 10.0
+ACCEPT_PAUSE_S: Final = 0.1
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
 
 _T = TypeVar("_T")
@@ -261,7 +262,8 @@ class _Connection:
         service.regions_count += 1
         service.reserved_pages += resident
         self.reserved_pages = resident
-        self.name = request.name or f"pid {self.pid}"
+        # It is shown on terminals and in logs.
+        self.name = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
         try:
             region = await service.run(lambda: service.make_region(request.pages, resident, self.name))
         except BaseException:
@@ -450,7 +452,11 @@ class RegionService:
             self._unlock()
             raise
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -463,7 +469,11 @@ class RegionService:
             sock, _ = self._listener.accept()
         except OSError as error:
             if not isinstance(error, (BlockingIOError, InterruptedError, ConnectionError)):
+                # Out of descriptors, as a rule: the connection stays in the queue, so look again a little later.
                 _log.error("region socket: cannot accept: %s", error)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._listener)
+                loop.call_later(ACCEPT_PAUSE_S, self._listen)
             return
         self.counters.connections += 1
         sock.setblocking(False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import math
 import os
 import socket
 import threading
@@ -43,6 +44,7 @@ from ramster.frontswap import messages
 from ramster.frontswap._client import Mapping
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import DTypeLike, NDArray
 
     Range: TypeAlias = slice | tuple[int, int] | NDArray[Any] | None
@@ -300,14 +302,12 @@ class Region(Mapping):
         """
         import numpy as np
 
-        kind = np.dtype(dtype)
-        if kind.hasobject:
-            raise UsageError(f"dtype: {kind} holds Python objects, which cannot leave this process's heap")
-        try:
-            # Through a memoryview, which holds the buffer: from the object itself numpy takes the address and lets go.
-            return np.ndarray(shape, kind, buffer=memoryview(self), offset=offset)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"an array of shape {shape}, {kind} at byte {offset}: {error}") from error
+        kind, sides = _kind(dtype), _sides(shape)
+        size = kind.itemsize * math.prod(sides)
+        if not 0 <= offset <= self.nbytes - size:
+            raise UsageError(f"an array of {size} bytes at byte {offset} does not fit in a region of {self.nbytes}")
+        # frombuffer holds the buffer for as long as the array lives; ndarray(buffer=...) takes the address and lets go.
+        return np.frombuffer(memoryview(self), np.uint8)[offset : offset + size].view(kind).reshape(sides)
 
     def pin(self, where: Range = None) -> Pin:
         """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest.
@@ -494,6 +494,22 @@ def _warn_user_mode_only() -> None:
         )
 
 
+def _kind(dtype: DTypeLike) -> np.dtype[Any]:
+    import numpy as np
+
+    kind = np.dtype(dtype)
+    if kind.hasobject or kind.itemsize == 0:
+        raise UsageError(f"dtype: {kind}, must have a size and hold no Python objects")
+    return kind
+
+
+def _sides(shape: Shape) -> tuple[int, ...]:
+    sides = tuple(int(side) for side in (shape if isinstance(shape, Sequence) else (shape,)))
+    if any(side < 0 for side in sides):
+        raise UsageError(f"shape: {shape}, must not be negative")
+    return sides
+
+
 def _chunks(first: int, count: int) -> Iterator[tuple[int, int]]:
     for at in range(first, first + count, messages.SPAN_MAX):
         yield at, min(messages.SPAN_MAX, first + count - at)
@@ -524,18 +540,9 @@ class Client:
         self, shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None
     ) -> NDArray[Any]:
         """A numpy array in a region of its own, which lives as long as the array and its views. It reads as zeros."""
-        import numpy as np
-
-        kind = np.dtype(dtype)
-        if kind.hasobject:
-            raise UsageError(f"dtype: {kind} holds Python objects, which cannot leave this process's heap")
-        sides = [int(side) for side in (shape if isinstance(shape, Sequence) else (shape,))]
-        if any(side < 0 for side in sides):
-            raise UsageError(f"shape: {shape}, must not be negative")
-        nbytes = kind.itemsize
-        for side in sides:
-            nbytes *= side
-        return self.region(max(1, nbytes), resident=resident, name=name).array(sides, kind)
+        kind, sides = _kind(dtype), _sides(shape)
+        size = kind.itemsize * math.prod(sides)
+        return self.region(max(1, size), resident=resident, name=name).array(sides, kind)
 
     def zeros(
         self, shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None

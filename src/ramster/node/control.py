@@ -28,6 +28,7 @@ BODY_BYTES_MAX = 4096  # the largest request is {"force": false}
 REQUESTS_MAX = 32  # at a time; people and scrapers, not a data path
 BACKLOG = 64
 SHUTDOWN_S = 2.0  # an answer under way may finish
+_ACCEPT_TURNS = 5
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -35,13 +36,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class NodeView(Protocol):
     """What the control API needs of a node. All methods are called on the event loop and must not block it."""
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """The whole status, as JSON types."""
 
-    def regions(self) -> list[dict[str, Any]]:
+    async def regions(self) -> list[dict[str, Any]]:
         """One object per region: id, name, pid and the region's statistics."""
 
-    def would_lose(self) -> dict[str, Any]:
+    async def would_lose(self) -> dict[str, Any]:
         """What is lost if the node stops now: {"foreign": {owner: bytes}, "regions": [{"id", "name", "pid", "pages"}]}.
 
         Empty when nothing would be. Keys whose value is empty may be left out or empty.
@@ -59,6 +60,7 @@ class ControlServer:
         self._path = path
         self._runner: web.AppRunner | None = None
         self._running = 0
+        self._stopping = asyncio.Lock()
 
     async def start(self) -> None:
         """Binds and serves. UsageError for a path that is too long, PortTaken when another node serves on it."""
@@ -72,7 +74,13 @@ class ControlServer:
                 f"another node already serves on {self._path}; stop it with `ramster stop --socket {self._path}` "
                 "or give this node its own run_dir in [node]"
             )
-        app = web.Application(middlewares=[web.middleware(self._guard)], client_max_size=BODY_BYTES_MAX)
+
+        # aiohttp marks middlewares by an attribute, which a bound method cannot carry.
+        @web.middleware
+        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._guard(request, handler)
+
+        app = web.Application(middlewares=[guard], client_max_size=BODY_BYTES_MAX)
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/regions", self._regions)
         app.router.add_post("/v1/stop", self._stop)
@@ -87,10 +95,17 @@ class ControlServer:
 
     async def stop(self) -> None:
         """Stops serving and removes the socket. Answers under way get up to SHUTDOWN_S seconds. Idempotent."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            self._path.unlink(missing_ok=True)
-            await runner.cleanup()
+        async with self._stopping:  # a second caller returns when all is done, not before
+            runner, self._runner = self._runner, None
+            if runner is not None:
+                self._path.unlink(missing_ok=True)
+                for site in list(runner.sites):
+                    await site.stop()
+                # A connection that was just accepted reaches aiohttp some turns of the loop later; one that comes
+                # after the clean-up would stay open.
+                for _ in range(_ACCEPT_TURNS):
+                    await asyncio.sleep(0)
+                await runner.cleanup()
 
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turns every failure into a JSON answer and bounds the requests at a time."""
@@ -111,14 +126,14 @@ class ControlServer:
             self._running -= 1
 
     async def _status(self, request: web.Request) -> web.Response:
-        return _answer(self._view.status())
+        return _answer(await self._view.status())
 
     async def _regions(self, request: web.Request) -> web.Response:
-        return _answer({"regions": self._view.regions()})
+        return _answer({"regions": await self._view.regions()})
 
     async def _stop(self, request: web.Request) -> web.Response:
         force = _read_force(await request.read())
-        would_lose = {key: value for key, value in self._view.would_lose().items() if value}
+        would_lose = {key: value for key, value in (await self._view.would_lose()).items() if value}
         if would_lose and not force:
             return _answer(
                 {

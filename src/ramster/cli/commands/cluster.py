@@ -9,15 +9,18 @@ import typer
 
 app = typer.Typer(help="Make a cluster.", no_args_is_help=True)
 
-INIT_HELP = """Make a certificate authority, and for each node a certificate, a key and a ready-to-run configuration.
+INIT_HELP = """Make an authority, and for each node a certificate, a key and a configuration.
 
-Copy NAME.toml, NAME.crt, NAME.key and ca.crt to each node's machine, into one directory. Keep ca.key
-to yourself: whoever has it can add nodes. Set what a node lends in [lend] of its NAME.toml.
+Copy NAME.toml, NAME.crt, NAME.key and ca.crt to each node's machine, into
+one directory. Keep ca.key to yourself: whoever has it can add nodes. Set
+what a node lends in \\[lend] of its NAME.toml.
 
 \b
 Examples:
-  ramster cluster init --directory lab --cluster lab --nodes alpha=192.0.2.1:7777,beta=192.0.2.2:7777
-  ramster cluster init --directory lab --cluster lab --nodes 'alpha=[2001:db8::1]:7777,beta=[2001:db8::2]:7777'
+  ramster cluster init --directory lab --cluster lab \\
+      --nodes alpha=192.0.2.1:7777,beta=192.0.2.2:7777
+  ramster cluster init --directory lab --cluster lab \\
+      --nodes 'alpha=[2001:db8::1]:7777,beta=[2001:db8::2]:7777'
 """
 
 

@@ -12,11 +12,13 @@ from ramster.errors import UsageError
 
 HELP = """Run two real nodes on this machine and work on an array that is larger than its RAM.
 
-Fills an array with real bytes, walks it in sequential, random and cyclic order, sorts it, and compares
-every page with digests made outside. What does not fit is compressed, kept by node 1 and moved to
-node 2 over TLS. Then the same work runs on plain numpy in RAM and on numpy.memmap.
+Fills an array with real bytes, walks it in sequential, random and cyclic
+order, sorts it, and compares every page with digests made outside. What
+does not fit is compressed, kept by node 1 and moved to node 2 over TLS.
+The same work runs on plain numpy in RAM and on numpy.memmap.
 
-Exit code 0: every page was compared and right. 6: pages were lost (a lender died), none was wrong.
+Exit code 0: every page was compared and right. 6: pages were lost (a
+lender died), none was wrong.
 
 \b
 Examples:

@@ -11,8 +11,9 @@ from ramster.errors import UsageError
 
 HELP = """Run a node in the foreground until `ramster stop`, Ctrl-C or SIGTERM.
 
-The configuration file says its name, its peers, how much RAM it uses and how much it lends.
-`ramster cluster init` writes one per node, `ramster config list` explains each knob.
+The configuration file says its name, its peers, how much RAM it uses and
+how much it lends. `ramster cluster init` writes one per node, `ramster
+config list` explains each knob.
 
 \b
 Examples:
@@ -26,6 +27,9 @@ def node(
     if not __debug__:
         raise UsageError("a node keeps its assertions on; run it without python -O and without PYTHONOPTIMIZE")
     from ramster.config import load
+
+    settings = load(config)
+    # After the file is known to be good: the node's imports are the slow part.
     from ramster.node.main import run
 
-    return run(load(config))
+    return run(settings)

@@ -9,7 +9,7 @@ import typer
 from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket
 from ramster.cli.control_client import ControlClient
 
-HELP = """Show a running node: arena, pages here and away, peers, regions, data kept for others.
+HELP = """Show a running node: arena, pages here and away, peers, regions, foreign data.
 
 \b
 Examples:

@@ -16,9 +16,10 @@ from ramster.errors import NodeUnreachable, Refused
 
 HELP = """Stop a node and wait until it is gone.
 
-A node that holds data which exists nowhere else refuses, and this prints what would be lost:
-pages kept for other nodes, and regions of running processes. --force stops it all the same;
-those pages are then lost, never wrong.
+A node that holds data which exists nowhere else refuses, and this prints
+what would be lost: pages kept for other nodes, and regions of running
+processes. --force stops it all the same; those pages are then lost, never
+wrong.
 
 \b
 Examples:

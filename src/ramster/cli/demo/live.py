@@ -80,11 +80,16 @@ class Screen:
             self._console.print(f"the input was too short and is repeated {event['repeats']} times")
         if kind == "directory" and event["kept"]:
             self._console.print(f"files stay in {event['path']}")
+        if kind == "kept":
+            for config in event["configs"]:
+                self._console.print(f"still runs: ramster status --config {config}")
+            self._console.print("end them with: ramster stop --force --config FILE, the lenders last")
 
     def status(self, statistics: dict[str, Any]) -> None:
         pages = {place: int(statistics.get(f"{place}_pages", 0)) for place in ("resident", "local", "remote")}
         sizes = "  ".join(f"{place} {show_size(count * PAGE_BYTES)}" for place, count in pages.items())
-        self._figures.plain = f"{sizes}  faults {statistics.get('faults_local', 0):,} local, {statistics.get('faults_remote', 0):,} remote"
+        local, remote = (int(statistics.get(key, 0)) for key in ("faults_local", "faults_remote"))
+        self._figures.plain = f"{sizes}  faults {local:,} local, {remote:,} remote"
 
     def _finish(self) -> None:
         if self._task is not None:

@@ -23,6 +23,8 @@ READY_S = 30.0  # populating and locking a few GiB of arena takes seconds
 STOP_S = 5.0
 POLL_S = 0.05
 _PORT_ATTEMPTS = 3
+# -P: a json.py in the directory where the user stands is not ours.
+PYTHON = (sys.executable, "-P", "-m")
 
 
 class DemoNode:
@@ -37,7 +39,7 @@ class DemoNode:
         self.directory.mkdir(mode=0o700)
         self.log = self.directory / "node.log"
         self.control = ControlClient(self.directory / CONTROL_SOCKET, timeout_s=5.0)
-        command = [sys.executable, "-m", "ramster.cli", "node", "--config", str(config)]
+        command = [*PYTHON, "ramster.cli", "node", "--config", str(config)]
         with self.log.open("wb") as log:
             self.process = spawn(command, outlive=outlive, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -57,8 +59,8 @@ class DemoNode:
 def spawn(command: list[str], *, outlive: bool, **pipes: Any) -> subprocess.Popen[bytes]:
     """Starts `command` in its own session, so that Ctrl-C reaches us alone and we end it in order."""
     if not outlive:
-        command = [sys.executable, "-m", "ramster.cli.demo.child", str(os.getpid()), *command]
-    return subprocess.Popen(command, start_new_session=True, cwd="/", **pipes)
+        command = [*PYTHON, "ramster.cli.demo.child", str(os.getpid()), *command]
+    return subprocess.Popen(command, start_new_session=True, **pipes)
 
 
 @contextlib.contextmanager
@@ -145,8 +147,24 @@ def _failure(node: DemoNode) -> RamsterError:
     return NodeUnreachable(message)
 
 
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """A second Ctrl-C or SIGTERM does not stop the clean-up of the first; what is in here is short and bounded."""
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 def end(processes: list[subprocess.Popen[bytes]]) -> None:
     """Ends the processes: SIGTERM, and SIGKILL for those that have not ended after STOP_S seconds. None is left."""
+    with unbroken():
+        _end(processes)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     running = [process for process in processes if process.poll() is None]
     for process in running:
         process.send_signal(signal.SIGTERM)

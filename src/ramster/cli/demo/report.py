@@ -65,7 +65,7 @@ class Outcome:
 
         The node's own count where there is one; else, after a SIGBUS, the pages that were away when it last said so.
         """
-        phases = max((int(phase.get("lost", 0)) for phase in (*self.phases.values(), self.progress)), default=0)
+        phases = max((int(phase.get("distinct_lost", phase["lost"])) for phase in self.phases.values()), default=0)
         counted = max(self.lost_seen, phases, int(self.statistics.get("lost_pages", 0)))
         if not counted and self.signal == signal.SIGBUS:
             return max(self.remote_seen, 1)
@@ -156,7 +156,8 @@ class Result:
     def _phase_table(self, data: Mapping[str, Any]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
         table.title = (
-            f"{show_size(self.options.size)} of {self.source.description}, {show_size(self.options.resident)} resident, "
+            f"{show_size(self.options.size)} of {self.source.description}, "
+            f"{show_size(self.options.resident)} resident, "
             f"{show_size(self.options.local)} local arena, {self.options.nodes} nodes"
         )
         for name in ("phase", "pages", "wrong", "faults", "remote", "RAMster", "in RAM", "memmap"):

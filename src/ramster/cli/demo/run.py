@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import selectors
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ramster.cli.demo import digest, preflight
-from ramster.cli.demo.nodes import DemoNode, cluster, end, spawn
+from ramster.cli.demo.nodes import PYTHON, DemoNode, cluster, end, spawn, unbroken
 from ramster.cli.demo.plan import Options, Work, make_work
 from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.source import Source, user_file, write_source
@@ -48,7 +48,6 @@ def run(options: Options, audience: Audience) -> Result:
     """
     started = time.monotonic()
     if options.file is not None:
-        # Workers and nodes run in "/".
         options = replace(options, file=user_file(options.file.absolute()))
     with _terminable(), _directory(options, audience) as directory:
         preflight.check(options, directory)
@@ -59,6 +58,8 @@ def run(options: Options, audience: Audience) -> Result:
             work = make_work(options, "region", directory, socket=str(nodes[0].region_socket))
             region = _work(work, directory, audience, nodes)
             dead = [node.name for node in nodes if not node.alive()]
+            if options.keep:
+                audience.event({"event": "kept", "configs": [str(node.config) for node in nodes if node.alive()]})
         memmap = None
         if region.finished:
             memmap = _work(make_work(options, "memmap", directory), directory, audience, None)
@@ -114,7 +115,7 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
     outcome = Outcome(work)
     with log.open("wb") as errors:
         process = spawn(
-            [sys.executable, "-m", "ramster.cli.demo.worker", str(orders)],
+            [*PYTHON, "ramster.cli.demo.worker", str(orders)],
             outlive=False,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -147,7 +148,7 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
     elif code:
         words = log.read_text(errors="replace").strip().splitlines()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise NodeUnreachable(f"the {work.kind} worker ended with {how}: {words[-1] if words else 'no message'}")
+        raise RamsterError(f"the {work.kind} worker ended with {how}: {words[-1] if words else 'no message'}")
     audience.event({"event": "worker-end", "kind": work.kind, "code": code})
     return outcome
 
@@ -171,8 +172,6 @@ def _events(stream: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
 
     Raises NodeUnreachable when SILENCE_S pass without a line.
     """
-    import os
-
     descriptor = stream.fileno()
     pending = b""
     heard = polled = time.monotonic()
@@ -226,18 +225,8 @@ def _directory(options: Options, audience: Audience) -> Iterator[Path]:
         yield path
     finally:
         if not options.keep:
-            with _unbroken():
+            with unbroken():
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _unbroken() -> Iterator[None]:
-    """A second Ctrl-C does not stop the clean-up of the first; it is short and bounded."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -105,8 +105,11 @@ def _walk(work: Work, phase: str, target: Target, expected: digest.Digests, emit
     data = target.array.data
     checked = wrong = lost = 0
     wrong_pages: list[int] = []
+    gone = np.zeros(work.pages, dtype=np.bool_)
     for step in work.steps(phase):
-        good = step[~_lost_mask(target, step)]
+        mask = _lost_mask(target, step)
+        good = step[~mask]
+        gone[step[mask]] = True
         lost += len(step) - len(good)
         found = digest.page_digests(data, good.tolist())
         bad = good[found != expected[good]]
@@ -114,7 +117,9 @@ def _walk(work: Work, phase: str, target: Target, expected: digest.Digests, emit
         wrong += len(bad)
         wrong_pages += bad[: _WRONG_SHOWN - len(wrong_pages)].tolist()
         _progress(emit, work, phase, checked + lost, checked, wrong, lost)
-    return {"checked": checked, "wrong": wrong, "lost": lost, "wrong_pages": wrong_pages}
+    # A page that is lost is met once per pass of the cyclic walk.
+    distinct = int(np.count_nonzero(gone))
+    return {"checked": checked, "wrong": wrong, "lost": lost, "distinct_lost": distinct, "wrong_pages": wrong_pages}
 
 
 def _lost_mask(target: Target, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

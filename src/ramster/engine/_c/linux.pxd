@@ -366,9 +366,11 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_DONTWAIT
         MSG_NOSIGNAL
         MSG_TRUNC
+        SHUT_RDWR
     int socketpair(int domain, int type, int protocol, int *fds)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    int shutdown(int fd, int how)
 
 
 cdef extern from "<signal.h>" nogil:
@@ -398,5 +400,5 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
     int pthread_mutex_lock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept
-    nogil)
+    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil)

@@ -1,0 +1,62 @@
+"""libssl: TLS 1.3 over non-blocking sockets."""
+cdef extern from "<openssl/ssl.h>" nogil:
+    ctypedef struct SSL_CTX:
+        pass
+    ctypedef struct SSL:
+        pass
+    ctypedef struct SSL_METHOD:
+        pass
+    ctypedef struct X509:
+        pass
+    ctypedef struct OPENSSL_INIT_SETTINGS:
+        pass
+    const SSL_METHOD *TLS_method() noexcept
+    SSL_CTX *SSL_CTX_new(const SSL_METHOD *) noexcept
+    void SSL_CTX_free(SSL_CTX *) noexcept
+    int SSL_CTX_set_min_proto_version(SSL_CTX *, int) noexcept
+    int SSL_CTX_set_num_tickets(SSL_CTX *, size_t) noexcept
+    int SSL_CTX_set_ciphersuites(SSL_CTX *, const char *) noexcept
+    long SSL_CTX_set_mode(SSL_CTX *, long) noexcept
+    long SSL_CTX_set_session_cache_mode(SSL_CTX *, long) noexcept
+    void SSL_CTX_set_read_ahead(SSL_CTX *, int) noexcept
+    void SSL_CTX_set_verify(SSL_CTX *, int, void *) noexcept
+    int SSL_CTX_load_verify_locations(SSL_CTX *, const char *, const char *) noexcept
+    int SSL_CTX_use_certificate_chain_file(SSL_CTX *, const char *) noexcept
+    int SSL_CTX_use_PrivateKey_file(SSL_CTX *, const char *, int) noexcept
+    int SSL_CTX_check_private_key(const SSL_CTX *) noexcept
+    SSL *SSL_new(SSL_CTX *) noexcept
+    void SSL_free(SSL *) noexcept
+    int SSL_set_fd(SSL *, int) noexcept
+    void SSL_set_accept_state(SSL *) noexcept
+    void SSL_set_connect_state(SSL *) noexcept
+    int SSL_do_handshake(SSL *) noexcept
+    int SSL_read(SSL *, void *, int) noexcept
+    int SSL_write(SSL *, const void *, int) noexcept
+    int SSL_get_error(const SSL *, int) noexcept
+    int SSL_has_pending(const SSL *) noexcept
+    int SSL_key_update(SSL *, int) noexcept
+    long SSL_get_verify_result(const SSL *) noexcept
+    X509 *SSL_get1_peer_certificate(const SSL *) noexcept
+    const char *SSL_get_version(const SSL *) noexcept
+    int OPENSSL_init_ssl(unsigned long long, const OPENSSL_INIT_SETTINGS *) noexcept
+    int TLS1_3_VERSION
+    long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
+    long SSL_SESS_CACHE_OFF
+    int SSL_VERIFY_PEER, SSL_VERIFY_FAIL_IF_NO_PEER_CERT, SSL_FILETYPE_PEM
+    int SSL_ERROR_NONE, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_ERROR_SYSCALL
+    int SSL_KEY_UPDATE_NOT_REQUESTED
+    unsigned long long OPENSSL_INIT_NO_ATEXIT
+
+cdef extern from "<openssl/x509.h>" nogil:
+    int i2d_X509(X509 *, unsigned char **) noexcept
+    void X509_free(X509 *) noexcept
+
+cdef extern from "<openssl/x509_vfy.h>" nogil:
+    const char *X509_verify_cert_error_string(long) noexcept
+    long X509_V_OK
+
+cdef extern from "<openssl/err.h>" nogil:
+    unsigned long ERR_get_error() noexcept
+    unsigned long ERR_peek_error() noexcept
+    void ERR_clear_error() noexcept
+    const char *ERR_reason_error_string(unsigned long) noexcept

@@ -1,0 +1,189 @@
+"""The links' native interface: what regions may call. See _link.pyx for the rules."""
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
+from ramster.engine._c.openssl cimport SSL
+from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from ramster.engine._histogram cimport Histogram
+from ramster.engine._store cimport RemoteMeta, RemoteRef, Store, Store_t
+
+cdef enum:
+    PEERS_MAX = 255
+    PENDING_MAX = 4096              # remote gets under way at one moment, all peers together
+    SHIPS_MAX = 64                  # segments on their way at one moment, all peers together
+    ORDERS_MAX = 256
+    FRAME_BYTES = 48
+    RECEIVE_BYTES = 32768
+
+cdef enum:                          # kinds of connection
+    GET = 0
+    BULK = 1
+
+cdef packed struct Frame:           # little-endian, docs/wire-protocol.md
+    uint32_t magic
+    uint8_t version
+    uint8_t type
+    uint16_t status
+    uint64_t request
+    uint32_t length
+    uint32_t credit
+    uint32_t segment
+    uint32_t generation
+    uint32_t ordinal
+    uint32_t handle
+    uint32_t reserved
+    uint32_t crc
+
+cdef struct Channel:
+    pthread_mutex_t lock
+    pthread_cond_t drained
+    uint32_t waiting                # writers that want the lock; the reader lets them go first
+    SSL *ssl
+    int fd
+    uint32_t kind
+    uint32_t peer
+    uint32_t kick                   # bytes may wait inside the SSL object, where epoll cannot see them
+    bint armed                      # EPOLLOUT asked for
+    bint closing                    # down, but what depended on it is still being settled
+    uint8_t *out
+    uint32_t out_bytes
+    uint32_t out_head
+    uint32_t out_used
+    uint32_t out_promised           # bytes of a write that must be repeated as it was
+    uint64_t records
+    uint8_t *received
+    uint32_t start
+    uint32_t end
+    Frame frame                     # of the body that is being received straight into a granted frame
+    uint8_t *body
+    uint32_t body_got
+    uint32_t body_frame             # the lender's frame, or NO_FRAME to throw the body away
+    bint in_body
+    uint64_t received_ns
+    uint64_t pinged_ns
+    uint64_t bytes_sent
+    uint64_t bytes_received
+    const char *reason              # why it went down last
+
+cdef struct Peer:
+    uint32_t number
+    uint64_t generation             # of the process at the other end
+    uint32_t credit                 # segments that it says it has room for
+    uint32_t shipping
+    uint64_t down_ns                # since when its get channel is down; 0 while up or never seen
+    bint seen
+    bint gone                       # it said goodbye
+    Channel channels[2]
+    uint64_t gets
+    uint64_t segments_sent
+    uint64_t refused
+    uint32_t orphans[64]            # shipped, never answered: to be freed there before anything else is sent
+    uint32_t orphan_generations[64]
+    uint32_t orphan_count
+    Histogram round_trip
+
+ctypedef void (*Complete)(void *context, uint64_t cookie, int status, uint8_t *page) noexcept nogil
+
+cdef struct Pending:
+    uint32_t state
+    uint64_t id
+    RemoteRef ref
+    Complete complete
+    void *context
+    uint64_t cookie
+    uint64_t started_ns
+    uint64_t sent_ns
+
+cdef struct Ship:
+    uint64_t id                     # 0: free
+    uint32_t segment
+    uint32_t generation
+    uint32_t peer
+    RemoteMeta *meta
+    uint64_t sent_ns
+
+cdef struct Order:
+    uint32_t segment
+    uint32_t generation
+    uint32_t peer
+
+cdef struct Lent:                   # one frame of the lender
+    uint32_t state
+    uint32_t owner
+    uint32_t segment
+    uint32_t generation
+    uint32_t bytes
+    uint64_t owner_generation
+
+cdef struct Links_t:
+    Store_t *store
+    uint32_t number
+    uint32_t segment_bytes
+    Peer *peers[256]
+    pthread_mutex_t peers_lock
+    int epolls[2]
+    int wakes[2]
+    pthread_t reactors[2]
+    pthread_t shipper
+    int order_fd
+    int stop_fd
+    int event_fd                    # channels went up or down: for the node's shell
+    bint running
+    uint32_t stopping
+    uint64_t request_deadline_ns
+    uint64_t give_up_ns
+    uint64_t idle_ns
+    uint64_t keepalive_ns
+    uint32_t bulk_in_flight
+    # gets under way
+    pthread_mutex_t pending_lock
+    Pending pending[4096]
+    uint32_t pending_free[4096]
+    uint32_t pending_free_count
+    uint64_t pending_sequence
+    EVP_CIPHER_CTX *open_ctx        # of the get reactor alone
+    uint8_t page[4096]              # of the get reactor alone
+    # segments under way
+    pthread_mutex_t ship_lock
+    pthread_cond_t ship_room
+    Ship ships[64]
+    uint64_t ship_sequence
+    Order orders[256]
+    uint32_t orders_head
+    uint32_t orders_count
+    uint8_t *image                  # of the shipper alone
+    EVP_CIPHER_CTX *seal_ctx
+    # what is lent
+    pthread_mutex_t lender_lock
+    uint8_t *lent
+    int lent_fd
+    uint32_t lent_frames
+    Lent *rows
+    uint32_t *lent_free
+    uint32_t lent_free_count
+    bint lent_locked
+    # counters
+    uint64_t remote_gets
+    uint64_t late_replies
+    uint64_t protocol_errors
+    uint64_t frees_sent
+    uint64_t ships_refused
+    uint64_t ships_failed
+    uint64_t segments_received
+    uint64_t gets_served
+    uint64_t unreachable
+    uint64_t corrupt_replies
+    uint64_t bytes_shipped
+
+
+cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie) noexcept nogil
+cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
+cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+
+cdef class Links:
+    cdef Links_t *l
+    cdef readonly Store store
+    cdef bint stopped
+    cdef Links_t *live(self) except NULL
+    cdef grant(self, uint64_t lend_bytes, bint lock)
+    cdef Peer *peer(self, uint32_t number) except NULL

@@ -1,0 +1,1458 @@
+"""Links: two TLS 1.3 connections per pair of nodes, remote gets, shipping of segments, and the lender.
+
+Covers: connections from the TLS handshake on, frames, pending gets with deadlines, the shipper thread, the frames lent
+to others. Does not cover: who connects to whom and who may (node.peering), what is shipped where (remotify).
+
+Threads: a reactor for each kind of connection (get, bulk) reads, answers and watches deadlines; the shipper seals and
+sends segments and tells lenders what to forget; any thread may send a get on its own.
+
+Rules of TLS under threads, each learned from somebody's failure (DESIGN.md section 6):
+
+* Sockets do not block. One lock per connection is held for one record at a time, and never while waiting.
+* All bytes go through one ring per connection. A write that OpenSSL wants repeated is repeated from the same place in
+  the ring before anything else, because nothing else is ever written from.
+* Writers go first: the reader looks whether somebody wants the lock before it takes it again.
+* No session tickets; keys are updated long before 2^24 records, and never with a write pending.
+
+Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock. None of them is held while sleeping.
+"""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memmove, memset, strerror
+
+from ramster.engine._c.atomic cimport *
+from ramster.engine._c.codec cimport crc32_iscsi
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
+from ramster.engine._c.linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLHUP, EPOLLIN,
+    EPOLLOUT, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, memfd_create, mlock, mmap, munmap, poll, pollfd,
+    shutdown)
+from ramster.engine._c.openssl cimport *
+from ramster.engine._c.pthread cimport (
+    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
+    pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
+from ramster.engine._histogram cimport Histogram, quantile, record
+from ramster.engine._store cimport (
+    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, HEADER_BYTES, LOST, MISS, OID_BYTES, OK, ORDINALS_MAX, PAGE,
+    REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
+    store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_ship_abort, store_ship_begin,
+    store_ship_commit, store_slot, store_slot_state, store_unseal)
+
+import os
+
+from ramster import errors
+
+cdef enum:
+    FRAME_MAGIC = 0x54534d52        # "RMST"
+    WIRE_VERSION = 1
+    IMAGE_MAGIC = 0x4c455352
+    RECORD_BYTES = 16384
+    RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
+    KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
+    GET_RING_BYTES = 1048576
+    BULK_RING_BYTES = 2097152
+    NO_FRAME = 0xffffffff
+    TICK_MS = 25
+    SMALL_BODY_MAX = 16384
+
+cdef enum FrameType:
+    T_HELLO = 1
+    T_REFUSE = 2
+    T_PING = 3
+    T_PONG = 4
+    T_GET = 5
+    T_PAGE = 6
+    T_SHIP = 7
+    T_SHIPPED = 8
+    T_FREE = 9
+    T_FREED = 10
+    T_GOODBYE = 11
+
+cdef enum Status:
+    S_OK = 0
+    S_ABSENT = 1
+    S_FULL = 2
+    S_BAD = 3
+
+cdef enum Sent:
+    SENT = 0
+    DOWN = 1
+    AGAIN = 2
+
+cdef enum PendingState:
+    P_FREE = 0
+    P_WAITS = 1
+    P_SENT = 2
+    P_COMPLETING = 3
+
+cdef enum LentState:
+    LENT_FREE = 0
+    LENT_RECEIVING = 1
+    LENT_HELD = 2
+
+OPENSSL_init_ssl(OPENSSL_INIT_NO_ATEXIT, NULL)
+
+
+cdef void say(uint64_t *counter, uint64_t amount) noexcept nogil:
+    add64(counter, amount, RELAXED)
+
+
+# --- sending -------------------------------------------------------------------------------------------------------
+
+cdef void frame_init(Links_t *l, Frame *frame, uint8_t type, uint64_t request) noexcept nogil:
+    memset(frame, 0, FRAME_BYTES)
+    frame.magic = FRAME_MAGIC
+    frame.version = WIRE_VERSION
+    frame.type = type
+    frame.request = request
+    frame.credit = load32(&l.lent_free_count, RELAXED)
+
+
+cdef inline void lock_to_write(Channel *ch) noexcept nogil:
+    add32(&ch.waiting, 1, ACQ_REL)
+    pthread_mutex_lock(&ch.lock)
+    sub32(&ch.waiting, 1, ACQ_REL)
+
+
+cdef inline void lock_to_read(Channel *ch) noexcept nogil:
+    cdef int turns = 0
+    while load32(&ch.waiting, ACQUIRE) != 0 and turns < 100:
+        sched_yield()
+        turns += 1
+    pthread_mutex_lock(&ch.lock)
+
+
+cdef void ring_append(Channel *ch, const void *bytes, uint32_t n) noexcept nogil:
+    cdef uint32_t tail = (ch.out_head + ch.out_used) % ch.out_bytes
+    cdef uint32_t first = min(n, ch.out_bytes - tail)
+    memcpy(ch.out + tail, bytes, first)
+    memcpy(ch.out, <const uint8_t *> bytes + first, n - first)
+    ch.out_used += n
+
+
+cdef void arm(Links_t *l, Channel *ch, bint writing) noexcept nogil:
+    cdef epoll_event event
+    if ch.armed == writing:
+        return
+    ch.armed = writing
+    event.events = EPOLLIN | (EPOLLOUT if writing else 0)
+    event.data.u32 = ch.peer
+    epoll_ctl(l.epolls[ch.kind], EPOLL_CTL_MOD, ch.fd, &event)
+
+
+cdef bint flush_record(Links_t *l, Channel *ch) noexcept nogil:
+    """Under the connection's lock: write at most one record from the ring. True when there may be more to write now."""
+    cdef uint32_t n
+    cdef int written, error
+    if ch.ssl == NULL or ch.out_used == 0:
+        return False
+    if ch.records >= KEY_UPDATE_RECORDS and ch.out_promised == 0:
+        SSL_key_update(ch.ssl, SSL_KEY_UPDATE_NOT_REQUESTED)
+        ch.records = 0
+    n = ch.out_promised
+    if n == 0:
+        n = min(min(<uint32_t> RECORD_BYTES, ch.out_used), ch.out_bytes - ch.out_head)
+    ERR_clear_error()
+    written = SSL_write(ch.ssl, ch.out + ch.out_head, <int> n)
+    if written > 0:
+        ch.out_promised = 0
+        ch.out_head = (ch.out_head + <uint32_t> written) % ch.out_bytes
+        ch.out_used -= <uint32_t> written
+        ch.records += 1
+        ch.bytes_sent += <uint64_t> written
+        pthread_cond_broadcast(&ch.drained)
+        if ch.out_used == 0:
+            arm(l, ch, False)
+        return ch.out_used != 0
+    error = SSL_get_error(ch.ssl, written)
+    ch.out_promised = n
+    if error == SSL_ERROR_WANT_WRITE or error == SSL_ERROR_WANT_READ:
+        arm(l, ch, True)
+    else:
+        shutdown(ch.fd, SHUT_RDWR)      # the reactor sees it and takes the connection down
+    return False
+
+
+cdef void flush(Links_t *l, Channel *ch) noexcept nogil:
+    cdef bint more = True
+    while more:
+        lock_to_write(ch)
+        more = flush_record(l, ch)
+        pthread_mutex_unlock(&ch.lock)
+
+
+cdef int queue_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) noexcept nogil:
+    """Put a whole frame into the ring, to be flushed later; AGAIN when it does not fit."""
+    cdef int result = SENT
+    frame.crc = crc32_iscsi(<unsigned char *> frame, FRAME_BYTES - 4, 0xffffffffu)
+    lock_to_write(ch)
+    if ch.ssl == NULL:
+        result = DOWN
+    elif ch.out_bytes - ch.out_used < FRAME_BYTES + frame.length:
+        result = AGAIN
+    else:
+        ring_append(ch, frame, FRAME_BYTES)
+        if frame.length:
+            ring_append(ch, body, frame.length)
+    pthread_mutex_unlock(&ch.lock)
+    return result
+
+
+cdef int send_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) noexcept nogil:
+    cdef int result = queue_frame(l, ch, frame, body)
+    if result == SENT:
+        flush(l, ch)
+    return result
+
+
+cdef int send_waiting(Links_t *l, Channel *ch, Frame *frame, const void *body, uint64_t deadline_ns) noexcept nogil:
+    """Like send_frame, but waits for room in the ring until the deadline (the shipper only)."""
+    cdef int result
+    while True:
+        result = send_frame(l, ch, frame, body)
+        if result != AGAIN:
+            return result
+        pthread_mutex_lock(&ch.lock)
+        if ch.ssl != NULL and ch.out_bytes - ch.out_used < FRAME_BYTES + frame.length:
+            cond_wait_until(&ch.drained, &ch.lock, min(deadline_ns, now_ns() + 100000000ull))
+        pthread_mutex_unlock(&ch.lock)
+        if now_ns() >= deadline_ns or load32(&l.stopping, ACQUIRE):
+            return AGAIN
+
+
+# --- the lender ----------------------------------------------------------------------------------------------------
+
+cdef uint32_t lent_take(Links_t *l) noexcept nogil:
+    """A granted frame to receive into, or NO_FRAME: receiving never allocates."""
+    cdef uint32_t frame = NO_FRAME
+    pthread_mutex_lock(&l.lender_lock)
+    if l.lent_free_count:
+        l.lent_free_count -= 1
+        frame = l.lent_free[l.lent_free_count]
+        l.rows[frame].state = LENT_RECEIVING
+    pthread_mutex_unlock(&l.lender_lock)
+    return frame
+
+
+cdef void lent_release(Links_t *l, uint32_t frame) noexcept nogil:
+    """Under lender_lock."""
+    l.rows[frame].state = LENT_FREE
+    l.lent_free[l.lent_free_count] = frame
+    l.lent_free_count += 1
+
+
+cdef int lent_commit(Links_t *l, Peer *peer, uint32_t frame, const Frame *f) noexcept nogil:
+    """A whole image has arrived: check its shape and hold it. An older copy under the same name goes."""
+    cdef ImageHeader *image = <ImageHeader *> (l.lent + <uint64_t> frame * l.segment_bytes)
+    cdef uint32_t base, i
+    cdef Lent *row
+    base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7
+    pthread_mutex_lock(&l.lender_lock)
+    if image.magic != IMAGE_MAGIC or image.segment != f.segment or image.generation != f.generation or \
+            image.entries > ORDINALS_MAX or image.data_bytes > l.segment_bytes or base + image.data_bytes != f.length:
+        lent_release(l, frame)
+        pthread_mutex_unlock(&l.lender_lock)
+        return S_BAD
+    for i in range(l.lent_frames):
+        row = &l.rows[i]
+        if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
+            lent_release(l, i)
+    row = &l.rows[frame]
+    row.state = LENT_HELD
+    row.owner = peer.number
+    row.owner_generation = peer.generation
+    row.segment = f.segment
+    row.generation = f.generation
+    row.bytes = f.length
+    pthread_mutex_unlock(&l.lender_lock)
+    say(&l.segments_received, 1)
+    return S_OK
+
+
+cdef void lent_forget(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+    """Free what the owner no longer needs; freeing what is not there is fine, so an owner may say it twice."""
+    cdef uint32_t i
+    cdef Lent *row
+    pthread_mutex_lock(&l.lender_lock)
+    for i in range(f.handle if f.handle < l.lent_frames else 0, l.lent_frames):
+        row = &l.rows[i]
+        if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
+            lent_release(l, i)
+            break
+    pthread_mutex_unlock(&l.lender_lock)
+
+
+cdef uint32_t lent_drop(Links_t *l, uint32_t owner, uint64_t keep_generation) noexcept nogil:
+    """Forget everything held for an owner, except what it shipped in its present life."""
+    cdef uint32_t i, dropped = 0
+    cdef Lent *row
+    pthread_mutex_lock(&l.lender_lock)
+    for i in range(l.lent_frames):
+        row = &l.rows[i]
+        if row.state == LENT_HELD and row.owner == owner and row.owner_generation != keep_generation:
+            lent_release(l, i)
+            dropped += 1
+    pthread_mutex_unlock(&l.lender_lock)
+    return dropped
+
+
+cdef void lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f) noexcept nogil:
+    """Answer a get with the sealed entry. Only the owner's own certificate gets here with its number."""
+    cdef Frame reply
+    cdef ImageHeader *image
+    cdef EntryHeader *entry = NULL
+    cdef uint16_t offset
+    cdef uint32_t base, length = 0
+    cdef Lent *row
+    frame_init(l, &reply, T_PAGE, f.request)
+    reply.status = S_ABSENT
+    pthread_mutex_lock(&l.lender_lock)
+    if f.handle < l.lent_frames:
+        row = &l.rows[f.handle]
+        if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
+            image = <ImageHeader *> (l.lent + <uint64_t> f.handle * l.segment_bytes)
+            if f.ordinal < image.entries:
+                offset = (<uint16_t *> (<uint8_t *> image + FRAME_HEADER_BYTES))[f.ordinal]
+                base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7
+                if offset != 0xffff and <uint32_t> offset * 8 + HEADER_BYTES <= image.data_bytes:
+                    entry = <EntryHeader *> (<uint8_t *> image + base + <uint32_t> offset * 8)
+                    length = HEADER_BYTES + entry.length
+                    if <uint32_t> offset * 8 + length > image.data_bytes or length > ENTRY_BYTES_MAX:
+                        length = 0
+    if length:
+        reply.status = S_OK
+        reply.length = length
+    # A ring that is full stays unanswered: the owner asks again after its deadline.
+    queue_frame(l, ch, &reply, entry)
+    pthread_mutex_unlock(&l.lender_lock)
+    say(&l.gets_served, 1)
+
+
+# --- gets under way ------------------------------------------------------------------------------------------------
+
+cdef void pending_release(Links_t *l, uint32_t i) noexcept nogil:
+    pthread_mutex_lock(&l.pending_lock)
+    l.pending[i].state = P_FREE
+    l.pending_free[l.pending_free_count] = i
+    l.pending_free_count += 1
+    pthread_mutex_unlock(&l.pending_lock)
+
+
+cdef void pending_send(Links_t *l, uint32_t i, uint64_t id) noexcept nogil:
+    """Send the request of an entry that is in state sent under this id; back to waiting when the link would not take it."""
+    cdef Pending *p = &l.pending[i]
+    cdef Peer *peer = l.peers[p.ref.peer]
+    cdef Frame frame
+    frame_init(l, &frame, T_GET, id)
+    frame.segment = p.ref.segment
+    frame.generation = p.ref.generation
+    frame.ordinal = p.ref.ordinal
+    frame.handle = p.ref.handle
+    if send_frame(l, &peer.channels[GET], &frame, NULL) != SENT:
+        pthread_mutex_lock(&l.pending_lock)
+        if p.state == P_SENT and p.id == id:
+            p.state = P_WAITS
+        pthread_mutex_unlock(&l.pending_lock)
+
+
+cdef uint64_t next_id(Links_t *l, uint32_t i) noexcept nogil:
+    """Under pending_lock: a request id that no late reply can match by chance."""
+    l.pending_sequence += 1
+    return (l.pending_sequence << 12) | i
+
+
+cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
+    """True once a lender has been out of reach for longer than give_up, or said goodbye."""
+    cdef Peer *peer = l.peers[number & 255]
+    cdef uint64_t down
+    if peer == NULL:
+        return True
+    down = load64(&peer.down_ns, ACQUIRE)
+    return peer.gone or (down != 0 and now_ns() - down > l.give_up_ns)
+
+
+cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie) noexcept nogil:
+    """Ask a lender for a page. OK: under way, 'complete' is called once, from a reactor, within give_up. Anything else:
+    it will not be called (UNREACHABLE, or BUSY when too many gets are under way)."""
+    cdef uint32_t i
+    cdef uint64_t id
+    cdef Pending *p
+    if links_peer_lost(l, ref.peer):
+        say(&l.unreachable, 1)
+        return UNREACHABLE
+    pthread_mutex_lock(&l.pending_lock)
+    if l.pending_free_count == 0 or load32(&l.stopping, ACQUIRE):
+        pthread_mutex_unlock(&l.pending_lock)
+        return BUSY
+    l.pending_free_count -= 1
+    i = l.pending_free[l.pending_free_count]
+    p = &l.pending[i]
+    id = next_id(l, i)
+    p.state = P_SENT
+    p.id = id
+    p.ref = ref[0]
+    p.complete = complete
+    p.context = context
+    p.cookie = cookie
+    p.started_ns = p.sent_ns = now_ns()
+    pthread_mutex_unlock(&l.pending_lock)
+    pending_send(l, i, id)
+    return OK
+
+
+cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t *body) noexcept nogil:
+    cdef uint32_t i = <uint32_t> (f.request & (PENDING_MAX - 1))
+    cdef Pending *p = &l.pending[i]
+    cdef int status
+    cdef uint64_t now = now_ns()
+    pthread_mutex_lock(&l.pending_lock)
+    if p.state != P_SENT or p.id != f.request or p.ref.peer != peer.number:
+        pthread_mutex_unlock(&l.pending_lock)
+        say(&l.late_replies, 1)
+        return
+    p.state = P_COMPLETING
+    pthread_mutex_unlock(&l.pending_lock)
+    record(&peer.round_trip, now - p.sent_ns)
+    say(&peer.gets, 1)
+    if store_slot(l.store, p.ref.pool, p.ref.oid, p.ref.index) != p.ref.slot:
+        status = BUSY               # overwritten, flushed or moved meanwhile: look again
+    elif f.status == S_OK:
+        status = store_unseal(&p.ref, body, f.length, l.page, l.open_ctx)
+        if status == CORRUPT:
+            say(&l.corrupt_replies, 1)
+    else:
+        status = LOST               # the slot still names it, and the lender has it not
+    if status == OK:
+        say(&l.remote_gets, 1)
+    p.complete(p.context, p.cookie, status, l.page)
+    pending_release(l, i)
+
+
+cdef void pending_tick(Links_t *l) noexcept nogil:
+    """Deadlines: ask again after request_deadline, give up after give_up, and say at once when the lender's memory is gone."""
+    cdef uint32_t i
+    cdef uint64_t now = now_ns(), id
+    cdef Pending *p
+    cdef int outcome
+    cdef bint resend, stopping = load32(&l.stopping, ACQUIRE) != 0
+    if load32(&l.pending_free_count, RELAXED) == PENDING_MAX:
+        return
+    for i in range(PENDING_MAX):
+        p = &l.pending[i]
+        if load32(&p.state, ACQUIRE) != P_WAITS and load32(&p.state, ACQUIRE) != P_SENT:
+            continue
+        pthread_mutex_lock(&l.pending_lock)
+        outcome = -1
+        resend = False
+        id = 0
+        if p.state == P_WAITS or p.state == P_SENT:
+            if stopping or now > p.started_ns + l.give_up_ns:
+                outcome = UNREACHABLE
+            elif store_slot_state(l.store, p.ref.slot) != REMOTE:
+                outcome = store_slot_state(l.store, p.ref.slot)
+                outcome = BUSY if outcome == MISS else outcome
+            elif p.state == P_WAITS or now > p.sent_ns + l.request_deadline_ns:
+                resend = True
+                id = next_id(l, i)
+                p.id = id
+                p.sent_ns = now
+                p.state = P_SENT
+            if outcome >= 0:
+                p.state = P_COMPLETING
+        pthread_mutex_unlock(&l.pending_lock)
+        if outcome >= 0:
+            if outcome == UNREACHABLE:
+                say(&l.unreachable, 1)
+            p.complete(p.context, p.cookie, outcome, NULL)
+            pending_release(l, i)
+        elif resend:
+            pending_send(l, i, id)
+
+
+cdef void pending_unsent(Links_t *l, uint32_t peer) noexcept nogil:
+    """The get connection went down: what was sent on it waits for the next one."""
+    cdef uint32_t i
+    pthread_mutex_lock(&l.pending_lock)
+    for i in range(PENDING_MAX):
+        if l.pending[i].state == P_SENT and l.pending[i].ref.peer == peer:
+            l.pending[i].state = P_WAITS
+    pthread_mutex_unlock(&l.pending_lock)
+
+
+cdef struct Waiter:
+    pthread_mutex_t lock
+    pthread_cond_t done
+    int status
+    bint finished
+    uint8_t *page
+
+
+cdef void waiter_complete(void *context, uint64_t cookie, int status, uint8_t *page) noexcept nogil:
+    cdef Waiter *w = <Waiter *> context
+    pthread_mutex_lock(&w.lock)
+    if status == OK:
+        memcpy(w.page, page, PAGE)
+    w.status = status
+    w.finished = True
+    pthread_cond_signal(&w.done)
+    pthread_mutex_unlock(&w.lock)
+
+
+cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
+    """Get a page wherever it is, waiting for a lender at most give_up."""
+    cdef RemoteRef ref
+    cdef Waiter w
+    cdef int result
+    cdef uint64_t deadline = now_ns() + 2 * l.give_up_ns
+    while True:
+        result = store_get(l.store, pool, oid, index, page, mode, &ref)
+        if result != REMOTE:
+            return result
+        pthread_mutex_init(&w.lock, NULL)
+        pthread_cond_init(&w.done, NULL)
+        w.finished = False
+        w.page = page
+        result = links_get(l, &ref, waiter_complete, &w, 0)
+        if result == OK:
+            pthread_mutex_lock(&w.lock)
+            while not w.finished:
+                pthread_cond_wait(&w.done, &w.lock)     # bounded: the tick completes everything within give_up
+            result = w.status
+            pthread_mutex_unlock(&w.lock)
+        pthread_cond_destroy(&w.done)
+        pthread_mutex_destroy(&w.lock)
+        if result == OK and (mode == 1 or (mode == 0 and l.store.pools[pool & 4095].ephemeral)):
+            store_flush_if(l.store, pool, oid, index, ref.slot)
+        if result != BUSY:
+            return result
+        if now_ns() > deadline:
+            return UNREACHABLE
+        sched_yield()
+
+
+# --- shipping ------------------------------------------------------------------------------------------------------
+
+cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+    cdef uint32_t i
+    cdef Ship ship
+    ship.id = 0
+    pthread_mutex_lock(&l.ship_lock)
+    for i in range(SHIPS_MAX):
+        if l.ships[i].id == f.request and f.request != 0 and l.ships[i].peer == peer.number:
+            ship = l.ships[i]
+            l.ships[i].id = 0
+            peer.shipping -= 1
+            pthread_cond_broadcast(&l.ship_room)
+            break
+    pthread_mutex_unlock(&l.ship_lock)
+    if ship.id == 0:
+        say(&l.late_replies, 1)
+    elif f.status == S_OK:
+        store_ship_commit(l.store, ship.segment, peer.number, f.handle, ship.meta)
+        say(&peer.segments_sent, 1)
+    else:
+        free(ship.meta)
+        say(&l.ships_refused, 1)
+        say(&peer.refused, 1)
+        store_ship_abort(l.store, ship.segment)
+
+
+cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
+    """The bulk connection went down. Whether the lender has what was under way is unknown: it stays ours, and the
+    lender is told to forget it before anything else is sent."""
+    cdef uint32_t i
+    cdef Ship ship
+    for i in range(SHIPS_MAX):
+        ship.id = 0
+        pthread_mutex_lock(&l.ship_lock)
+        if l.ships[i].id != 0 and l.ships[i].peer == peer.number:
+            ship = l.ships[i]
+            l.ships[i].id = 0
+            peer.shipping -= 1
+            if peer.orphan_count < 64:
+                peer.orphans[peer.orphan_count] = ship.segment
+                peer.orphan_generations[peer.orphan_count] = ship.generation
+                peer.orphan_count += 1
+        pthread_cond_broadcast(&l.ship_room)
+        pthread_mutex_unlock(&l.ship_lock)
+        if ship.id:
+            free(ship.meta)
+            say(&l.ships_failed, 1)
+            store_ship_abort(l.store, ship.segment)
+
+
+cdef void ship(Links_t *l, const Order *order) noexcept nogil:
+    """Seal one segment and send it. Whatever fails leaves the segment here, whole."""
+    cdef Peer *peer = l.peers[order.peer & 255]
+    cdef Frame frame
+    cdef RemoteMeta *meta = NULL
+    cdef uint32_t bytes, i, slot = SHIPS_MAX
+    cdef uint64_t id = 0, deadline = now_ns() + 2000000000ull
+    if peer == NULL or store_ship_begin(l.store, order.segment, order.generation) != OK:
+        return
+    bytes = store_seal_image(l.store, order.segment, l.image, &meta, l.seal_ctx)
+    if bytes == 0:
+        say(&l.ships_failed, 1)
+        store_ship_abort(l.store, order.segment)
+        return
+    pthread_mutex_lock(&l.ship_lock)
+    while True:
+        slot = SHIPS_MAX
+        if peer.shipping < l.bulk_in_flight:
+            for i in range(SHIPS_MAX):
+                if l.ships[i].id == 0:
+                    slot = i
+                    break
+        if slot < SHIPS_MAX or load32(&l.stopping, ACQUIRE) or now_ns() > deadline:
+            break
+        cond_wait_until(&l.ship_room, &l.ship_lock, min(deadline, now_ns() + 100000000ull))
+    if slot < SHIPS_MAX:
+        l.ship_sequence += 1
+        id = l.ship_sequence
+        l.ships[slot].id = id
+        l.ships[slot].segment = order.segment
+        l.ships[slot].generation = order.generation
+        l.ships[slot].peer = peer.number
+        l.ships[slot].meta = meta
+        l.ships[slot].sent_ns = now_ns()
+        peer.shipping += 1
+    pthread_mutex_unlock(&l.ship_lock)
+    if slot == SHIPS_MAX:
+        free(meta)
+        say(&l.ships_failed, 1)
+        store_ship_abort(l.store, order.segment)
+        return
+    frame_init(l, &frame, T_SHIP, id)
+    frame.length = bytes
+    frame.segment = order.segment
+    frame.generation = order.generation
+    say(&l.bytes_shipped, bytes)
+    if send_waiting(l, &peer.channels[BULK], &frame, l.image, deadline) != SENT:
+        pthread_mutex_lock(&l.ship_lock)
+        if l.ships[slot].id != id:
+            slot = SHIPS_MAX            # the reactor took the connection down and has dealt with it
+        else:
+            l.ships[slot].id = 0
+            peer.shipping -= 1
+        pthread_mutex_unlock(&l.ship_lock)
+        if slot < SHIPS_MAX:
+            free(meta)
+            say(&l.ships_failed, 1)
+            store_ship_abort(l.store, order.segment)
+
+
+cdef void tell_freed(Links_t *l) noexcept nogil:
+    """Tell lenders what they may forget. Without a connection it is told after the next one comes up."""
+    cdef uint32_t segment = 0, generation = 0, number = 0, handle = 0, i
+    cdef Peer *peer
+    cdef Frame frame
+    for i in range(1, 255):
+        peer = l.peers[i - 1]
+        while peer != NULL and peer.orphan_count and peer.channels[BULK].ssl != NULL:
+            pthread_mutex_lock(&l.ship_lock)
+            peer.orphan_count -= 1
+            segment = peer.orphans[peer.orphan_count]
+            generation = peer.orphan_generations[peer.orphan_count]
+            pthread_mutex_unlock(&l.ship_lock)
+            frame_init(l, &frame, T_FREE, 0)
+            frame.segment = segment
+            frame.generation = generation
+            frame.handle = NO_FRAME
+            if send_waiting(l, &peer.channels[BULK], &frame, NULL, now_ns() + 1000000000ull) != SENT:
+                break
+    while store_next_freed(l.store, &segment, &generation, &number, &handle):
+        peer = l.peers[number & 255]
+        if peer == NULL:
+            continue
+        frame_init(l, &frame, T_FREE, segment + 1)      # 0 is the orphans', which nobody waits for
+        frame.segment = segment
+        frame.generation = generation
+        frame.handle = handle
+        if send_waiting(l, &peer.channels[BULK], &frame, NULL, now_ns() + 1000000000ull) == SENT:
+            say(&l.frees_sent, 1)
+
+
+cdef void *shipper_main(void *argument) noexcept nogil:
+    cdef Links_t *l = <Links_t *> argument
+    cdef pollfd fds[2]
+    cdef uint64_t value
+    cdef Order order
+    cdef bint found
+    fds[0].fd = l.order_fd
+    fds[1].fd = l.store.freed_fd
+    fds[0].events = fds[1].events = POLLIN
+    while not load32(&l.stopping, ACQUIRE):
+        poll(fds, 2, 500)
+        eventfd_read(l.order_fd, &value)
+        eventfd_read(l.store.freed_fd, &value)
+        while not load32(&l.stopping, ACQUIRE):
+            tell_freed(l)
+            pthread_mutex_lock(&l.ship_lock)
+            found = l.orders_count != 0
+            if found:
+                order = l.orders[l.orders_head]
+                l.orders_head = (l.orders_head + 1) % ORDERS_MAX
+                l.orders_count -= 1
+            pthread_mutex_unlock(&l.ship_lock)
+            if not found:
+                break
+            ship(l, &order)
+    return NULL
+
+
+# --- receiving -----------------------------------------------------------------------------------------------------
+
+cdef bint frame_allowed(Links_t *l, const Frame *f, uint32_t kind) noexcept nogil:
+    """One place that refuses every bad header; what follows trusts it."""
+    if f.magic != FRAME_MAGIC or f.version != WIRE_VERSION or \
+            crc32_iscsi(<unsigned char *> f, FRAME_BYTES - 4, 0xffffffffu) != f.crc:
+        return False
+    if f.type == T_PING or f.type == T_PONG:
+        return f.length == 0
+    if kind == GET:
+        return (f.type == T_GET and f.length == 0) or (f.type == T_PAGE and f.length <= ENTRY_BYTES_MAX)
+    if f.type == T_SHIP:
+        return FRAME_HEADER_BYTES <= f.length <= l.segment_bytes
+    return f.length == 0 and (f.type == T_SHIPPED or f.type == T_FREE or f.type == T_FREED or f.type == T_GOODBYE)
+
+
+cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint8_t *body) noexcept nogil:
+    cdef Frame reply
+    if f.type == T_PAGE:
+        pending_answered(l, peer, f, body)
+    elif f.type == T_GET:
+        lent_answer(l, peer, ch, f)
+    elif f.type == T_SHIPPED:
+        store32(&peer.credit, f.credit, RELAXED)
+        ship_answered(l, peer, f)
+    elif f.type == T_FREE:
+        lent_forget(l, peer, f)
+        frame_init(l, &reply, T_FREED, f.request)
+        reply.segment = f.segment
+        queue_frame(l, ch, &reply, NULL)
+    elif f.type == T_FREED:
+        store32(&peer.credit, f.credit, RELAXED)
+        if f.request == <uint64_t> f.segment + 1 and f.segment < l.store.segments_used:
+            store_freed_told(l.store, f.segment)
+    elif f.type == T_PING:
+        frame_init(l, &reply, T_PONG, f.request)
+        queue_frame(l, ch, &reply, NULL)
+    elif f.type == T_PONG:
+        store32(&peer.credit, f.credit, RELAXED)
+    elif f.type == T_GOODBYE:
+        peer.gone = True
+        store_peer_lost(l.store, peer.number)
+        lent_drop(l, peer.number, 0)
+        eventfd_write(l.event_fd, 1)
+
+
+cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """A segment has arrived whole, into a granted frame or into nothing."""
+    cdef Frame reply
+    frame_init(l, &reply, T_SHIPPED, ch.frame.request)
+    reply.segment = ch.frame.segment
+    reply.generation = ch.frame.generation
+    reply.handle = ch.body_frame
+    if ch.body_frame == NO_FRAME:
+        reply.status = S_FULL
+    else:
+        reply.status = lent_commit(l, peer, ch.body_frame, &ch.frame)
+    reply.credit = load32(&l.lent_free_count, RELAXED)
+    ch.in_body = False
+    queue_frame(l, ch, &reply, NULL)
+
+
+cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """Handle every whole frame in the receive buffer; -1 when the peer broke the protocol."""
+    cdef Frame *f
+    cdef uint32_t n
+    while True:
+        if ch.in_body:
+            n = min(ch.end - ch.start, ch.frame.length - ch.body_got)
+            if ch.body_frame != NO_FRAME:
+                memcpy(ch.body + ch.body_got, ch.received + ch.start, n)
+            ch.start += n
+            ch.body_got += n
+            if ch.body_got < ch.frame.length:
+                break
+            body_done(l, peer, ch)
+            continue
+        if ch.end - ch.start < FRAME_BYTES:
+            break
+        f = <Frame *> (ch.received + ch.start)
+        if not frame_allowed(l, f, ch.kind):
+            say(&l.protocol_errors, 1)
+            return -1
+        if f.type == T_SHIP:
+            ch.frame = f[0]
+            ch.start += FRAME_BYTES
+            ch.body_frame = lent_take(l)
+            ch.body = l.lent + <uint64_t> ch.body_frame * l.segment_bytes if ch.body_frame != NO_FRAME else NULL
+            ch.body_got = 0
+            ch.in_body = True
+            continue
+        if ch.end - ch.start < FRAME_BYTES + f.length:
+            break
+        dispatch(l, peer, ch, f, <uint8_t *> f + FRAME_BYTES)
+        ch.start += FRAME_BYTES + f.length
+    if ch.start == ch.end:
+        ch.start = ch.end = 0
+    elif ch.start > RECEIVE_BYTES // 2:
+        memmove(ch.received, ch.received + ch.start, ch.end - ch.start)
+        ch.end -= ch.start
+        ch.start = 0
+    return 0
+
+
+cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """Read and handle up to RECORDS_PER_TURN records. 0: nothing more now, 1: more waits, -1: the connection is done for."""
+    cdef int turn, n, error
+    cdef uint8_t *target
+    cdef uint32_t room
+    cdef bint direct
+    for turn in range(RECORDS_PER_TURN):
+        direct = ch.in_body and ch.body_frame != NO_FRAME and ch.start == ch.end
+        if direct:
+            target = ch.body + ch.body_got
+            room = ch.frame.length - ch.body_got
+        else:
+            target = ch.received + ch.end
+            room = RECEIVE_BYTES - ch.end
+        lock_to_read(ch)
+        if ch.ssl == NULL:
+            pthread_mutex_unlock(&ch.lock)
+            return 0
+        ERR_clear_error()
+        n = SSL_read(ch.ssl, target, <int> min(room, <uint32_t> RECORD_BYTES))
+        error = SSL_get_error(ch.ssl, n) if n <= 0 else 0
+        pthread_mutex_unlock(&ch.lock)
+        if n <= 0:
+            if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE:
+                return 0
+            ch.reason = b"the peer closed the connection" if error == SSL_ERROR_ZERO_RETURN else b"the connection broke"
+            return -1
+        ch.received_ns = now_ns()
+        ch.bytes_received += <uint64_t> n
+        if direct:
+            ch.body_got += <uint32_t> n
+            if ch.body_got == ch.frame.length:
+                body_done(l, peer, ch)
+        else:
+            ch.end += <uint32_t> n
+            if parse(l, peer, ch) != 0:
+                ch.reason = b"the peer broke the protocol"
+                return -1
+    return 1
+
+
+cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """By the reactor only: close, and settle everything that depended on this connection."""
+    pthread_mutex_lock(&ch.lock)
+    if ch.ssl == NULL:
+        pthread_mutex_unlock(&ch.lock)
+        return
+    epoll_ctl(l.epolls[ch.kind], EPOLL_CTL_DEL, ch.fd, NULL)
+    SSL_free(ch.ssl)
+    close(ch.fd)
+    ch.ssl = NULL
+    ch.fd = -1
+    ch.closing = True               # attach() waits until everything below is settled
+    ch.out_used = ch.out_head = ch.out_promised = 0
+    ch.armed = False
+    ch.start = ch.end = 0
+    if ch.kind == GET:
+        store64(&peer.down_ns, now_ns(), RELEASE)
+    pthread_mutex_unlock(&ch.lock)
+    if ch.in_body and ch.body_frame != NO_FRAME:
+        pthread_mutex_lock(&l.lender_lock)
+        lent_release(l, ch.body_frame)
+        pthread_mutex_unlock(&l.lender_lock)
+    ch.in_body = False
+    if ch.kind == GET:
+        pending_unsent(l, peer.number)
+    else:
+        ships_fail(l, peer)
+    pthread_mutex_lock(&ch.lock)
+    ch.closing = False
+    pthread_cond_broadcast(&ch.drained)
+    pthread_mutex_unlock(&ch.lock)
+    eventfd_write(l.event_fd, 1)
+
+
+cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    cdef int result
+    if ch.ssl == NULL:
+        return
+    result = receive(l, peer, ch)
+    if result < 0:
+        channel_down(l, peer, ch)
+        return
+    flush(l, ch)
+    if result > 0:
+        store32(&ch.kick, 1, RELEASE)
+        eventfd_write(l.wakes[ch.kind], 1)
+
+
+cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexcept nogil:
+    """Keepalive and idle time-out."""
+    cdef Frame frame
+    if ch.ssl == NULL or now < ch.received_ns:
+        return
+    if now - ch.received_ns > l.idle_ns:
+        ch.reason = b"no answer within the idle time-out"
+        channel_down(l, peer, ch)
+    elif now - ch.received_ns > l.keepalive_ns and now - ch.pinged_ns > l.keepalive_ns:
+        ch.pinged_ns = now
+        frame_init(l, &frame, T_PING, 0)
+        send_frame(l, ch, &frame, NULL)
+
+
+cdef void react(Links_t *l, int kind) noexcept nogil:
+    cdef epoll_event events[32]
+    cdef int n, i
+    cdef uint32_t p
+    cdef uint64_t value, now, ticked = 0
+    cdef Peer *peer
+    while not load32(&l.stopping, ACQUIRE):
+        n = epoll_wait(l.epolls[kind], events, 32, TICK_MS)
+        for i in range(n):
+            if events[i].data.u32 < PEERS_MAX:
+                peer = l.peers[events[i].data.u32]
+                serve(l, peer, &peer.channels[kind])
+                continue
+            eventfd_read(l.wakes[kind], &value)
+            for p in range(PEERS_MAX):
+                peer = l.peers[p]
+                if peer != NULL and swap32(&peer.channels[kind].kick, 0, ACQ_REL):
+                    serve(l, peer, &peer.channels[kind])
+        now = now_ns()
+        if now - ticked > TICK_MS * 1000000ull:
+            ticked = now
+            for p in range(PEERS_MAX):
+                if l.peers[p] != NULL:
+                    channel_tick(l, l.peers[p], &l.peers[p].channels[kind], now)
+            if kind == GET:
+                pending_tick(l)
+    for p in range(PEERS_MAX):
+        if l.peers[p] != NULL:
+            l.peers[p].channels[kind].reason = b"this node stops"
+            channel_down(l, l.peers[p], &l.peers[p].channels[kind])
+    if kind == GET:
+        pending_tick(l)
+
+
+cdef void *get_reactor(void *argument) noexcept nogil:
+    react(<Links_t *> argument, GET)
+    return NULL
+
+
+cdef void *bulk_reactor(void *argument) noexcept nogil:
+    react(<Links_t *> argument, BULK)
+    return NULL
+
+
+# --- Python: TLS before a connection is attached -------------------------------------------------------------------
+
+cdef str tls_reason(SSL *ssl):
+    """What OpenSSL has to say about the last failure."""
+    cdef unsigned long code = ERR_peek_error()
+    cdef const char *text
+    cdef long verify = SSL_get_verify_result(ssl) if ssl != NULL else X509_V_OK
+    if verify != X509_V_OK:
+        return X509_verify_cert_error_string(verify).decode()
+    text = ERR_reason_error_string(code) if code else NULL
+    return text.decode() if text != NULL else "the other side closed the connection"
+
+
+cdef class TlsContext:
+    """The node's certificate, its key and the cluster's CA: TLS 1.3 only, both sides must show a certificate."""
+    cdef SSL_CTX *context
+
+    def __cinit__(self, str ca, str certificate, str key):
+        cdef SSL_CTX *c = SSL_CTX_new(TLS_method())
+        self.context = c
+        if c == NULL:
+            raise MemoryError
+        SSL_CTX_set_min_proto_version(c, TLS1_3_VERSION)
+        SSL_CTX_set_num_tickets(c, 0)
+        SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_OFF)
+        SSL_CTX_set_ciphersuites(c, b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256")
+        SSL_CTX_set_mode(c, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER)
+        SSL_CTX_set_read_ahead(c, 1)
+        SSL_CTX_set_verify(c, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL)
+        ERR_clear_error()
+        if SSL_CTX_load_verify_locations(c, os.fsencode(ca), NULL) != 1:
+            raise errors.CertificateError(f"cannot read the cluster's CA certificate {ca}: {tls_reason(NULL)}")
+        if SSL_CTX_use_certificate_chain_file(c, os.fsencode(certificate)) != 1:
+            raise errors.CertificateError(f"cannot read the node's certificate {certificate}: {tls_reason(NULL)}")
+        if SSL_CTX_use_PrivateKey_file(c, os.fsencode(key), SSL_FILETYPE_PEM) != 1 or SSL_CTX_check_private_key(c) != 1:
+            raise errors.CertificateError(f"cannot use the node's private key {key}: {tls_reason(NULL)}")
+
+    def __dealloc__(self):
+        if self.context != NULL:
+            SSL_CTX_free(self.context)
+
+
+cdef class Connection:
+    """A connected socket on its way to becoming a channel: TLS handshake, then a few frames, all with deadlines.
+
+    Takes ownership of the descriptor. Methods block without the GIL. CertificateError says why a handshake failed;
+    ProtocolError that the peer sent what it must not, or nothing in time.
+    """
+    cdef SSL *ssl
+    cdef readonly int fd
+    cdef object context
+
+    def __cinit__(self, TlsContext context, int fd, bint server):
+        self.fd = fd
+        self.context = context
+        os.set_blocking(fd, False)
+        self.ssl = SSL_new(context.context)
+        if self.ssl == NULL or SSL_set_fd(self.ssl, fd) != 1:
+            raise MemoryError
+        if server:
+            SSL_set_accept_state(self.ssl)
+        else:
+            SSL_set_connect_state(self.ssl)
+
+    def __dealloc__(self):
+        self.close()
+
+    cpdef close(self):
+        if self.ssl != NULL:
+            SSL_free(self.ssl)
+            self.ssl = NULL
+        if self.fd >= 0:
+            close(self.fd)
+            self.fd = -1
+
+    cdef int wait(self, int error, uint64_t deadline_ns) except -1:
+        """After WANT_READ or WANT_WRITE: wait for the socket; ProtocolError once the deadline has passed."""
+        cdef pollfd p
+        cdef int64_t left
+        cdef int n
+        if error != SSL_ERROR_WANT_READ and error != SSL_ERROR_WANT_WRITE:
+            raise errors.CertificateError(f"TLS failed: {tls_reason(self.ssl)}")
+        p.fd = self.fd
+        p.events = POLLIN if error == SSL_ERROR_WANT_READ else POLLOUT
+        left = <int64_t> deadline_ns - <int64_t> now_ns()
+        if left > 0:
+            with nogil:
+                n = poll(&p, 1, <int> (left // 1000000) + 1)
+            if n > 0:
+                return 0
+        raise errors.ProtocolError("the other side did not answer in time")
+
+    def handshake(self, double timeout_s):
+        """TLS 1.3 with certificates checked on both sides; returns the peer's certificate (DER)."""
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef int result
+        cdef X509 *certificate
+        cdef unsigned char *out
+        while True:
+            ERR_clear_error()
+            with nogil:
+                result = SSL_do_handshake(self.ssl)
+            if result == 1:
+                break
+            self.wait(SSL_get_error(self.ssl, result), deadline)
+        certificate = SSL_get1_peer_certificate(self.ssl)
+        if certificate == NULL:
+            raise errors.CertificateError("the peer showed no certificate")
+        n = i2d_X509(certificate, NULL)
+        der = PyBytes_FromStringAndSize(NULL, n)
+        out = <unsigned char *> PyBytes_AS_STRING(der)
+        i2d_X509(certificate, &out)
+        X509_free(certificate)
+        return der
+
+    def send(self, bytes data, double timeout_s):
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef const char *p = PyBytes_AS_STRING(data)
+        cdef int left = <int> PyBytes_GET_SIZE(data), n
+        while left:
+            ERR_clear_error()
+            with nogil:
+                n = SSL_write(self.ssl, p, left)
+            if n > 0:
+                p += n
+                left -= n
+            else:
+                self.wait(SSL_get_error(self.ssl, n), deadline)
+
+    def receive(self, int size, double timeout_s):
+        """Exactly 'size' bytes."""
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef int got = 0, n
+        if not 0 < size <= SMALL_BODY_MAX:
+            raise errors.ProtocolError(f"{size} bytes announced during the handshake: at most {SMALL_BODY_MAX}")
+        data = PyBytes_FromStringAndSize(NULL, size)
+        cdef char *p = PyBytes_AS_STRING(data)
+        while got < size:
+            ERR_clear_error()
+            with nogil:
+                n = SSL_read(self.ssl, p + got, size - got)
+            if n > 0:
+                got += n
+            else:
+                self.wait(SSL_get_error(self.ssl, n), deadline)
+        return data
+
+
+# --- Python: the links of a node -----------------------------------------------------------------------------------
+
+cdef class Links:
+    """Every link of a node and the memory that it lends. ramster.engine.links documents it."""
+
+    def __cinit__(self, Store store not None, uint32_t number, uint64_t lend_bytes, bint lock, uint64_t request_deadline_ms,
+                  uint64_t give_up_ms, uint64_t idle_ms, uint64_t keepalive_ms, uint32_t bulk_in_flight):
+        cdef Links_t *l = <Links_t *> calloc(1, sizeof(Links_t))
+        cdef uint32_t i
+        cdef int k
+        cdef epoll_event event
+        if l == NULL:
+            raise MemoryError
+        self.l = l
+        self.store = store
+        l.store = store.live()
+        l.number = number
+        l.segment_bytes = l.store.segment_bytes
+        l.request_deadline_ns = request_deadline_ms * 1000000
+        l.give_up_ns = give_up_ms * 1000000
+        l.idle_ns = idle_ms * 1000000
+        l.keepalive_ns = keepalive_ms * 1000000
+        l.bulk_in_flight = min(max(bulk_in_flight, 1), SHIPS_MAX)
+        l.lent_fd = -1
+        pthread_mutex_init(&l.peers_lock, NULL)
+        pthread_mutex_init(&l.pending_lock, NULL)
+        pthread_mutex_init(&l.ship_lock, NULL)
+        pthread_mutex_init(&l.lender_lock, NULL)
+        cond_init_monotonic(&l.ship_room)
+        for i in range(PENDING_MAX):
+            l.pending_free[i] = PENDING_MAX - 1 - i
+        l.pending_free_count = PENDING_MAX
+        l.open_ctx = EVP_CIPHER_CTX_new()
+        l.seal_ctx = EVP_CIPHER_CTX_new()
+        l.image = <uint8_t *> malloc(l.segment_bytes)
+        self.grant(lend_bytes, lock)
+        l.order_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        l.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if l.open_ctx == NULL or l.seal_ctx == NULL or l.image == NULL or l.order_fd < 0 or l.event_fd < 0:
+            raise MemoryError
+        for k in range(2):
+            l.epolls[k] = epoll_create1(EPOLL_CLOEXEC)
+            l.wakes[k] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+            event.events = EPOLLIN
+            event.data.u64 = 0
+            event.data.u32 = 0xffffffffu
+            if l.epolls[k] < 0 or l.wakes[k] < 0 or epoll_ctl(l.epolls[k], EPOLL_CTL_ADD, l.wakes[k], &event) != 0:
+                raise OSError(errno, strerror(errno).decode())
+        if start_thread(&l.reactors[GET], get_reactor, l, b"ramster-get") != 0 or \
+                start_thread(&l.reactors[BULK], bulk_reactor, l, b"ramster-bulk") != 0 or \
+                start_thread(&l.shipper, shipper_main, l, b"ramster-ship") != 0:
+            raise MemoryError("cannot start the threads of the links")
+        l.running = True
+
+    cdef grant(self, uint64_t lend_bytes, bint lock):
+        """Reserve and touch what may be lent: a full arena refuses, it never grows."""
+        cdef Links_t *l = self.l
+        cdef uint32_t i
+        cdef void *base
+        l.lent_frames = <uint32_t> (lend_bytes // l.segment_bytes)
+        if l.lent_frames == 0:
+            return
+        lend_bytes = <uint64_t> l.lent_frames * l.segment_bytes
+        l.rows = <Lent *> calloc(l.lent_frames, sizeof(Lent))
+        l.lent_free = <uint32_t *> malloc(4 * <size_t> l.lent_frames)
+        l.lent_fd = memfd_create(b"ramster-lent", MFD_CLOEXEC)
+        if l.rows == NULL or l.lent_free == NULL or l.lent_fd < 0 or fallocate(l.lent_fd, 0, 0, <long> lend_bytes) != 0:
+            raise errors.StoreFull(f"cannot reserve {lend_bytes >> 20} MiB to lend ({strerror(errno).decode()}): lend less")
+        base = mmap(NULL, lend_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l.lent_fd, 0)
+        if base == MAP_FAILED:
+            raise errors.StoreFull(f"cannot map {lend_bytes >> 20} MiB to lend: {strerror(errno).decode()}")
+        l.lent = <uint8_t *> base
+        with nogil:
+            memset(l.lent, 0, lend_bytes)
+            l.lent_locked = lock and mlock(l.lent, lend_bytes) == 0
+        for i in range(l.lent_frames):
+            l.lent_free[i] = l.lent_frames - 1 - i
+        l.lent_free_count = l.lent_frames
+
+    def __dealloc__(self):
+        cdef Links_t *l = self.l
+        cdef int k
+        cdef uint32_t i
+        if l == NULL:
+            return
+        self.stop()
+        for i in range(PEERS_MAX):
+            if l.peers[i] != NULL:
+                for k in range(2):
+                    free(l.peers[i].channels[k].out)
+                    free(l.peers[i].channels[k].received)
+                free(l.peers[i])
+        for k in range(2):
+            for fd in (l.epolls[k], l.wakes[k]):
+                if fd > 0:
+                    close(fd)
+        for fd in (l.order_fd, l.event_fd, l.lent_fd):
+            if fd > 0:
+                close(fd)
+        if l.lent != NULL:
+            munmap(l.lent, <uint64_t> l.lent_frames * l.segment_bytes)
+        EVP_CIPHER_CTX_free(l.open_ctx)
+        EVP_CIPHER_CTX_free(l.seal_ctx)
+        free(l.image)
+        free(l.rows)
+        free(l.lent_free)
+        free(l)
+        self.l = NULL
+
+    cdef Links_t *live(self) except NULL:
+        if self.stopped:
+            raise errors.UsageError("the links are stopped")
+        return self.l
+
+    def stop(self):
+        """Close every connection, fail every get under way, join the threads. Twice is fine."""
+        cdef Links_t *l = self.l
+        if self.stopped:
+            return
+        self.stopped = True
+        store32(&l.stopping, 1, RELEASE)
+        if not l.running:
+            return
+        l.running = False
+        with nogil:
+            eventfd_write(l.order_fd, 1)
+            eventfd_write(l.wakes[GET], 1)
+            eventfd_write(l.wakes[BULK], 1)
+            pthread_join(l.shipper, NULL)
+            pthread_join(l.reactors[GET], NULL)
+            pthread_join(l.reactors[BULK], NULL)
+
+    @property
+    def event_fd(self):
+        return self.live().event_fd
+
+    def attach(self, Connection connection not None, uint32_t number, uint32_t kind, uint64_t generation, uint32_t credit):
+        """Make a connection that has said hello this peer's get or bulk channel. An older one is closed first. A new
+        generation means that the peer's process was restarted: what it held is lost, what we hold for it is dropped."""
+        cdef Links_t *l = self.live()
+        cdef Peer *peer
+        cdef Channel *ch
+        cdef uint64_t deadline = now_ns() + 2000000000ull
+        cdef epoll_event event
+        cdef bint old
+        if number >= PEERS_MAX or kind > BULK or connection.ssl == NULL:
+            raise errors.UsageError(f"cannot attach a connection of kind {kind} to node {number}")
+        peer = self.peer(number)
+        ch = &peer.channels[kind]
+        with nogil:
+            pthread_mutex_lock(&ch.lock)
+            if ch.ssl != NULL and ch.fd >= 0:
+                shutdown(ch.fd, SHUT_RDWR)
+            while (ch.ssl != NULL or ch.closing) and now_ns() < deadline:
+                cond_wait_until(&ch.drained, &ch.lock, deadline)
+            old = ch.ssl != NULL or ch.closing
+            pthread_mutex_unlock(&ch.lock)
+        if old:
+            raise errors.ProtocolError(f"the older connection to node {number} would not close")
+        with nogil:
+            pthread_mutex_lock(&l.peers_lock)
+            if peer.generation != generation or peer.gone:
+                if peer.seen:
+                    store_peer_lost(l.store, number)
+                lent_drop(l, number, generation)
+                pthread_mutex_lock(&l.ship_lock)
+                peer.orphan_count = 0
+                pthread_mutex_unlock(&l.ship_lock)
+                peer.generation = generation
+                peer.gone = False
+            peer.seen = True
+            store32(&peer.credit, credit, RELAXED)
+            pthread_mutex_unlock(&l.peers_lock)
+            pthread_mutex_lock(&ch.lock)
+            ch.ssl = connection.ssl
+            ch.fd = connection.fd
+            ch.received_ns = ch.pinged_ns = now_ns()
+            ch.records = 0
+            ch.reason = NULL
+            ch.kick = 1
+            event.events = EPOLLIN
+            event.data.u64 = 0
+            event.data.u32 = number
+            epoll_ctl(l.epolls[kind], EPOLL_CTL_ADD, ch.fd, &event)
+            if kind == GET:
+                store64(&peer.down_ns, 0, RELEASE)
+            pthread_mutex_unlock(&ch.lock)
+            eventfd_write(l.wakes[kind], 1)
+            if kind == BULK:
+                store_requeue_freed(l.store, number)
+                eventfd_write(l.order_fd, 1)
+        connection.ssl = NULL
+        connection.fd = -1
+
+    cdef Peer *peer(self, uint32_t number) except NULL:
+        cdef Links_t *l = self.l
+        cdef Peer *peer
+        cdef int k
+        pthread_mutex_lock(&l.peers_lock)
+        peer = l.peers[number]
+        pthread_mutex_unlock(&l.peers_lock)
+        if peer != NULL:
+            return peer
+        peer = <Peer *> calloc(1, sizeof(Peer))
+        if peer == NULL:
+            raise MemoryError
+        peer.number = number
+        for k in range(2):
+            pthread_mutex_init(&peer.channels[k].lock, NULL)
+            cond_init_monotonic(&peer.channels[k].drained)
+            peer.channels[k].fd = -1
+            peer.channels[k].kind = k
+            peer.channels[k].peer = number
+            peer.channels[k].out_bytes = GET_RING_BYTES if k == GET else BULK_RING_BYTES
+            peer.channels[k].out = <uint8_t *> malloc(peer.channels[k].out_bytes)
+            peer.channels[k].received = <uint8_t *> malloc(RECEIVE_BYTES)
+            if peer.channels[k].out == NULL or peer.channels[k].received == NULL:
+                raise MemoryError
+        l.peers[number] = peer
+        return peer
+
+    def detach(self, uint32_t number):
+        """Break both connections to a peer, as a cut cable would."""
+        cdef Peer *peer = self.live().peers[number & 255]
+        cdef int k
+        if peer == NULL:
+            return
+        for k in range(2):
+            pthread_mutex_lock(&peer.channels[k].lock)
+            if peer.channels[k].ssl != NULL and peer.channels[k].fd >= 0:
+                shutdown(peer.channels[k].fd, SHUT_RDWR)
+            pthread_mutex_unlock(&peer.channels[k].lock)
+
+    def up(self, uint32_t number, uint32_t kind):
+        cdef Peer *peer = self.live().peers[number & 255]
+        return peer != NULL and peer.channels[kind & 1].ssl != NULL
+
+    def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
+        """Queue one sealed segment for a lender; False when the queue is full. What fails stays here, whole."""
+        cdef Links_t *l = self.live()
+        cdef uint32_t tail
+        cdef bint queued = False
+        pthread_mutex_lock(&l.ship_lock)
+        if l.orders_count < ORDERS_MAX:
+            tail = (l.orders_head + l.orders_count) % ORDERS_MAX
+            l.orders[tail].segment = segment
+            l.orders[tail].generation = generation
+            l.orders[tail].peer = number
+            l.orders_count += 1
+            queued = True
+        pthread_mutex_unlock(&l.ship_lock)
+        eventfd_write(l.order_fd, 1)
+        return queued
+
+    def shipping(self):
+        """Segments ordered or under way."""
+        cdef Links_t *l = self.live()
+        cdef uint32_t n, i
+        pthread_mutex_lock(&l.ship_lock)
+        n = l.orders_count
+        for i in range(SHIPS_MAX):
+            n += l.ships[i].id != 0
+        pthread_mutex_unlock(&l.ship_lock)
+        return n
+
+    def goodbye(self):
+        """Tell every peer that what this node holds goes away with it."""
+        cdef Links_t *l = self.live()
+        cdef Frame frame
+        cdef uint32_t p
+        for p in range(PEERS_MAX):
+            if l.peers[p] != NULL:
+                frame_init(l, &frame, T_GOODBYE, 0)
+                with nogil:
+                    send_waiting(l, &l.peers[p].channels[BULK], &frame, NULL, now_ns() + 1000000000ull)
+
+    def get(self, uint32_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
+        """A page, wherever it is: bytes, or None. PageLost when nobody has it (any more) or its lender does not answer."""
+        cdef Links_t *l = self.live()
+        cdef uint64_t key[3]
+        cdef int result
+        key[0], key[1], key[2] = oid
+        page = PyBytes_FromStringAndSize(NULL, PAGE)
+        cdef uint8_t *out = <uint8_t *> PyBytes_AS_STRING(page)
+        with nogil:
+            result = get_page(l, pool, key, index, out, mode)
+        if result == OK:
+            return page
+        if result == MISS:
+            return None
+        if result == LOST:
+            raise errors.PageLost(f"page {index} of pool {pool} is lost: the only node that held it is gone")
+        if result == CORRUPT:
+            raise errors.PageLost(f"page {index} of pool {pool} is lost: what came back fails its check")
+        if result == UNREACHABLE or result == BUSY:
+            raise errors.PageLost(f"page {index} of pool {pool} cannot be had: its lender does not answer")
+        raise errors.UsageError(f"there is no page {index} in pool {pool}")
+
+    def drop_foreign(self, uint32_t owner):
+        """Forget everything held for a node; returns the number of segments."""
+        return lent_drop(self.live(), owner, 0)
+
+    def foreign(self):
+        """Segments held, by owner's number."""
+        cdef Links_t *l = self.live()
+        cdef uint32_t i
+        held = {}
+        pthread_mutex_lock(&l.lender_lock)
+        for i in range(l.lent_frames):
+            if l.rows[i].state == LENT_HELD:
+                held[l.rows[i].owner] = held.get(l.rows[i].owner, 0) + 1
+        pthread_mutex_unlock(&l.lender_lock)
+        return held
+
+    def tamper(self, uint32_t frame, uint32_t offset):
+        """Flip a byte of a lent frame: how tests play the hostile lender."""
+        cdef Links_t *l = self.live()
+        if frame >= l.lent_frames or offset >= l.segment_bytes:
+            raise errors.UsageError(f"there is no byte {offset} in lent frame {frame}")
+        l.lent[<uint64_t> frame * l.segment_bytes + offset] ^= 0xff
+
+    def peers(self):
+        cdef Links_t *l = self.live()
+        cdef Peer *p
+        cdef uint32_t i
+        result = []
+        for i in range(PEERS_MAX):
+            p = l.peers[i]
+            if p == NULL:
+                continue
+            reason = b""
+            for k in range(2):
+                if p.channels[k].ssl == NULL and p.channels[k].reason != NULL:
+                    reason = p.channels[k].reason
+            result.append(dict(
+                number=i, up=p.channels[GET].ssl != NULL and p.channels[BULK].ssl != NULL, gone=bool(p.gone),
+                generation=p.generation, credit=p.credit, shipping=p.shipping, reason=reason.decode(),
+                lost=links_peer_lost(l, i), bytes_sent=p.channels[GET].bytes_sent + p.channels[BULK].bytes_sent,
+                bytes_received=p.channels[GET].bytes_received + p.channels[BULK].bytes_received, gets=p.gets,
+                segments_sent=p.segments_sent, refused=p.refused,
+                round_trip_p50_us=quantile(&p.round_trip, 0.5) // 1000,
+                round_trip_p99_us=quantile(&p.round_trip, 0.99) // 1000))
+        return result
+
+    def counters(self):
+        cdef Links_t *l = self.live()
+        return dict(
+            remote_gets=l.remote_gets, late_replies=l.late_replies, protocol_errors=l.protocol_errors, frees_sent=l.frees_sent,
+            ships_refused=l.ships_refused, ships_failed=l.ships_failed, segments_received=l.segments_received,
+            gets_served=l.gets_served, unreachable=l.unreachable, corrupt_replies=l.corrupt_replies,
+            bytes_shipped=l.bytes_shipped, lend_bytes=<uint64_t> l.lent_frames * l.segment_bytes,
+            lent_frames=l.lent_frames, lent_free=l.lent_free_count, lent_locked=bool(l.lent_locked),
+            gets_pending=PENDING_MAX - l.pending_free_count)

@@ -1,0 +1,101 @@
+"""A region's native state: see _region.pyx for the rules."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from ramster.engine._histogram cimport Histogram
+from ramster.engine._link cimport Links, Links_t
+from ramster.engine._store cimport Store_t
+
+cdef enum:
+    WINDOW_MAX = 32                 # pages mapped per fault: 5 us a page at 32, 13 us at 8, hardly less beyond
+    STREAMS = 8                     # access patterns followed at once
+    BATCH = 64                      # pages evicted at once
+    THREADS_MAX = 16
+
+# State of a page of a region. Low nibble; the flags above it.
+cdef enum:
+    PAGE_AWAY = 0                   # in the store, or never written (no slot): not in the memfd
+    PAGE_FETCHING = 1               # in the hands of somebody who brings it in or makes it writable
+    PAGE_CLEAN = 2                  # resident, write-protected, equal to what the store has
+    PAGE_DIRTY = 3                  # resident, writable
+    PAGE_EVICTING = 4
+    PAGE_LOST = 5                   # poisoned: its only copy is gone
+    STATE_MASK = 0x0f
+    FLAG_PINNED = 0x10
+    FLAG_WAITERS = 0x20             # somebody faulted while it was in other hands: wake when it is not
+    FLAG_REFUSED = 0x40             # poisoned for want of room; nothing of it is lost
+    FLAG_QUEUED = 0x80              # has an entry in the queue of residents
+
+cdef struct Stream:
+    uint32_t next_up                # a fault here goes on upwards ...
+    uint32_t next_down              # ... or downwards
+    uint32_t window
+    uint64_t used
+
+cdef struct Region_t:
+    Links_t *links
+    Store_t *store
+    uint32_t pool
+    uint64_t pages
+    uint64_t budget                 # resident pages allowed
+    uint64_t reserve                # evictors work to keep so many pages of it free
+    int memfd
+    int guard                       # our end of the guard channel
+    int uffd
+    uint64_t base
+    bint can_poison
+    bint attached
+    uint8_t *states
+    uint16_t *pins                  # pins nest
+    uint32_t *fifo                  # resident pages in the order in which they came; a ring of 'pages' entries
+    uint64_t fifo_head
+    uint64_t fifo_count
+    uint32_t *parked                # faults that wait for room
+    uint64_t parked_count
+    uint64_t parked_since_ns
+    uint64_t resident
+    uint64_t pinned
+    uint64_t fetching               # remote gets under way
+    uint64_t lost
+    uint64_t users                  # threads inside prefetch, pin, evict
+    bint full
+    bint dead                       # the application is gone
+    uint64_t full_wait_ns
+    pthread_mutex_t lock
+    pthread_cond_t changed          # something arrived, left, or there is room
+    pthread_cond_t work             # for the evictors
+    int stop_fd
+    uint32_t stopping
+    uint32_t fault_threads
+    uint32_t evictor_threads
+    pthread_t threads[32]
+    uint32_t started
+    Stream streams[8]
+    uint64_t clock
+    uint64_t faults
+    uint64_t faults_local
+    uint64_t faults_remote
+    uint64_t faults_zero
+    uint64_t faults_wp
+    uint64_t faults_minor
+    uint64_t faults_parked
+    uint64_t evictions
+    uint64_t evictions_clean
+    uint64_t refused
+    uint64_t touched_pages
+    Histogram local_ns
+    Histogram remote_ns
+
+cdef class Region:
+    cdef Region_t *r
+    cdef readonly Links links
+    cdef readonly str name
+    cdef int app_guard
+    cdef bint closed
+    cdef Region_t *live(self) except NULL
+    cdef Region_t *begin(self, uint64_t first, uint64_t count) except NULL
+    cdef int end(self, Region_t *r) except -1
+    cdef int wait_in(self, Region_t *r, uint64_t first, uint64_t count, bint writable) except -1
+    cdef int drop_pins(self, Region_t *r, uint64_t first, uint64_t count) except -1
+    cdef object fail(self, int outcome, uint64_t first, uint64_t count)
+    cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count)

@@ -1,0 +1,1 @@
+"""Ways in for memory that does not fit: regions, arrays larger than their RAM."""

@@ -1,0 +1,228 @@
+"""The object graph of a node, on one screen, and the answers that it gives about itself."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import secrets
+import time
+from importlib.metadata import version
+from typing import Any
+
+from ramster.cluster import identity
+from ramster.config import paths
+from ramster.config.knobs import Config
+from ramster.engine.links import Links, TlsContext
+from ramster.engine.region import Region
+from ramster.engine.store import Store
+from ramster.errors import UsageError
+from ramster.frontswap.region_service import RegionService
+from ramster.node.control import ControlServer
+from ramster.node.peering import Peering
+from ramster.remotify.policy import Policy, Settings
+from ramster.remotify.worker import Worker
+from ramster.wire.hello import Hello
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """Everything that one node consists of. `start`, then `wait`, then `close`; nothing runs before `start`."""
+
+    def __init__(self, config: Config) -> None:
+        c = self.config = config
+        if c.cluster is not None:
+            files = identity.NodeFiles(c.cluster.ca, c.cluster.cert, c.cluster.key)
+            identity.verify(files, c.cluster.id, c.node.name)
+        self.generation = secrets.randbits(63)
+        self.started = time.monotonic()
+        self.state = "starting"
+        self.store = Store(
+            c.arena.size_bytes,
+            segment_bytes=c.arena.segment_bytes,
+            path=None if c.arena.path is None else str(c.arena.path),
+            lock=c.arena.lock,
+            full_wait_ms=c.arena.full_wait_ms,
+            clean_low=c.arena.clean_low,
+            pressure=1 - c.remotify.high,
+        )
+        self.links = Links(
+            self.store,
+            c.node.number,
+            lend_bytes=c.lend.size_bytes,
+            lock=c.arena.lock,
+            request_deadline_ms=c.links.request_deadline_ms,
+            give_up_ms=c.links.give_up_ms,
+            idle_ms=c.links.idle_timeout_ms,
+            keepalive_ms=c.links.keepalive_ms,
+            bulk_in_flight=c.links.bulk_in_flight_segments,
+        )
+        r = c.remotify
+        self.remotify = Worker(
+            self.store, self.links, Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms)), r.tick_ms
+        )
+        self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
+        self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
+        self.peering: Peering | None = None
+        if c.cluster is not None:
+            context = TlsContext(str(c.cluster.ca), str(c.cluster.cert), str(c.cluster.key))
+            self.peering = Peering(
+                self.links, context, self.hello, c.peers, c.links, c.node.number, c.lend.foreign_grace_ms
+            )
+        self._stop = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+
+    def make_region(self, pages: int, resident_pages: int, name: str) -> Region:
+        r = self.config.region
+        return Region(
+            self.links,
+            pages,
+            resident_pages,
+            name=name,
+            fault_threads=r.fault_threads,
+            evictor_threads=r.evictor_threads,
+            full_wait_ms=r.full_wait_ms,
+            poison=r.poison,
+        )
+
+    def hello(self, kind: str) -> Hello:
+        assert self.config.cluster is not None
+        return Hello(
+            cluster=self.config.cluster.id,
+            name=self.config.node.name,
+            number=self.config.node.number,
+            generation=self.generation,
+            kind="get" if kind == "get" else "bulk",
+            segment_bytes=self.config.arena.segment_bytes,
+            lend_segments=self.config.lend.size_bytes // self.config.arena.segment_bytes,
+        )
+
+    async def start(self) -> None:
+        """Open the sockets and begin to work. PortTaken, UsageError: nothing is left open."""
+        try:
+            await self.region_service.start()
+            await self.control.start()
+            if self.peering is not None:
+                await self.peering.start()
+        except BaseException:
+            await self.close()
+            raise
+        self._worker = asyncio.create_task(self.remotify.run())
+        self.state = "running"
+
+    async def wait(self) -> None:
+        """Until request_stop."""
+        await self._stop.wait()
+
+    async def close(self) -> None:
+        """Orderly: no new regions, the applications' regions end, lenders and borrowers hear goodbye, threads are joined."""
+        self.state = "stopping"
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        await self.region_service.close()
+        await asyncio.to_thread(self.links.goodbye)
+        if self.peering is not None and self.peering.address is not None:
+            await self.peering.close()
+        await self.control.stop()
+        await asyncio.to_thread(self.links.stop)
+        await asyncio.to_thread(self.store.close)
+
+    # --- NodeView: what the control API asks ----------------------------------------------------------------------
+
+    def request_stop(self, force: bool) -> None:
+        self._stop.set()
+
+    async def would_lose(self) -> dict[str, Any]:
+        """Foreign segments that have their only copy here, and regions of running applications."""
+        names = {peer.number: peer.name for peer in self.config.peers}
+        segment = self.config.arena.segment_bytes
+        foreign = {names.get(owner, f"node {owner}"): n * segment for owner, n in self.links.foreign().items()}
+        regions = [
+            {"id": each.number, "name": each.name, "pid": each.pid, "pages": each.statistics["pages"]}
+            for each in await self.region_service.describe()
+        ]
+        return {"foreign": foreign, "regions": regions} if foreign or regions else {}
+
+    async def regions(self) -> list[dict[str, Any]]:
+        return [
+            {"id": each.number, "name": each.name, "pid": each.pid, **each.statistics}
+            for each in await self.region_service.describe()
+        ]
+
+    async def status(self) -> dict[str, Any]:
+        arena = dataclasses.asdict(self.store.statistics())
+        links = self.links.counters()
+        seen = {row["number"]: row for row in self.links.peers()}
+        reasons = self.peering.reasons() if self.peering is not None else {}
+        peers = []
+        for peer in self.config.peers:
+            row = seen.get(peer.number, {})
+            state = "up" if row.get("up") else "down" if row else "connecting"
+            peers.append(
+                {
+                    "name": peer.name,
+                    "number": peer.number,
+                    "address": str(peer.address),
+                    "state": state,
+                    "reason": "" if state == "up" else reasons.get(peer.number) or row.get("reason", ""),
+                    **{key: row.get(key, 0) for key in _PEER_KEYS},
+                }
+            )
+        names = {peer.number: peer.name for peer in self.config.peers}
+        peering = dataclasses.asdict(self.peering.counters) if self.peering is not None else {}
+        return {
+            "name": self.config.node.name,
+            "number": self.config.node.number,
+            "version": version("ramster"),
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self.started, 3),
+            "generation": self.generation,
+            "state": self.state,
+            "listen": "{}:{}".format(*self.peering.address) if self.peering and self.peering.address else None,
+            "arena": arena,
+            "lend": {
+                "bytes": links["lend_bytes"],
+                "frames_total": links["lent_frames"],
+                "frames_used": links["lent_frames"] - links["lent_free"],
+                "locked": links["lent_locked"],
+                "owners": {names.get(owner, str(owner)): n for owner, n in self.links.foreign().items()},
+            },
+            "peers": peers,
+            "regions": await self.regions(),
+            "counters": {
+                "puts": arena["puts"],
+                "local_gets": arena["local_gets"],
+                "segments_shipped": arena["shipped_segments"],
+                "bytes_sent": sum(row["bytes_sent"] for row in seen.values()),
+                "bytes_compressed": arena["bytes_compressed"],
+                **{key: value for key, value in links.items() if not key.startswith("le")},
+                **peering,
+                **{f"region_{key}": value for key, value in dataclasses.asdict(self.region_service.counters).items()},
+            },
+            "remotify": {
+                "enabled": self.config.remotify.enabled,
+                "draining": self.remotify.policy.draining,
+                "decisions": self.remotify.decisions,
+                "segments_ordered": self.remotify.ordered,
+                "under_way": self.links.shipping(),
+            },
+        }
+
+
+_PEER_KEYS = (
+    "generation",
+    "credit",
+    "shipping",
+    "gone",
+    "lost",
+    "bytes_sent",
+    "bytes_received",
+    "gets",
+    "segments_sent",
+    "refused",
+    "round_trip_p50_us",
+    "round_trip_p99_us",
+)

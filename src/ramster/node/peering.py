@@ -1,0 +1,305 @@
+"""Who connects to whom, and who is let in: the asyncio shell around the handshake. Bytes of pages never come here.
+
+The node with the higher number connects, twice to each peer (get, bulk); the other accepts. What arrives on the port gets
+one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is closed and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import random
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from ramster.cluster import identity
+from ramster.config.knobs import Links as LinkSettings
+from ramster.config.knobs import Peer
+from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
+from ramster.errors import CertificateError, PortTaken, ProtocolError, RamsterError, UsageError
+from ramster.wire import frames, hello
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 5.0
+# Handshakes at a time. Public-key work is a millisecond each; a flood of strangers must not starve the fault path.
+HANDSHAKES_MAX = 16
+_KINDS = {"get": GET, "bulk": BULK}
+
+
+@dataclass(slots=True)
+class PeeringCounters:
+    """Events since the node started."""
+
+    accepted: int = 0
+    connected: int = 0
+    refused_connections: int = 0
+    garbage_connections: int = 0
+
+
+@dataclass(slots=True)
+class _PeerState:
+    peer: Peer
+    reason: str = ""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    lend_segments: int = 0
+
+
+class Peering:
+    """Keeps both connections to every configured peer up, and lets in those peers that are to connect to us."""
+
+    def __init__(
+        self,
+        links: Links,
+        context: TlsContext,
+        make_hello: Callable[[str], hello.Hello],
+        peers: tuple[Peer, ...],
+        settings: LinkSettings,
+        number: int,
+        foreign_grace_ms: int,
+    ) -> None:
+        self.links = links
+        self.context = context
+        self.make_hello = make_hello
+        self.settings = settings
+        self.number = number
+        self.foreign_grace_s = foreign_grace_ms / 1000
+        self.counters = PeeringCounters()
+        self.address: tuple[str, int] | None = None
+        self._peers = {peer.number: _PeerState(peer) for peer in peers}
+        self._known = {peer.number: peer.name for peer in peers}
+        self._pool = ThreadPoolExecutor(HANDSHAKES_MAX, thread_name_prefix="ramster-handshake")
+        self._handshakes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+        self._grace: dict[int, asyncio.TimerHandle] = {}
+
+    async def start(self) -> None:
+        """Listen and begin to connect. PortTaken when somebody else listens there."""
+        self._listener = _listen(self.settings.listen.host, self.settings.listen.port)
+        self.address = self._listener.getsockname()[:2]
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.links.event_fd, self._changed)
+        self._spawn(self._accept_all())
+        for number, state in self._peers.items():
+            if number < self.number:
+                for kind in _KINDS:
+                    self._spawn(self._keep_connected(state, kind))
+
+    async def close(self) -> None:
+        """Stop listening and connecting; established connections belong to the engine and stay."""
+        asyncio.get_running_loop().remove_reader(self.links.event_fd)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for timer in self._grace.values():
+            timer.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.to_thread(self._pool.shutdown)
+
+    def reasons(self) -> dict[int, str]:
+        """Why a peer is not connected, as far as known."""
+        return {number: state.reason for number, state in self._peers.items()}
+
+    def _spawn(self, coroutine: object) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _changed(self) -> None:
+        """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
+        import os
+
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.links.event_fd)
+        loop = asyncio.get_running_loop()
+        for row in self.links.peers():
+            number = row["number"]
+            if number in self._peers:
+                self._peers[number].wake.set()
+            if row["up"]:
+                if timer := self._grace.pop(number, None):
+                    timer.cancel()
+            elif number not in self._grace:
+                self._grace[number] = loop.call_later(self.foreign_grace_s, self._grace_over, number)
+
+    def _grace_over(self, number: int) -> None:
+        self._grace.pop(number, None)
+        dropped = self.links.drop_foreign(number)
+        if dropped:
+            log.warning(
+                "node %d was silent for %g s: dropped %d segments held for it", number, self.foreign_grace_s, dropped
+            )
+
+    # --- connecting -----------------------------------------------------------------------------------------------
+
+    async def _keep_connected(self, state: _PeerState, kind: str) -> None:
+        low, high = self.settings.reconnect_min_ms / 1000, self.settings.reconnect_max_ms / 1000
+        pause = low
+        while True:
+            if self.links.up(state.peer.number, _KINDS[kind]):
+                pause = low
+                state.wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await state.wake.wait()
+                continue
+            try:
+                await self._connect(state, kind)
+                state.reason = ""
+                log.info("connected to node %s (%s)", state.peer.name, kind)
+            except (OSError, RamsterError, TimeoutError) as error:
+                reason = _words(error)
+                if reason != state.reason:
+                    log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
+                state.reason = reason
+                # Full jitter, so that nodes that lost one lender together do not come back together.
+                await asyncio.sleep(random.uniform(low, pause))
+                pause = min(pause * 2, high)
+
+    async def _connect(self, state: _PeerState, kind: str) -> None:
+        loop = asyncio.get_running_loop()
+        address = state.peer.address
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            _tune(sock)
+            async with asyncio.timeout(HANDSHAKE_S):
+                await loop.sock_connect(sock, (address.host, address.port))
+        except BaseException:
+            sock.close()
+            raise
+        connection = Connection(self.context, sock.detach(), False)
+        await loop.run_in_executor(self._pool, self._greet, connection, state, kind)
+        self.counters.connected += 1
+
+    def _greet(self, connection: Connection, state: _PeerState, kind: str) -> None:
+        """In a thread: our side of the handshake as the one who connects."""
+        own = self.make_hello(kind)
+        try:
+            certificate = identity.describe_der(connection.handshake(HANDSHAKE_S))
+            connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
+            kind_of_frame, body = _read_frame(connection)
+            if kind_of_frame == frames.FrameType.REFUSE:
+                raise ProtocolError(f"it refused: {hello.decode_refusal(body)}")
+            if kind_of_frame != frames.FrameType.HELLO:
+                raise ProtocolError(f"it answered with a frame of type {kind_of_frame}")
+            theirs = hello.decode_hello(body)
+            reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=False)
+            if reason is None and theirs.number != state.peer.number:
+                reason = f"node {theirs.number} answers at the address of node {state.peer.number}"
+            if reason is not None:
+                self.counters.refused_connections += 1
+                _refuse(connection, reason)
+                raise ProtocolError(reason)
+            state.lend_segments = theirs.lend_segments
+            self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
+        finally:
+            connection.close()
+
+    # --- accepting ------------------------------------------------------------------------------------------------
+
+    async def _accept_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert self._listener is not None
+        while True:
+            try:
+                sock, address = await loop.sock_accept(self._listener)
+            except OSError as error:
+                # Out of descriptors, or the caller left again: others must still be able to come.
+                log.warning("cannot accept a connection: %s", error)
+                await asyncio.sleep(0.1)
+                continue
+            if self._handshakes >= HANDSHAKES_MAX:
+                self.counters.refused_connections += 1
+                sock.close()
+                continue
+            self._handshakes += 1
+            self._spawn(self._accept(sock, address))
+
+    async def _accept(self, sock: socket.socket, address: tuple[str, int]) -> None:
+        try:
+            _tune(sock)
+            connection = Connection(self.context, sock.detach(), True)
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._admit, connection)
+            self.counters.accepted += 1
+        except CertificateError as error:
+            # TLS did not come about: a stranger with another cluster's certificate, or no TLS at all.
+            if "certificate" in str(error):
+                self.counters.refused_connections += 1
+                log.warning("refused %s: %s", address[0], error)
+            else:
+                self.counters.garbage_connections += 1
+                log.info("closed a connection from %s: %s", address[0], error)
+        except ProtocolError as error:
+            self.counters.refused_connections += 1
+            log.warning("refused %s: %s", address[0], error)
+        except OSError as error:
+            log.info("a connection from %s broke: %s", address[0], error)
+        finally:
+            self._handshakes -= 1
+
+    def _admit(self, connection: Connection) -> None:
+        """In a thread: our side of the handshake as the one who was connected to."""
+        try:
+            certificate = identity.describe_der(connection.handshake(HANDSHAKE_S))
+            kind_of_frame, body = _read_frame(connection)
+            if kind_of_frame != frames.FrameType.HELLO:
+                raise ProtocolError(f"its first frame is of type {kind_of_frame}, not a hello")
+            theirs = hello.decode_hello(body)
+            own = self.make_hello(theirs.kind)
+            reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=True)
+            if reason is not None:
+                _refuse(connection, reason)
+                raise ProtocolError(reason)
+            connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
+            self._peers[theirs.number].lend_segments = theirs.lend_segments
+            self._peers[theirs.number].reason = ""
+            self.links.attach(connection, theirs.number, _KINDS[theirs.kind], theirs.generation, theirs.lend_segments)
+            log.info("node %s connected (%s)", theirs.name, theirs.kind)
+        finally:
+            connection.close()
+
+
+def _read_frame(connection: Connection) -> tuple[int, bytes]:
+    kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, HANDSHAKE_S))
+    return kind, connection.receive(length, HANDSHAKE_S) if length else b""
+
+
+def _refuse(connection: Connection, reason: str) -> None:
+    with contextlib.suppress(RamsterError):
+        connection.send(frames.pack(frames.FrameType.REFUSE, hello.encode(hello.Refusal(reason=reason))), 1.0)
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no answer within {HANDSHAKE_S:g} s"
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    return str(error)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(64)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"port {port} on {host} is taken by another program; set another one with [links] listen"
+            ) from error
+        raise UsageError(f"cannot listen on {host}:{port} ([links] listen): {error.strerror}") from error
+    return sock

@@ -1,0 +1,73 @@
+"""The shell around the policy: looks, asks it, orders. Runs as one asyncio task of the node; touches no page.
+
+It looks every `tick`, and at once when the store raises pressure because free segments run short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ramster.engine.links import Links
+from ramster.engine.store import Store
+from ramster.remotify.policy import SHIPS_PER_DECISION_MAX, Lender, Policy, Segment, Snapshot
+
+
+class Worker:
+    """Carries out the decisions of `policy`; `decisions` and `ordered` count them."""
+
+    def __init__(self, store: Store, links: Links, policy: Policy, tick_ms: int) -> None:
+        self.store = store
+        self.links = links
+        self.policy = policy
+        self.tick_s = tick_ms / 1000
+        self.decisions = 0
+        self.ordered = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        pressed = asyncio.Event()
+        loop.add_reader(self.store.pressure_fd, pressed.set)
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self.tick_s):
+                        await pressed.wait()
+                    # One decision per pressure event, and a pause: shipping takes longer than deciding.
+                    await asyncio.sleep(self.tick_s / 10)
+                except TimeoutError:
+                    pass
+                _drain(self.store.pressure_fd)
+                pressed.clear()
+                self.store.pressure_handled()
+                self.step()
+        finally:
+            loop.remove_reader(self.store.pressure_fd)
+
+    def step(self) -> int:
+        """One look, one decision; returns the number of segments ordered."""
+        statistics = self.store.counters()
+        snapshot = Snapshot(
+            frames_total=statistics["frames_total"],
+            frames_free=statistics["frames_free"],
+            coldest=[Segment(*row) for row in self.store.coldest(SHIPS_PER_DECISION_MAX)],
+            lenders=[Lender(p["number"], p["up"], p["credit"], p["shipping"]) for p in self.links.peers()],
+            under_way=self.links.shipping(),
+        )
+        self.decisions += 1
+        ordered = 0
+        for ship in self.policy.decide(snapshot):
+            if not self.links.ship(ship.segment, ship.generation, ship.lender):
+                break
+            ordered += 1
+        self.ordered += ordered
+        return ordered
+
+
+def _drain(fd: int) -> None:
+    import os
+
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        pass

@@ -1,0 +1,94 @@
+"""The handshake after TLS: what each side says of itself, and the one place that decides whether to go on.
+
+The node that connects says HELLO first; the other answers HELLO or REFUSE; then the first may still REFUSE. Nothing is
+demanded to be equal that can be settled: versions are ranges, features are those that both have.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from ramster.constants import NODE_NUMBER_MAX, PAGE_BYTES
+from ramster.errors import ProtocolError
+
+VERSION_MIN: Final = 1
+VERSION_MAX: Final = 1
+KINDS: Final = ("get", "bulk")
+
+
+class Hello(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of HELLO, as JSON. `generation` is a number drawn when the process started: another one means that its memory
+    was lost. `lend_segments` is how many segments it may hold for others, in all.
+    """
+
+    cluster: str
+    name: str
+    number: int
+    generation: int
+    kind: Literal["get", "bulk"]
+    versions: tuple[int, int] = (VERSION_MIN, VERSION_MAX)
+    features: tuple[str, ...] = ()
+    page_bytes: int = PAGE_BYTES
+    segment_bytes: int
+    lend_segments: int = 0
+
+
+class Refusal(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of REFUSE, as JSON."""
+
+    reason: str
+
+
+def encode(message: Hello | Refusal) -> bytes:
+    return msgspec.json.encode(message)
+
+
+def decode_hello(body: bytes) -> Hello:
+    """ProtocolError names what is wrong with it."""
+    try:
+        return msgspec.json.decode(body, type=Hello)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"its hello cannot be read: {error}") from error
+
+
+def decode_refusal(body: bytes) -> str:
+    try:
+        return msgspec.json.decode(body, type=Refusal).reason[:500]
+    except msgspec.DecodeError:
+        return "it gave no reason"
+
+
+def objection(own: Hello, theirs: Hello, certificate_name: str, known: dict[int, str], *, accepted: bool) -> str | None:
+    """Why this node will not talk to that one, in words for both logs; None when it will.
+
+    Args:
+        own, theirs: what both said.
+        certificate_name: the name that TLS proved.
+        known: names of the configured peers by number.
+        accepted: the peer connected to us. The higher number connects, so that two nodes that start together end up with
+            one link.
+    """
+    if theirs.cluster != own.cluster:
+        return f"it belongs to cluster {theirs.cluster!r}, this node to {own.cluster!r}"
+    if not 0 <= theirs.number <= NODE_NUMBER_MAX or not 0 <= theirs.generation < 1 << 64:
+        return f"node number {theirs.number} or generation {theirs.generation} is out of range"
+    if theirs.name != certificate_name:
+        return f"it calls itself {theirs.name!r}, but its certificate is for {certificate_name!r}"
+    if theirs.number == own.number:
+        return f"it has this node's own number, {own.number}"
+    if known.get(theirs.number) != theirs.name:
+        wanted = known.get(theirs.number)
+        here = f"node {theirs.number} is {wanted!r} here" if wanted else f"no [[peers]] has number {theirs.number}"
+        return f"it calls itself {theirs.name!r}, number {theirs.number}, but {here}"
+    if accepted and theirs.number < own.number:
+        return f"node {own.number} connects to node {theirs.number}, not the other way round"
+    low, high = max(theirs.versions[0], own.versions[0]), min(theirs.versions[1], own.versions[1])
+    if low > high:
+        return f"it speaks versions {theirs.versions[0]} to {theirs.versions[1]}, this node {own.versions[0]} to {own.versions[1]}"
+    if theirs.page_bytes != own.page_bytes:
+        return f"its pages have {theirs.page_bytes} bytes, ours {own.page_bytes}"
+    if theirs.segment_bytes != own.segment_bytes:
+        return f"its segments have {theirs.segment_bytes} bytes, ours {own.segment_bytes}: set [arena] segment alike"
+    return None

@@ -1,0 +1,213 @@
+"""Every command as a user meets it: help, mistakes, exit codes, files."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ramster.cli import main
+from ramster.config import load
+
+COMMANDS = ["", "demo", "node", "status", "stop", "cluster", "cluster init", "config", "config check", "config list"]
+ROOT = Path(__file__).parents[2]
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*command.split(), "--help"]) == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"Usage: {' '.join(['ramster', *command.split()])}" in help_of(command, capsys)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("", "cluster", "config")])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"ramster {command}" in help_of(command, capsys).split("Examples:")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_docs_name_each_command_and_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = (ROOT / "docs/cli.md").read_text() + (ROOT / "docs/demo.md").read_text()
+    assert not command or f"ramster {command}" in docs
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", help_of(command, capsys)))
+    assert {option for option in options if f"`{option}" not in docs} == set()
+
+
+def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    docs = (ROOT / "docs/cli.md").read_text() + (ROOT / "docs/demo.md").read_text()
+    real = set(re.findall(r"--[a-z][a-z-]+", "".join(help_of(command, capsys) for command in COMMANDS)))
+    assert set(re.findall(r"`(--[a-z][a-z-]+)", docs)) - real == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ("bogus", 2, "bogus"),
+        ("demo --bogus", 2, "--bogus"),
+        ("demo --size 12XB", 2, "--size is '12XB'"),
+        ("demo --size 1MiB", 2, "at least 4 MiB"),
+        ("demo --size 64MiB --resident 64MiB", 2, "--resident"),
+        ("demo --local 1MiB", 2, "--local"),
+        ("demo --nodes 1", 2, "--nodes is 1"),
+        ("demo --seed -1", 2, "--seed is -1"),
+        ("demo --file /nonexistent", 2, "/nonexistent"),
+        ("demo --file /", 2, "not a regular file"),
+        ("demo --file /dev/null", 2, "not a regular file"),
+        ("node", 2, "--config"),
+        ("node --config /nonexistent.toml", 3, "/nonexistent.toml"),
+        ("config check /nonexistent.toml", 3, "/nonexistent.toml"),
+        ("status --socket /nonexistent/control.sock", 4, "ramster node --config"),
+        ("status --socket a --config b", 2, "--socket and --config"),
+        ("stop --socket /nonexistent/control.sock", 4, "ramster node --config"),
+        ("cluster init", 2, "--directory"),
+    ],
+)
+def test_mistakes_get_one_message_and_a_stable_code(
+    arguments: str, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.split()) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("ramster: ") and says in printed.err
+    assert "Traceback" not in printed.err and printed.err.count("\n") == 1
+
+
+def test_empty_file_for_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").touch()
+    assert main(["demo", "--file", str(tmp_path / "empty")]) == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert "Usage: ramster" in printed.out + printed.err
+
+
+def test_node_refuses_to_run_without_assertions(tmp_path: Path) -> None:
+    ended = run_python("-O", "-m", "ramster.cli", "node", "--config", str(tmp_path / "none.toml"))
+    assert ended.returncode == 2
+    assert "assertions" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_shell_completion_lists_commands() -> None:
+    ended = run_python(
+        "-c",
+        "import sys; from ramster.cli import main; sys.exit(main())",
+        _RAMSTER_COMPLETE="complete_bash",
+        COMP_WORDS="ramster st",
+        COMP_CWORD="1",
+    )
+    assert ended.stdout.split() == ["status", "stop"], ended.stderr
+
+
+def test_broken_pipe_is_silent() -> None:
+    command = f"{sys.executable} -m ramster.cli config list | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ended.stderr == ""
+    assert ended.stdout.strip() in ("0", "141")  # the pipe's buffer may swallow it all
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    )
+
+
+def init(directory: Path, nodes: str, cluster: str = "lab") -> int:
+    return main(["cluster", "init", "--directory", str(directory), "--cluster", cluster, "--nodes", nodes])
+
+
+def test_cluster_init_makes_configurations_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(tmp_path / "lab", "alpha=192.0.2.1:7777, beta=[2001:db8::2]:7778,gamma=192.0.2.1:7779") == 0
+    printed = capsys.readouterr().out
+    for name in ("alpha", "beta", "gamma"):
+        path = tmp_path / "lab" / f"{name}.toml"
+        assert f"ramster node --config {path}" in printed
+        assert main(["config", "check", str(path)]) == 0
+        assert "fine" in capsys.readouterr().out
+    alpha, beta, gamma = (load(tmp_path / "lab" / f"{name}.toml") for name in ("alpha", "beta", "gamma"))
+    assert [str(peer.address) for peer in alpha.peers] == ["[2001:db8::2]:7778", "192.0.2.1:7779"]
+    assert str(beta.links.listen) == "[2001:db8::2]:7778"
+    assert len({alpha.node.number, beta.node.number, gamma.node.number}) == 3
+    # alpha and gamma share a machine and must not share sockets.
+    assert len({alpha.node.run_dir, gamma.node.run_dir}) == 2
+    # Copied elsewhere as a whole, it still loads: nothing in it is absolute.
+    assert str(tmp_path) not in (tmp_path / "lab/alpha.toml").read_text()
+    assert (tmp_path / "lab/ca.key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "says"),
+    [
+        ("alpha", "name=address:port"),
+        ("alpha=192.0.2.1:1", "2 to"),
+        ("alpha=192.0.2.1:1,alpha=192.0.2.2:1", "twice"),
+        ("alpha=192.0.2.1:1,beta=192.0.2.1:1", "two nodes"),
+        ("alpha=192.0.2.1:0,beta=192.0.2.2:1", "192.0.2.1:0"),
+        ("alpha=192.0.2.1:65536,beta=192.0.2.2:1", "65535"),
+        ("alpha=192.0.2.1,beta=192.0.2.2:1", "192.0.2.1"),
+        ("alpha=::1:5,beta=192.0.2.2:1", "[IPv6 address]"),
+        ("alpha=[192.0.2.1]:5,beta=192.0.2.2:1", "IPv4"),
+        ("Alpha=192.0.2.1:1,beta=192.0.2.2:1", "'Alpha'"),
+        ("ca=192.0.2.1:1,beta=192.0.2.2:1", "'ca'"),
+    ],
+)
+def test_cluster_init_refuses(nodes: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(tmp_path / "lab", nodes) in (2, 11)
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "lab").exists() or not any((tmp_path / "lab").iterdir())
+
+
+def test_cluster_init_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = "alpha=192.0.2.1:1,beta=192.0.2.2:1"
+    assert init(tmp_path / "lab", nodes) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "lab").iterdir()}
+    assert init(tmp_path / "lab", nodes) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "lab").iterdir()} == before
+
+
+def test_config_check_shows_line_and_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text('[node]\nname = "alpha"\nnumber = 1\n\n[arena]\nsise = "64MiB"\n')
+    assert main(["config", "check", str(path)]) == 3
+    printed = capsys.readouterr().err
+    assert f"{path}:6" in printed and "sise" in printed and "size" in printed
+
+
+def test_config_check_looks_at_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = "alpha=192.0.2.1:1,beta=192.0.2.2:1"
+    assert init(tmp_path / "one", nodes) == 0
+    assert init(tmp_path / "two", nodes, cluster="other") == 0
+    (tmp_path / "one/alpha.crt").write_bytes((tmp_path / "two/alpha.crt").read_bytes())
+    assert main(["config", "check", str(tmp_path / "one/alpha.toml")]) == 11
+    assert "other" in capsys.readouterr().err
+
+
+def test_config_list_shows_each_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    from ramster.config.knobs import SECTIONS, knobs
+
+    assert main(["config", "list"]) == 0
+    printed = capsys.readouterr().out
+    for section, kind in SECTIONS.items():
+        assert f"[{section}]" in printed
+        for key, _, knob in knobs(kind):
+            assert f"  {key} = " in printed and knob.help in printed
+
+
+def test_toml_values_survive_quoting(tmp_path: Path) -> None:
+    from ramster.cli.cluster_files import create, parse_nodes
+
+    odd = 'a "quoted"\\ \n value'
+    places = parse_nodes("alpha=192.0.2.1:1,beta=192.0.2.2:1")
+    path, _ = create(tmp_path / "lab", "lab", places, extra={"alpha": {"arena": {"path": odd, "lock": False}}})
+    assert tomllib.loads(path.read_text())["arena"] == {"path": odd, "lock": False}

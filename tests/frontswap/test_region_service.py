@@ -1,0 +1,205 @@
+"""The node's side of the region socket: what it refuses, what it survives, what it gives back."""
+
+import array
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from tests.frontswap.conftest import DEADLINE, Node, finish, run_script, start_script
+
+from ramster.constants import REGION_MESSAGE_BYTES_MAX
+from ramster.frontswap import messages
+
+StartNode = Callable[..., Node]
+
+
+class Talker:
+    """Speaks the protocol by hand."""
+
+    def __init__(self, node: Node) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(DEADLINE)
+        self.socket.connect(str(node.socket))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def say(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> dict[str, Any]:
+        socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
+        data, received, _, _ = socket.recv_fds(self.socket, REGION_MESSAGE_BYTES_MAX, 4)
+        for fd in received:
+            os.close(fd)
+        answer: dict[str, Any] = json.loads(data)
+        return answer
+
+    def create(self, **more: Any) -> dict[str, Any]:
+        return self.say({"op": "create", "version": 1, "pages": 8, **more})
+
+    def ended(self) -> bool:
+        """The node closed the connection."""
+        try:
+            return self.socket.recv(1) == b""
+        except ConnectionError:
+            return True
+
+
+def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
+    node = start_node()
+    with Talker(node) as good:
+        assert good.create(name="good")["ok"]
+        for garbage in (
+            b"\0",
+            b"\xff\xfe\xfd",
+            b"{}",
+            b"[]",
+            b'{"op":"create"}',
+            b'{"op":"create","version":1,"pages":0}',
+            b'{"op":"create","version":1,"pages":-1}',
+            b'{"op":"create","version":1,"pages":99999999999}',
+            b'{"op":"create","version":1,"pages":1,"name":"' + b"n" * 49 + b'"}',
+            b'{"op":"dance"}',
+            b'{"op":"pin","first":"0","count":1}',
+            b'{"op":"pin","first":0,"count":0}',
+            b"[" * 5000,
+            b"x" * (REGION_MESSAGE_BYTES_MAX + 1),
+        ):
+            with Talker(node) as bad:
+                bad.socket.send(garbage)
+                assert bad.ended(), garbage[:60]
+        # Descriptors where none belong, too many, and none where one belongs.
+        for message, count in (
+            (b'{"op":"close"}', 1),
+            (b'{"op":"close"}', 20),
+            (b'{"op":"attach","base":4096,"features":0}', 0),
+        ):
+            with Talker(node) as bad:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1] * count))] if count else []
+                bad.socket.sendmsg([message], rights)
+                assert bad.ended()
+        assert good.say({"op": "statistics"})["error"] == "usage"
+        assert good.say({"op": "close", "id": 7}) == {"ok": True, "id": 7}
+    node.wait_for("gone good")
+    assert "garbage=17" in node.stop()
+
+
+def test_refusals(start_node: StartNode) -> None:
+    node = start_node("--resident-max", str(10 * 4096))
+    with Talker(node) as first, Talker(node) as second, Talker(node) as third:
+        answer = first.create(version=2)
+        assert answer["error"] == "protocol" and "version 2" in answer["message"]
+        assert first.say({"op": "pin", "first": 0, "count": 1})["error"] == "usage"
+        assert first.create(resident_pages=6)["resident_pages"] == 6
+        assert first.create()["error"] == "usage"
+        answer = second.create(resident_pages=5)
+        assert (
+            answer["error"] == "refused"
+            and "resident_max" in answer["message"]
+            and "16KiB is free" in answer["message"]
+        )
+        assert second.create(resident_pages=4)["ok"]
+        # What is no userfaultfd is not attached; the region goes on.
+        for base in (4096, 4097, 2**63 - 4096):
+            answer = first.say({"op": "attach", "base": base, "features": 0}, (first.socket.fileno(),))
+            assert answer["error"] == "usage"
+        assert second.say({"op": "close", "why": "a field of a later version"})["ok"]
+        assert second.ended()
+        assert third.create(resident_pages=4)["ok"]
+    assert "regions_made=3, regions_closed=3, refused=1" in node.stop()
+
+
+def test_spans_are_checked(start_node: StartNode) -> None:
+    node = start_node()
+    run_script(
+        """
+        from ramster.frontswap import messages
+        region = ramster.connect(sys.argv[1]).region(8192 * PAGE, resident=8192 * PAGE)
+        for wrong in (messages.Pin(first=0, count=messages.SPAN_MAX + 1), messages.Evict(first=8191, count=2),
+                      messages.Check(first=8192, count=1), messages.Unpin(first=0, count=1)):
+            try: region._control.ask(wrong)
+            except ramster.UsageError: pass
+            else: raise AssertionError(wrong)
+        # The API splits what is longer.
+        with region.pin():
+            assert region.statistics().pinned_pages == 8192
+        assert region.statistics().pinned_pages == 0
+        """,
+        node.socket,
+    )
+
+
+def test_many_lost_runs_come_in_parts(start_node: StartNode) -> None:
+    node = start_node("--lost", "0:2500")
+    run_script(
+        """
+        region = ramster.connect(sys.argv[1]).region(3000 * PAGE, resident=3000 * PAGE)
+        region.prefetch()
+        region.evict()
+        try: region.check()
+        except ramster.RegionLost as error: assert error.runs == [(page, 1) for page in range(2500)]
+        else: raise AssertionError
+        """,
+        node.socket,
+    )
+    assert messages.RUNS_MAX < 2500
+
+
+def test_application_killed(start_node: StartNode) -> None:
+    node = start_node("--pattern", "--stalled", "5:1")
+    script = start_script(
+        """
+        a = ramster.connect(sys.argv[1]).empty((16, 512), np.uint64, name="victim")
+        print("value", a[5, 0], flush=True)
+        """,
+        node.socket,
+    )
+    assert node.line() == "stalled 5"
+    script.kill()
+    assert node.line() == "gone victim"
+    assert finish(script)[1] == ""
+
+
+def test_second_node_is_refused_and_a_dead_ones_socket_replaced(start_node: StartNode, directory: Path) -> None:
+    node = start_node()
+    assert stat.S_IMODE((directory / "run").stat().st_mode) == 0o700
+    assert stat.S_IMODE(node.socket.stat().st_mode) == 0o660
+    server = str(Path(__file__).with_name("_server.py"))
+    command = [sys.executable, server, str(directory / "run")]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, stdin=subprocess.DEVNULL)
+    assert second.returncode != 0 and "PortTaken" in second.stderr and "another node serves it" in second.stderr
+    with Talker(node) as talker:
+        assert talker.create()["ok"]
+    node.kill()
+    assert node.socket.exists()
+    successor = start_node()
+    with Talker(successor) as talker:
+        assert talker.create()["ok"]
+    successor.stop()
+    assert not successor.socket.exists()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_directory_that_others_can_write(directory: Path, mode: int) -> None:
+    (directory / "run").mkdir()
+    (directory / "run").chmod(mode)
+    command = [sys.executable, str(Path(__file__).with_name("_server.py")), str(directory / "run")]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, stdin=subprocess.DEVNULL)
+    assert refused.returncode != 0 and "PermissionMissing" in refused.stderr and "chmod go-w" in refused.stderr
+
+
+def test_file_in_the_way(directory: Path) -> None:
+    (directory / "run").mkdir(mode=0o700)
+    (directory / "run" / "region.sock").write_text("mine")
+    command = [sys.executable, str(Path(__file__).with_name("_server.py")), str(directory / "run")]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, stdin=subprocess.DEVNULL)
+    assert refused.returncode != 0 and "is no socket" in refused.stderr
+    assert (directory / "run" / "region.sock").read_text() == "mine"
