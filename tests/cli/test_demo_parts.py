@@ -22,7 +22,7 @@ from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.run import verdict
 from ramster.cli.demo.source import Source, system_files, write_source
 from ramster.constants import MIB, PAGE_BYTES
-from ramster.errors import RamsterError, RegionLost, UsageError
+from ramster.errors import RamsterError, RegionFull, RegionLost, UsageError
 
 OPTIONS = Options(size=8 * MIB, local=4 * MIB, resident=MIB)
 
@@ -213,6 +213,16 @@ def test_a_worker_that_died_of_sigbus_is_reported_as_lost(tmp_path: Path) -> Non
     with pytest.raises(RegionLost, match="SIGBUS") as caught:
         verdict(result(outcome))
     assert caught.value.exit_code == 6
+
+
+def test_a_worker_that_died_because_the_region_was_full_lost_nothing(tmp_path: Path) -> None:
+    words = "region full: no room here and no lender has any; SIGBUS"
+    outcome = Outcome(make_work(OPTIONS, "region", tmp_path), signal=signal.SIGBUS, words=words)
+    assert result(outcome).to_json()["pages_lost"] == 0
+    assert Outcome(outcome.work, signal=signal.SIGBUS, full_seen=True).full()
+    assert not Outcome(outcome.work, signal=signal.SIGBUS, full_seen=True, remote_seen=5).full()
+    with pytest.raises(RegionFull, match="room"):
+        verdict(result(outcome))
 
 
 def test_the_report_has_its_promised_keys(tmp_path: Path) -> None:

@@ -149,9 +149,8 @@ def test_ctrl_c_leaves_nothing_behind(start: Callable[..., Demo]) -> None:
     demo = start(*SMALL)
 
     def react(event: Event) -> None:
-        if event["event"] == "progress" and event["kind"] == "region":
-            with contextlib.suppress(ProcessLookupError):
-                demo.process.send_signal(signal.SIGINT)
+        if event["event"] == "region":
+            demo.process.send_signal(signal.SIGINT)
 
     code, report, said = demo.watch(react)
     assert code == 130 and report is None

@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.native.conftest import SEGMENT, Factory, fill, noise, text
+from tests.native.lz4_block import crc32c, decompress
 
 from ramster.engine import layout
 from ramster.engine.store import Store
 from ramster.errors import PageLost
 from ramster.testing import _stress
-from tests.native.conftest import SEGMENT, Factory, fill, noise, text
-from tests.native.lz4_block import crc32c, decompress
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "store-format.md"
 KEY = bytes(range(32))
@@ -44,8 +44,18 @@ def test_crc32c_is_the_standard_one() -> None:
 
 @given(
     st.one_of(
-        st.builds(lambda g, s, o: layout.Slot(2, g, s, o), *[st.integers(0, n) for n in (0x3FFF, 2**32 - 1, 2**16 - 1)]),
-        st.builds(lambda c, p: layout.Slot(1, check=c, pattern=p), st.integers(0, 2**30 - 1), st.integers(0, 2**32 - 1)),
+        st.builds(
+            layout.Slot,
+            st.just(layout.KIND_STORED),
+            *[st.integers(0, n) for n in (0x3FFF, 2**32 - 1, 2**16 - 1)],
+            *[st.just(0)] * 2,
+        ),
+        st.builds(
+            layout.Slot,
+            st.just(layout.KIND_FILLED),
+            *[st.just(0)] * 3,
+            *[st.integers(0, n) for n in (2**30 - 1, 2**32 - 1)],
+        ),
         st.just(layout.Slot(0)),
     )
 )

@@ -1,16 +1,25 @@
-"""Random histories of a store in a tiny arena, step by step against the model: same answers, and stored = live throughout."""
+"""Random histories of a store in a tiny arena, held against the model: same answers, and stored = live throughout."""
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+from tests.native.conftest import SEGMENT, fill, noise, text
 
 from ramster.engine.store import Store
 from ramster.errors import StoreFull
 from ramster.tmem.contract import GetMode, ObjectId
 from ramster.tmem.model import Model
-from tests.native.conftest import SEGMENT, fill, noise, text
 
 DENSE_PAGES = 40
 objects = st.sampled_from([(0, 0, 0), (1, 0, 0), (0, 0, 1), (2**64 - 1,) * 3])
@@ -42,7 +51,7 @@ class StoreMachine(RuleBasedStateMachine):
         return (0, 0, 0) if pool in self.dense else oid
 
     @initialize(target=pools)
-    def first_pools(self) -> object:
+    def first_pools(self) -> MultipleResults[int]:
         return multiple(
             self._create(DENSE_PAGES, True),
             self._create(None, True),

@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "please report it with the output of the same command under RAMSTER_DEBUG=1",
             EXIT_INTERNAL,
         )
+    if result == EXIT_INTERRUPTED:  # newer parsers turn Ctrl-C into this result
+        return _fail("interrupted", EXIT_INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

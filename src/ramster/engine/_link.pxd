@@ -67,6 +67,7 @@ cdef struct Channel:
 
 cdef struct Peer:
     uint32_t number
+    pthread_mutex_t attach_lock     # one attach at a time
     uint64_t generation             # of the process at the other end
     uint32_t credit                 # segments that it says it has room for
     uint32_t shipping
@@ -77,9 +78,10 @@ cdef struct Peer:
     uint64_t gets
     uint64_t segments_sent
     uint64_t refused
-    uint32_t orphans[64]            # shipped, never answered: to be freed there before anything else is sent
+    uint32_t orphans[64]            # shipped, never answered: not shipped there again before it says that they are freed
     uint32_t orphan_generations[64]
     uint32_t orphan_count
+    uint32_t orphans_told           # the first so many, on the present connection
     Histogram round_trip
 
 ctypedef void (*Complete)(void *context, uint64_t cookie, int status, uint8_t *page) noexcept nogil
@@ -176,8 +178,11 @@ cdef struct Links_t:
     uint64_t bytes_shipped
 
 
-cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie) noexcept nogil
+cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie,
+                   bint send_now) noexcept nogil
+cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
+cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
 
 cdef class Links:

@@ -39,7 +39,7 @@ from ramster.engine._histogram cimport Histogram, quantile, record
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, HEADER_BYTES, LOST, MISS, OID_BYTES, OK, ORDINALS_MAX, PAGE,
     REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
-    store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_ship_abort, store_ship_begin,
+    store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_slot_state, store_unseal)
 
 import os
@@ -53,6 +53,8 @@ cdef enum:
     RECORD_BYTES = 16384
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
+    REPLY_ROOM = 16384              # of a ring that segments must leave free: a reply that is dropped holds its segment up
+    SHIP_ANSWER_S = 30              # eight segments at 1 Mbit/s take half of it
     GET_RING_BYTES = 1048576
     BULK_RING_BYTES = 2097152
     NO_FRAME = 0xffffffff
@@ -185,6 +187,10 @@ cdef void flush(Links_t *l, Channel *ch) noexcept nogil:
         pthread_mutex_unlock(&ch.lock)
 
 
+cdef inline uint32_t room_for(const Frame *frame) noexcept nogil:
+    return FRAME_BYTES + frame.length + (REPLY_ROOM if frame.type == T_SHIP else 0)
+
+
 cdef int queue_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) noexcept nogil:
     """Put a whole frame into the ring, to be flushed later; AGAIN when it does not fit."""
     cdef int result = SENT
@@ -192,7 +198,7 @@ cdef int queue_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) no
     lock_to_write(ch)
     if ch.ssl == NULL:
         result = DOWN
-    elif ch.out_bytes - ch.out_used < FRAME_BYTES + frame.length:
+    elif ch.out_bytes - ch.out_used < room_for(frame):
         result = AGAIN
     else:
         ring_append(ch, frame, FRAME_BYTES)
@@ -217,7 +223,7 @@ cdef int send_waiting(Links_t *l, Channel *ch, Frame *frame, const void *body, u
         if result != AGAIN:
             return result
         pthread_mutex_lock(&ch.lock)
-        if ch.ssl != NULL and ch.out_bytes - ch.out_used < FRAME_BYTES + frame.length:
+        if ch.ssl != NULL and ch.out_bytes - ch.out_used < room_for(frame):
             cond_wait_until(&ch.drained, &ch.lock, min(deadline_ns, now_ns() + 100000000ull))
         pthread_mutex_unlock(&ch.lock)
         if now_ns() >= deadline_ns or load32(&l.stopping, ACQUIRE):
@@ -314,6 +320,7 @@ cdef void lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f) noexc
     if f.handle < l.lent_frames:
         row = &l.rows[f.handle]
         if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
+            reply.status = S_BAD        # the segment is here; whether that entry can be sent is seen below
             image = <ImageHeader *> (l.lent + <uint64_t> f.handle * l.segment_bytes)
             if f.ordinal < image.entries:
                 offset = (<uint16_t *> (<uint8_t *> image + FRAME_HEADER_BYTES))[f.ordinal]
@@ -342,7 +349,7 @@ cdef void pending_release(Links_t *l, uint32_t i) noexcept nogil:
     pthread_mutex_unlock(&l.pending_lock)
 
 
-cdef void pending_send(Links_t *l, uint32_t i, uint64_t id) noexcept nogil:
+cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexcept nogil:
     """Send the request of an entry that is in state sent under this id; back to waiting when the link would not take it."""
     cdef Pending *p = &l.pending[i]
     cdef Peer *peer = l.peers[p.ref.peer]
@@ -352,7 +359,10 @@ cdef void pending_send(Links_t *l, uint32_t i, uint64_t id) noexcept nogil:
     frame.generation = p.ref.generation
     frame.ordinal = p.ref.ordinal
     frame.handle = p.ref.handle
-    if send_frame(l, &peer.channels[GET], &frame, NULL) != SENT:
+    if queue_frame(l, &peer.channels[GET], &frame, NULL) == SENT:
+        if send_now:
+            flush(l, &peer.channels[GET])
+    else:
         pthread_mutex_lock(&l.pending_lock)
         if p.state == P_SENT and p.id == id:
             p.state = P_WAITS
@@ -375,9 +385,24 @@ cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
     return peer.gone or (down != 0 and now_ns() - down > l.give_up_ns)
 
 
-cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie) noexcept nogil:
+cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
+    """A lender whose get connection is up now."""
+    cdef Peer *peer = l.peers[number & 255]
+    return peer != NULL and not peer.gone and load64(&peer.down_ns, ACQUIRE) == 0
+
+
+cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
+    """Send what links_get has queued for a lender."""
+    cdef Peer *peer = l.peers[number & 255]
+    if peer != NULL:
+        flush(l, &peer.channels[GET])
+
+
+cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie,
+                   bint send_now) noexcept nogil:
     """Ask a lender for a page. OK: under way, 'complete' is called once, from a reactor, within give_up. Anything else:
-    it will not be called (UNREACHABLE, or BUSY when too many gets are under way)."""
+    it will not be called (UNREACHABLE, or BUSY when too many gets are under way). Several gets in a row cost one record
+    and one system call when only links_flush sends them."""
     cdef uint32_t i
     cdef uint64_t id
     cdef Pending *p
@@ -400,7 +425,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *co
     p.cookie = cookie
     p.started_ns = p.sent_ns = now_ns()
     pthread_mutex_unlock(&l.pending_lock)
-    pending_send(l, i, id)
+    pending_send(l, i, id, send_now)
     return OK
 
 
@@ -424,8 +449,12 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
         status = store_unseal(&p.ref, body, f.length, l.page, l.open_ctx)
         if status == CORRUPT:
             say(&l.corrupt_replies, 1)
-    else:
+    elif f.status == S_ABSENT:
         status = LOST               # the slot still names it, and the lender has it not
+        store_segment_lost(l.store, p.ref.segment, p.ref.generation, peer.number)
+    else:
+        status = CORRUPT
+        say(&l.corrupt_replies, 1)
     if status == OK:
         say(&l.remote_gets, 1)
     p.complete(p.context, p.cookie, status, l.page)
@@ -470,7 +499,7 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
             p.complete(p.context, p.cookie, outcome, NULL)
             pending_release(l, i)
         elif resend:
-            pending_send(l, i, id)
+            pending_send(l, i, id, True)
 
 
 cdef void pending_unsent(Links_t *l, uint32_t peer) noexcept nogil:
@@ -516,7 +545,7 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         pthread_cond_init(&w.done, NULL)
         w.finished = False
         w.page = page
-        result = links_get(l, &ref, waiter_complete, &w, 0)
+        result = links_get(l, &ref, waiter_complete, &w, 0, True)
         if result == OK:
             pthread_mutex_lock(&w.lock)
             while not w.finished:
@@ -526,10 +555,11 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         pthread_cond_destroy(&w.done)
         pthread_mutex_destroy(&w.lock)
         if result == OK and (mode == 1 or (mode == 0 and l.store.pools[pool & 4095].ephemeral)):
-            store_flush_if(l.store, pool, oid, index, ref.slot)
+            if store_flush_if(l.store, pool, oid, index, ref.slot) != OK:
+                result = BUSY       # somebody took or replaced it since the reply: no two exclusive gets return one put
         if result != BUSY:
             return result
-        if now_ns() > deadline:
+        if now_ns() > deadline or load32(&l.stopping, ACQUIRE):
             return UNREACHABLE
         sched_yield()
 
@@ -551,7 +581,7 @@ cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     pthread_mutex_unlock(&l.ship_lock)
     if ship.id == 0:
         say(&l.late_replies, 1)
-    elif f.status == S_OK:
+    elif f.status == S_OK and not peer.gone:    # it said goodbye: what it holds goes, so the segment stays here
         store_ship_commit(l.store, ship.segment, peer.number, f.handle, ship.meta)
         say(&peer.segments_sent, 1)
     else:
@@ -561,9 +591,33 @@ cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
         store_ship_abort(l.store, ship.segment)
 
 
+cdef bint is_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept nogil:
+    """Under ship_lock."""
+    cdef uint32_t i
+    for i in range(peer.orphan_count):
+        if peer.orphans[i] == segment and peer.orphan_generations[i] == generation:
+            return True
+    return False
+
+
+cdef void orphan_freed(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+    cdef uint32_t i, kept = 0, told = 0
+    pthread_mutex_lock(&l.ship_lock)
+    for i in range(peer.orphan_count):
+        if peer.orphans[i] == f.segment and peer.orphan_generations[i] == f.generation:
+            continue
+        peer.orphans[kept] = peer.orphans[i]
+        peer.orphan_generations[kept] = peer.orphan_generations[i]
+        kept += 1
+        told += i < peer.orphans_told
+    peer.orphan_count = kept
+    peer.orphans_told = told
+    pthread_mutex_unlock(&l.ship_lock)
+
+
 cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
     """The bulk connection went down. Whether the lender has what was under way is unknown: it stays ours, and the
-    lender is told to forget it before anything else is sent."""
+    lender is told to forget it, and gets it again only when it has said that it did."""
     cdef uint32_t i
     cdef Ship ship
     for i in range(SHIPS_MAX):
@@ -573,7 +627,7 @@ cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
             ship = l.ships[i]
             l.ships[i].id = 0
             peer.shipping -= 1
-            if peer.orphan_count < 64:
+            if peer.orphan_count < 64 and not is_orphan(peer, ship.segment, ship.generation):
                 peer.orphans[peer.orphan_count] = ship.segment
                 peer.orphan_generations[peer.orphan_count] = ship.generation
                 peer.orphan_count += 1
@@ -602,6 +656,8 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     pthread_mutex_lock(&l.ship_lock)
     while True:
         slot = SHIPS_MAX
+        if peer.gone or is_orphan(peer, order.segment, order.generation):
+            break                       # a FREE on its way there would take the new copy, too
         if peer.shipping < l.bulk_in_flight:
             for i in range(SHIPS_MAX):
                 if l.ships[i].id == 0:
@@ -650,25 +706,33 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
     cdef uint32_t segment = 0, generation = 0, number = 0, handle = 0, i
     cdef Peer *peer
     cdef Frame frame
-    for i in range(1, 255):
-        peer = l.peers[i - 1]
-        while peer != NULL and peer.orphan_count and peer.channels[BULK].ssl != NULL:
+    cdef bint found
+    for i in range(PEERS_MAX):
+        peer = l.peers[i]
+        while peer != NULL and peer.orphans_told < peer.orphan_count and peer.channels[BULK].ssl != NULL:
             pthread_mutex_lock(&l.ship_lock)
-            peer.orphan_count -= 1
-            segment = peer.orphans[peer.orphan_count]
-            generation = peer.orphan_generations[peer.orphan_count]
+            found = peer.orphans_told < peer.orphan_count
+            if found:
+                segment = peer.orphans[peer.orphans_told]
+                generation = peer.orphan_generations[peer.orphans_told]
+                peer.orphans_told += 1
             pthread_mutex_unlock(&l.ship_lock)
+            if not found:
+                break
             frame_init(l, &frame, T_FREE, 0)
             frame.segment = segment
             frame.generation = generation
             frame.handle = NO_FRAME
             if send_waiting(l, &peer.channels[BULK], &frame, NULL, now_ns() + 1000000000ull) != SENT:
+                pthread_mutex_lock(&l.ship_lock)
+                peer.orphans_told = 0
+                pthread_mutex_unlock(&l.ship_lock)
                 break
     while store_next_freed(l.store, &segment, &generation, &number, &handle):
         peer = l.peers[number & 255]
         if peer == NULL:
             continue
-        frame_init(l, &frame, T_FREE, segment + 1)      # 0 is the orphans', which nobody waits for
+        frame_init(l, &frame, T_FREE, segment + 1)      # 0 is the orphans'
         frame.segment = segment
         frame.generation = generation
         frame.handle = handle
@@ -733,10 +797,14 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
         lent_forget(l, peer, f)
         frame_init(l, &reply, T_FREED, f.request)
         reply.segment = f.segment
+        reply.generation = f.generation
         queue_frame(l, ch, &reply, NULL)
     elif f.type == T_FREED:
         store32(&peer.credit, f.credit, RELAXED)
-        if f.request == <uint64_t> f.segment + 1 and f.segment < l.store.segments_used:
+        if f.request == 0:
+            orphan_freed(l, peer, f)
+        elif f.request == <uint64_t> f.segment + 1 and f.segment < l.store.segments_used and \
+                l.store.segments[f.segment].peer == peer.number and l.store.segments[f.segment].generation == f.generation:
             store_freed_told(l.store, f.segment)
     elif f.type == T_PING:
         frame_init(l, &reply, T_PONG, f.request)
@@ -883,6 +951,19 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     eventfd_write(l.event_fd, 1)
 
 
+cdef bint channel_close(Channel *ch, uint64_t deadline_ns) noexcept nogil:
+    """Break a connection and wait until the reactor has settled everything that depended on it."""
+    cdef bint closed
+    pthread_mutex_lock(&ch.lock)
+    if ch.ssl != NULL and ch.fd >= 0:
+        shutdown(ch.fd, SHUT_RDWR)
+    while (ch.ssl != NULL or ch.closing) and now_ns() < deadline_ns:
+        cond_wait_until(&ch.drained, &ch.lock, deadline_ns)
+    closed = ch.ssl == NULL and not ch.closing
+    pthread_mutex_unlock(&ch.lock)
+    return closed
+
+
 cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef int result
     if ch.ssl == NULL:
@@ -900,7 +981,19 @@ cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
 cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexcept nogil:
     """Keepalive and idle time-out."""
     cdef Frame frame
+    cdef bint overdue = False
+    cdef int i
     if ch.ssl == NULL or now < ch.received_ns:
+        return
+    if ch.kind == BULK and peer.shipping:
+        pthread_mutex_lock(&l.ship_lock)
+        for i in range(SHIPS_MAX):
+            if l.ships[i].id != 0 and l.ships[i].peer == peer.number and now > l.ships[i].sent_ns + SHIP_ANSWER_S * 1000000000ull:
+                overdue = True
+        pthread_mutex_unlock(&l.ship_lock)
+    if overdue:
+        ch.reason = b"segments were sent and not answered"
+        channel_down(l, peer, ch)
         return
     if now - ch.received_ns > l.idle_ns:
         ch.reason = b"no answer within the idle time-out"
@@ -1253,13 +1346,13 @@ cdef class Links:
         peer = self.peer(number)
         ch = &peer.channels[kind]
         with nogil:
-            pthread_mutex_lock(&ch.lock)
-            if ch.ssl != NULL and ch.fd >= 0:
-                shutdown(ch.fd, SHUT_RDWR)
-            while (ch.ssl != NULL or ch.closing) and now_ns() < deadline:
-                cond_wait_until(&ch.drained, &ch.lock, deadline)
-            old = ch.ssl != NULL or ch.closing
-            pthread_mutex_unlock(&ch.lock)
+            pthread_mutex_lock(&peer.attach_lock)
+            old = not channel_close(ch, deadline)
+            # What the other connection still holds of its former life must not be taken for this one's.
+            if not old and peer.seen and peer.generation != generation:
+                old = not channel_close(&peer.channels[1 - kind], deadline)
+            if old:
+                pthread_mutex_unlock(&peer.attach_lock)
         if old:
             raise errors.ProtocolError(f"the older connection to node {number} would not close")
         with nogil:
@@ -1269,7 +1362,7 @@ cdef class Links:
                     store_peer_lost(l.store, number)
                 lent_drop(l, number, generation)
                 pthread_mutex_lock(&l.ship_lock)
-                peer.orphan_count = 0
+                peer.orphan_count = peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
                 peer.generation = generation
                 peer.gone = False
@@ -1292,8 +1385,13 @@ cdef class Links:
             pthread_mutex_unlock(&ch.lock)
             eventfd_write(l.wakes[kind], 1)
             if kind == BULK:
+                pthread_mutex_lock(&l.ship_lock)
+                peer.orphans_told = 0
+                pthread_mutex_unlock(&l.ship_lock)
                 store_requeue_freed(l.store, number)
                 eventfd_write(l.order_fd, 1)
+            pthread_mutex_unlock(&peer.attach_lock)
+            eventfd_write(l.event_fd, 1)
         connection.ssl = NULL
         connection.fd = -1
 
@@ -1310,6 +1408,7 @@ cdef class Links:
         if peer == NULL:
             raise MemoryError
         peer.number = number
+        pthread_mutex_init(&peer.attach_lock, NULL)
         for k in range(2):
             pthread_mutex_init(&peer.channels[k].lock, NULL)
             cond_init_monotonic(&peer.channels[k].drained)
@@ -1409,13 +1508,14 @@ cdef class Links:
         """Segments held, by owner's number."""
         cdef Links_t *l = self.live()
         cdef uint32_t i
-        held = {}
-        pthread_mutex_lock(&l.lender_lock)
+        cdef uint32_t held[256]
+        memset(held, 0, sizeof(held))
+        pthread_mutex_lock(&l.lender_lock)      # no Python below: the GIL must not come between a get and this lock
         for i in range(l.lent_frames):
             if l.rows[i].state == LENT_HELD:
-                held[l.rows[i].owner] = held.get(l.rows[i].owner, 0) + 1
+                held[l.rows[i].owner & 255] += 1
         pthread_mutex_unlock(&l.lender_lock)
-        return held
+        return {i: held[i] for i in range(256) if held[i]}
 
     def tamper(self, uint32_t frame, uint32_t offset):
         """Flip a byte of a lent frame: how tests play the hostile lender."""

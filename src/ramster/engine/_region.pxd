@@ -11,6 +11,7 @@ cdef enum:
     STREAMS = 8                     # access patterns followed at once
     BATCH = 64                      # pages evicted at once
     THREADS_MAX = 16
+    BATCHES_MAX = 32                # windows on their way in at once; 128 KiB each once used
 
 # State of a page of a region. Low nibble; the flags above it.
 cdef enum:
@@ -20,6 +21,7 @@ cdef enum:
     PAGE_DIRTY = 3                  # resident, writable
     PAGE_EVICTING = 4
     PAGE_LOST = 5                   # poisoned: its only copy is gone
+    PAGE_DAMAGED = 6                # poisoned: its stored bytes fail their check, which nothing mends
     STATE_MASK = 0x0f
     FLAG_PINNED = 0x10
     FLAG_WAITERS = 0x20             # somebody faulted while it was in other hands: wake when it is not
@@ -31,6 +33,21 @@ cdef struct Stream:
     uint32_t next_down              # ... or downwards
     uint32_t window
     uint64_t used
+
+cdef struct Region_t
+
+cdef struct Batch:                  # the pages of one fault, on their way in together
+    Region_t *region
+    bint used
+    uint64_t first
+    uint32_t count
+    uint32_t wanted                 # which of them a thread waits for
+    uint32_t outstanding            # replies to come, and one for whoever asks
+    bint remote
+    bint fault                      # asked for by a fault, not by prefetch or pin
+    uint64_t started_ns
+    uint8_t kinds[32]
+    uint8_t *bytes                  # count pages
 
 cdef struct Region_t:
     Links_t *links
@@ -55,7 +72,8 @@ cdef struct Region_t:
     uint64_t parked_since_ns
     uint64_t resident
     uint64_t pinned
-    uint64_t fetching               # remote gets under way
+    Batch batches[32]
+    uint32_t batches_used
     uint64_t lost
     uint64_t users                  # threads inside prefetch, pin, evict
     bint full

@@ -22,23 +22,23 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strerror
 
-from ramster.engine._c.atomic cimport RELAXED, RELEASE, ACQUIRE, add64, load32, sched_yield, store32
+from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, sched_yield, store32, sub32
 from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.linux cimport (
     AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_DUPFD_CLOEXEC, F_SEAL_GROW, F_SEAL_SHRINK, FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, POLLIN, POLLOUT, SOCK_CLOEXEC, SOCK_SEQPACKET,
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
-    UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl,
+    UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl,
     memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
 from ramster.engine._histogram cimport quantile, record
-from ramster.engine._link cimport Links, links_get, links_peer_lost
+from ramster.engine._link cimport Links, links_flush, links_get, links_peer_lost, links_peer_reachable
 from ramster.engine._store cimport (
-    BUSY, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_census, store_create_pool,
+    BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_census, store_create_pool,
     store_destroy_pool, store_flush, store_get, store_put, store_where)
 
 from ramster import errors
@@ -46,6 +46,8 @@ from ramster import errors
 cdef enum:
     PARKED_MAX = 1024
     SLACK = 8                       # a fault this close behind the end of a stream still belongs to it
+    AHEAD_LOCAL = 1                 # windows read ahead of a sequential stream: here the decoder runs beside the reader,
+    AHEAD_REMOTE = 3                # there a round trip is hidden too
     GUARD_LOST = 1
     GUARD_NOTE = 2
 
@@ -146,7 +148,15 @@ cdef void tell_guard(Region_t *r, uint32_t op, uint64_t first, uint64_t pages, c
 cdef void poison(Region_t *r, uint64_t page) noexcept nogil:
     """From now on a touch of this page is SIGBUS, whatever the kernel: zeros are never an answer."""
     cdef uffdio_poison_t p
+    cdef uffdio_writeprotect_t wp
     if r.can_poison:
+        # Punching a write-protected page leaves a marker in its page-table entry (unmap_mapping_range keeps it), and POISON
+        # takes only an entry that is empty: lift the protection of what is not even there.
+        wp.range.start = r.base + page * PAGE
+        wp.range.len = PAGE
+        wp.mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+        while ioctl(r.uffd, UFFDIO_WRITEPROTECT, &wp) != 0 and errno == EAGAIN:
+            sched_yield()
         p.range.start = r.base + page * PAGE
         p.range.len = PAGE
         p.mode = 0
@@ -217,9 +227,10 @@ cdef void not_arrived(Region_t *r, uint64_t first, uint64_t count) noexcept nogi
     wake(r, first, count)
 
 
-cdef void page_lost(Region_t *r, uint64_t page) noexcept nogil:
+cdef void page_lost(Region_t *r, uint64_t page, int state) noexcept nogil:
+    """The state is lost, which may end (a lender comes back), or damaged, which does not."""
     pthread_mutex_lock(&r.lock)
-    set_state(r, page, PAGE_LOST)
+    set_state(r, page, state)
     r.resident -= 1
     r.lost += 1
     pthread_cond_broadcast(&r.changed)
@@ -298,108 +309,144 @@ cdef void window(Region_t *r, uint64_t page, uint64_t *low, uint64_t *high, Stre
     stream[0] = s
 
 
-cdef uint64_t cookie_of(uint64_t page, bint write, bint wanted) noexcept nogil:
-    return (page << 32) | ((now_ns() // 1000 & 0x3fffffff) << 2) | (2 if write else 0) | (1 if wanted else 0)
+cdef enum:
+    KIND_ABSENT = 0                 # not to be had now: whoever waits faults again
+    KIND_READ = 1                   # to be mapped write-protected
+    KIND_WRITE = 2                  # to be mapped writable
+    KIND_LOST = 3
+    KIND_DAMAGED = 4
 
 
-cdef void fetched(void *context, uint64_t cookie, int status, uint8_t *bytes) noexcept nogil:
-    """A lender answered, or will not: from a reactor, for one page that is in state fetching."""
-    cdef Region_t *r = <Region_t *> context
-    cdef uint64_t page = cookie >> 32, zero[3]
-    cdef bint write = cookie & 2, wanted = cookie & 1
-    cdef uint64_t started_us = (cookie >> 2) & 0x3fffffff
-    if status == OK:
-        if copy_in(r, page, 1, bytes, not write) == 1:
-            if write:
-                store_flush(r.store, r.pool, zero, <uint32_t> page)
-            arrived(r, page, 1, PAGE_DIRTY if write else PAGE_CLEAN)
+cdef inline int kind_of_loss(int status) noexcept nogil:
+    return KIND_DAMAGED if status == CORRUPT else KIND_LOST
+
+
+cdef Batch *take_batch(Region_t *r) noexcept nogil:
+    """Under the lock: a free batch, or NULL."""
+    cdef int i
+    cdef Batch *b
+    for i in range(BATCHES_MAX):
+        b = &r.batches[i]
+        if not b.used:
+            if b.bytes == NULL:
+                b.bytes = <uint8_t *> malloc(WINDOW_MAX * PAGE)
+                if b.bytes == NULL:
+                    return NULL
+            b.used = True
+            b.region = r
+            b.remote = False
+            b.outstanding = 1
+            b.started_ns = now_ns()
+            r.batches_used += 1
+            return b
+    return NULL
+
+
+cdef void finish_batch(Batch *b) noexcept nogil:
+    """Everything has arrived or failed: map it run by run, forget stored copies of what may be written, wake."""
+    cdef Region_t *r = b.region
+    cdef uint32_t i = 0, j, k, done
+    cdef uint64_t zero[3]
+    cdef bint parked
+    while i < b.count:
+        j = i + 1
+        while j < b.count and b.kinds[j] == b.kinds[i]:
+            j += 1
+        if b.kinds[i] == KIND_LOST or b.kinds[i] == KIND_DAMAGED:
+            for k in range(i, j):
+                page_lost(r, b.first + k, PAGE_LOST if b.kinds[i] == KIND_LOST else PAGE_DAMAGED)
+        elif b.kinds[i] == KIND_ABSENT:
+            not_arrived(r, b.first + i, j - i)
         else:
-            not_arrived(r, page, 1)
-        if wanted:
-            record(&r.remote_ns, ((now_ns() // 1000 - started_us) & 0x3fffffff) * 1000)
-    elif status == BUSY or not wanted:
-        not_arrived(r, page, 1)
-    else:
-        page_lost(r, page)
+            done = <uint32_t> copy_in(r, b.first + i, j - i, b.bytes + i * PAGE, b.kinds[i] == KIND_READ)
+            if b.kinds[i] == KIND_WRITE:
+                for k in range(i, i + done):
+                    store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
+            if done:
+                arrived(r, b.first + i, done, PAGE_DIRTY if b.kinds[i] == KIND_WRITE else PAGE_CLEAN)
+            if done < j - i:
+                not_arrived(r, b.first + i + done, j - i - done)
+        i = j
+    if b.fault:
+        record(&r.remote_ns if b.remote else &r.local_ns, now_ns() - b.started_ns)
     pthread_mutex_lock(&r.lock)
-    r.fetching -= 1
+    b.used = False
+    parked = r.parked_count != 0 and has_room(r)
+    pthread_mutex_unlock(&r.lock)
+    if parked:
+        unpark(r)
+    pthread_mutex_lock(&r.lock)
+    r.batches_used -= 1             # last: from here on the region may go
     pthread_cond_broadcast(&r.changed)
     pthread_mutex_unlock(&r.lock)
 
 
-cdef int bring_in(Region_t *r, uint64_t low, uint64_t high, uint64_t wanted_page, bint write_all, bint write_wanted,
-                  uint8_t *buffer) noexcept nogil:
-    """Serve pages that this thread has put into state fetching. Local ones are mapped before this returns, remote ones when
-    their lender answers. Returns what the wanted page met: MISS (never written), OK, REMOTE or LOST."""
-    cdef uint64_t page, start, done
+cdef void batch_answered(void *context, uint64_t cookie, int status, uint8_t *bytes) noexcept nogil:
+    """A lender answered for one page, or will not: from a reactor. The cookie's bit 8 says that the page will be written."""
+    cdef Batch *b = <Batch *> context
+    cdef uint32_t i = <uint32_t> (cookie & 0xff)
+    if status == OK:
+        memcpy(b.bytes + i * PAGE, bytes, PAGE)
+        b.kinds[i] = KIND_WRITE if cookie & 0x100 else KIND_READ
+    else:
+        b.kinds[i] = KIND_ABSENT if status == BUSY or i != b.wanted else kind_of_loss(status)
+    if sub32(&b.outstanding, 1, ACQ_REL) == 0:
+        finish_batch(b)
+
+
+cdef int bring_in(Region_t *r, Batch *b, bint write_all, bint write_wanted) noexcept nogil:
+    """Serve the pages of a batch, which are in state fetching. Mapped before this returns, or when the last lender has
+    answered. Returns what the wanted page met: MISS (never written), OK, REMOTE or LOST."""
+    cdef uint32_t i, peer = 0
     cdef uint64_t zero[3]
     cdef RemoteRef ref
     cdef int result, wanted_result = OK
-    cdef uint8_t kinds[WINDOW_MAX]
-    cdef bint write
-    for page in range(low, high):
-        write = write_all or (write_wanted and page == wanted_page)
-        result = store_get(r.store, r.pool, zero, <uint32_t> page, buffer + (page - low) * PAGE, -1, &ref)
-        if page == wanted_page:
+    cdef bint write, queued = False
+    for i in range(b.count):
+        write = write_all or (write_wanted and i == b.wanted)
+        result = store_get(r.store, r.pool, zero, <uint32_t> (b.first + i), b.bytes + i * PAGE, -1, &ref)
+        if i == b.wanted:
             wanted_result = result
         if result == MISS:
-            memset(buffer + (page - low) * PAGE, 0, PAGE)
+            memset(b.bytes + i * PAGE, 0, PAGE)
             result = OK
         if result == REMOTE:
-            pthread_mutex_lock(&r.lock)
-            r.fetching += 1
-            pthread_mutex_unlock(&r.lock)
-            result = links_get(r.links, &ref, fetched, r, cookie_of(page, write, page == wanted_page))
+            b.remote = True
+            add32(&b.outstanding, 1, ACQ_REL)
+            if queued and peer != ref.peer:
+                links_flush(r.links, peer)
+            peer = ref.peer
+            result = links_get(r.links, &ref, batch_answered, b, i | (0x100 if write else 0), b.count == 1)
             if result == OK:
-                kinds[page - low] = 0       # in the reactor's hands now
+                queued = True
                 continue
-            pthread_mutex_lock(&r.lock)
-            r.fetching -= 1
-            pthread_cond_broadcast(&r.changed)
-            pthread_mutex_unlock(&r.lock)
+            sub32(&b.outstanding, 1, ACQ_REL)
         if result == OK:
-            kinds[page - low] = 2 if write else 1
+            b.kinds[i] = KIND_WRITE if write else KIND_READ
         else:
-            kinds[page - low] = 0
-            if result == BUSY or page != wanted_page:
-                not_arrived(r, page, 1)
-            else:
-                page_lost(r, page)
-    page = low
-    while page < high:
-        if kinds[page - low] == 0:
-            page += 1
-            continue
-        start = page
-        while page < high and kinds[page - low] == kinds[start - low]:
-            page += 1
-        write = kinds[start - low] == 2
-        done = copy_in(r, start, page - start, buffer + (start - low) * PAGE, not write)
-        if write:
-            for start in range(start, start + done):
-                store_flush(r.store, r.pool, zero, <uint32_t> start)
-            start = start + 1 - done if done else start
-        if done:
-            arrived(r, start, done, PAGE_DIRTY if write else PAGE_CLEAN)
-        if done < page - start:
-            not_arrived(r, start + done, page - start - done)
+            b.kinds[i] = KIND_ABSENT if result == BUSY or i != b.wanted else kind_of_loss(result)
+    if queued and b.count > 1:
+        links_flush(r.links, peer)
+    if sub32(&b.outstanding, 1, ACQ_REL) == 0:
+        finish_batch(b)
     return wanted_result
 
 
-cdef uint64_t claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, uint64_t *first) noexcept nogil:
-    """Under the lock: put the wanted page and the neighbours that are away too into state fetching, as room allows.
-    Returns the end; 'first' is the beginning."""
+cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, Batch *b) noexcept nogil:
+    """Under the lock, with room for a page: put the wanted page and the neighbours that are away too into state fetching."""
     cdef uint64_t end = page + 1, room = r.budget - r.resident
-    first[0] = page
+    cdef uint64_t first = page
     while end < high and end - page < room and r.states[end] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY:
         end += 1
-    while first[0] > low and end - first[0] < room and r.states[first[0] - 1] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY:
-        first[0] -= 1
-    for page in range(first[0], end):
+    while first > low and end - first < room and r.states[first - 1] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY:
+        first -= 1
+    b.first = first
+    b.count = <uint32_t> (end - first)
+    b.wanted = <uint32_t> (page - first)
+    for page in range(first, end):
         r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
-    r.resident += end - first[0]
+    r.resident += end - first
     want_room(r)
-    return end
 
 
 cdef void make_writable(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
@@ -411,13 +458,45 @@ cdef void make_writable(Region_t *r, uint64_t first, uint64_t end) noexcept nogi
     arrived(r, first, end - first, PAGE_DIRTY)
 
 
+cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, int windows, bint write) noexcept nogil:
+    """The thread that faulted runs again; what it will ask for next comes in meanwhile, window by window. Takes room only
+    while evictors keep up."""
+    cdef Batch *b
+    cdef int i
+    for i in range(windows):
+        if page >= r.pages:
+            return
+        pthread_mutex_lock(&r.lock)
+        b = NULL
+        if r.states[page] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY and \
+                r.resident + r.reserve // 2 + WINDOW_MAX <= r.budget and r.batches_used < BATCHES_MAX // 2:
+            b = take_batch(r)
+        if b == NULL:
+            pthread_mutex_unlock(&r.lock)
+            return
+        b.fault = False
+        if upwards:
+            claim(r, page, page, min(page + WINDOW_MAX, r.pages), b)
+            page = b.first + b.count
+            stream.next_up = <uint32_t> page
+        else:
+            claim(r, page, page + 1 - min(page + 1, <uint64_t> WINDOW_MAX), page + 1, b)
+            stream.next_down = <uint32_t> b.first
+            page = b.first - 1          # below page 0 this is beyond the end
+        b.wanted = WINDOW_MAX           # nobody waits: a page that cannot be had is left for whoever touches it
+        pthread_mutex_unlock(&r.lock)
+        bring_in(r, b, write, write)
+
+
 # --- fault threads -------------------------------------------------------------------------------------------------
 
-cdef void on_missing(Region_t *r, uint64_t page, bint write, uint8_t *buffer) noexcept nogil:
-    cdef uint64_t low, high, first, end, started = now_ns()
+cdef void on_missing(Region_t *r, uint64_t page, bint write) noexcept nogil:
+    cdef uint64_t low, high
     cdef Stream *stream
+    cdef Batch *b
     cdef int state, met
-    cdef bint sequential
+    cdef bint sequential, upwards
+    cdef uint64_t next
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
@@ -427,35 +506,40 @@ cdef void on_missing(Region_t *r, uint64_t page, bint write, uint8_t *buffer) no
             pthread_mutex_unlock(&r.lock)
             return
         pthread_mutex_unlock(&r.lock)
-        if state == PAGE_LOST:
+        if state == PAGE_LOST or state == PAGE_DAMAGED:
             poison(r, page)
         else:
             wake(r, page, 1)        # it came in meanwhile
         return
-    if not has_room(r):
+    b = take_batch(r) if has_room(r) else NULL
+    if b == NULL:
         park(r, page)
         pthread_mutex_unlock(&r.lock)
         return
+    b.fault = True
     window(r, page, &low, &high, &stream)
     sequential = stream.window > 2
-    end = claim(r, page, low, high, &first)
-    stream.next_up = <uint32_t> end
-    stream.next_down = <uint32_t> first
+    claim(r, page, low, high, b)
+    stream.next_up = <uint32_t> (b.first + b.count)
+    stream.next_down = <uint32_t> b.first
+    upwards = low == page
+    next = b.first + b.count if upwards else b.first - 1
     pthread_mutex_unlock(&r.lock)
     # A writer that goes through the pages in order gets them writable at once: no second fault on each.
-    met = bring_in(r, first, end, page, write and sequential, write, buffer)
+    met = bring_in(r, b, write and sequential, write)
     if met == REMOTE:
         add64(&r.faults_remote, 1, RELAXED)
     elif met == MISS:
         add64(&r.faults_zero, 1, RELAXED)
     elif met == OK:
         add64(&r.faults_local, 1, RELAXED)
-        record(&r.local_ns, now_ns() - started)
+    if stream.window == WINDOW_MAX:
+        read_ahead(r, stream, next, upwards, AHEAD_REMOTE if met == REMOTE else AHEAD_LOCAL, write)
 
 
 cdef void on_protected(Region_t *r, uint64_t page) noexcept nogil:
-    """A write to a clean page, and to those after it when the writer goes on in order."""
-    cdef uint64_t low, high, end = page + 1
+    """A write to a clean page, and to those after (or before) it when the writer goes on in order."""
+    cdef uint64_t low, high, first = page, end = page + 1
     cdef Stream *stream
     cdef int state
     pthread_mutex_lock(&r.lock)
@@ -463,16 +547,16 @@ cdef void on_protected(Region_t *r, uint64_t page) noexcept nogil:
     state = state_of(r, page)
     if state == PAGE_CLEAN:
         window(r, page, &low, &high, &stream)
-        if low < page:
-            high = end              # downwards: page by page
         while end < high and state_of(r, end) == PAGE_CLEAN:
             end += 1
+        while first > low and state_of(r, first - 1) == PAGE_CLEAN:
+            first -= 1
         stream.next_up = <uint32_t> end
-        stream.next_down = <uint32_t> page
-        for low in range(page, end):
-            r.states[low] = <uint8_t> ((r.states[low] & ~STATE_MASK) | PAGE_FETCHING)
+        stream.next_down = <uint32_t> first
+        for page in range(first, end):
+            r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
         pthread_mutex_unlock(&r.lock)
-        make_writable(r, page, end)
+        make_writable(r, first, end)
         return
     if state == PAGE_FETCHING or state == PAGE_EVICTING:
         r.states[page] |= FLAG_WAITERS
@@ -519,9 +603,6 @@ cdef void *fault_main(void *argument) noexcept nogil:
     cdef int i
     cdef ssize_t got
     cdef uint64_t page
-    cdef uint8_t *buffer = <uint8_t *> malloc(WINDOW_MAX * PAGE)
-    ASSERT(buffer != NULL)
-    memset(buffer, 0, WINDOW_MAX * PAGE)
     fds[0].fd = r.uffd
     fds[1].fd = r.stop_fd
     fds[0].events = fds[1].events = POLLIN
@@ -541,8 +622,7 @@ cdef void *fault_main(void *argument) noexcept nogil:
             elif events[i].flags & UFFD_PAGEFAULT_FLAG_MINOR:
                 on_minor(r, page)
             else:
-                on_missing(r, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0, buffer)
-    free(buffer)
+                on_missing(r, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
     return NULL
 
 
@@ -560,11 +640,19 @@ cdef void sort_pages(uint32_t *pages, uint32_t n) noexcept nogil:
 
 
 cdef bint stored_copy_good(Region_t *r, uint64_t page) noexcept nogil:
-    """May a clean page be dropped? Not if the copy that it equals is lost, or held by a lender that is out of reach."""
+    """Can this page be had again? Not if its only copy is lost, or held by a lender that has been away for too long."""
     cdef uint32_t peer = 0
     cdef uint64_t slot = 0
     cdef int where = store_where(r.store, r.pool, <uint32_t> page, &peer, &slot)
     return where == OK or where == MISS or (where == REMOTE and not links_peer_lost(r.links, peer))
+
+
+cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
+    """Stricter: a lender that does not answer now may be gone for good, and the page that is still here is what is left."""
+    cdef uint32_t peer = 0
+    cdef uint64_t slot = 0
+    cdef int where = store_where(r.store, r.pool, <uint32_t> page, &peer, &slot)
+    return where == OK or where == MISS or (where == REMOTE and links_peer_reachable(r.links, peer))
 
 
 cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, uint8_t *buffer) noexcept nogil:
@@ -579,7 +667,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     cdef uint64_t first
     for i in range(n):
         gone[i] = 0
-        if clean[i] and not stored_copy_good(r, pages[i]):
+        if clean[i] and not stored_copy_at_hand(r, pages[i]):
             clean[i] = 0
     # 1. Nobody can write any more to what is going to be read.
     i = 0
@@ -692,7 +780,8 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         if evicted:
             unpark(r)
         elif r.parked_count:
-            if now_ns() - r.parked_since_ns > r.full_wait_ns:
+            # What waits for a lender's answer makes room within give_up; only a store that refuses is full before.
+            if now_ns() - r.parked_since_ns > r.full_wait_ns + (0 if r.full else r.links.give_up_ns):
                 refuse(r)
             pthread_mutex_lock(&r.lock)
             cond_wait_until(&r.work, &r.lock, now_ns() + 5000000ull)
@@ -714,9 +803,10 @@ cdef enum Outcome:
     GONE_STOPPED = 3
 
 
-cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable, uint8_t *buffer, uint64_t deadline) noexcept nogil:
+cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable, uint64_t deadline) noexcept nogil:
     """Bring a run of at most WINDOW_MAX pages in and wait for it. Writable: dirty and mapped for writing when it returns."""
-    cdef uint64_t page, low, high
+    cdef uint64_t page
+    cdef Batch *b
     cdef int state
     cdef bint all_there
     while True:
@@ -727,6 +817,9 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
                 pthread_mutex_unlock(&r.lock)
                 return GONE_STOPPED
             state = state_of(r, page)
+            if state == PAGE_DAMAGED:
+                pthread_mutex_unlock(&r.lock)
+                return GONE_LOST
             if state == PAGE_LOST:
                 # Out of reach a moment ago is not gone for ever; refused for want of room is not lost at all.
                 if not stored_copy_good(r, page):
@@ -743,10 +836,13 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
                 r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
                 pthread_mutex_unlock(&r.lock)
                 make_writable(r, page, page + 1)
-            elif state == PAGE_AWAY and has_room(r):
-                high = claim(r, page, page, end, &low)
+                break
+            b = take_batch(r) if state == PAGE_AWAY and has_room(r) else NULL
+            if b != NULL:
+                b.fault = False
+                claim(r, page, page, end, b)
                 pthread_mutex_unlock(&r.lock)
-                bring_in(r, low, high, page, writable, writable, buffer)
+                bring_in(r, b, writable, writable)
             else:
                 pthread_cond_signal(&r.work)
                 cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
@@ -817,12 +913,15 @@ cdef class Region:
 
     def __dealloc__(self):
         cdef Region_t *r = self.r
+        cdef int i
         if r == NULL:
             return
         self.close()
         for fd in (r.memfd, r.guard, r.uffd, r.stop_fd, self.app_guard):
             if fd >= 0:
                 close(fd)
+        for i in range(BATCHES_MAX):
+            free(r.batches[i].bytes)
         free(r.states)
         free(r.pins)
         free(r.fifo)
@@ -901,18 +1000,14 @@ cdef class Region:
 
     cdef int wait_in(self, Region_t *r, uint64_t first, uint64_t count, bint writable) except -1:
         """Make a run resident, in windows, each with its own deadline."""
-        cdef uint8_t *buffer = <uint8_t *> malloc(WINDOW_MAX * PAGE)
         cdef uint64_t page = first, end
         cdef int outcome = DONE
-        if buffer == NULL:
-            raise MemoryError
         with nogil:
             while page < first + count and outcome == DONE:
                 end = min(page + WINDOW_MAX, first + count)
-                outcome = make_resident(r, page, end, writable, buffer,
+                outcome = make_resident(r, page, end, writable,
                                         now_ns() + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
                 page = end
-            free(buffer)
         return outcome
 
     def pin(self, uint64_t first, uint64_t count):
@@ -1030,21 +1125,28 @@ cdef class Region:
     cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count):
         """Runs of pages whose only copy is gone or out of reach."""
         cdef uint64_t page = first, end = first + count, start = 0, until
-        cdef bint bad, open_run = False
+        cdef bint open_run = False
+        cdef uint8_t bad[256]
+        cdef uint32_t i
+        cdef int state
         runs = []
         while page < end:
             until = min(end, page + 256)
-            pthread_mutex_lock(&r.lock)
-            while page < until:
-                bad = (state_of(r, page) == PAGE_LOST or state_of(r, page) == PAGE_AWAY) and not stored_copy_good(r, page)
-                if bad and not open_run:
-                    start = page
+            with nogil:                 # no Python under the lock that faults need
+                pthread_mutex_lock(&r.lock)
+                for i in range(<uint32_t> (until - page)):
+                    state = state_of(r, page + i)
+                    bad[i] = state == PAGE_DAMAGED or \
+                        ((state == PAGE_LOST or state == PAGE_AWAY) and not stored_copy_good(r, page + i))
+                pthread_mutex_unlock(&r.lock)
+            for i in range(<uint32_t> (until - page)):
+                if bad[i] and not open_run:
+                    start = page + i
                     open_run = True
-                elif open_run and not bad:
-                    runs.append((start, page - start))
+                elif open_run and not bad[i]:
+                    runs.append((start, page + i - start))
                     open_run = False
-                page += 1
-            pthread_mutex_unlock(&r.lock)
+            page = until
         if open_run:
             runs.append((start, end - start))
         return runs
@@ -1088,7 +1190,7 @@ cdef class Region:
                 pthread_join(r.threads[i], NULL)
             # Gets under way end within give_up: their replies must not find this memory gone.
             pthread_mutex_lock(&r.lock)
-            while r.fetching or r.users:
+            while r.batches_used or r.users:
                 cond_wait_until(&r.changed, &r.lock, now_ns() + 100000000ull)
             pthread_mutex_unlock(&r.lock)
             if r.pool != 0xffffffffu:

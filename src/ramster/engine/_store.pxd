@@ -191,6 +191,7 @@ cdef struct Store_t:
     uint32_t free_ids_head
     uint32_t free_ids_count
     uint32_t *frame_segment
+    pthread_mutex_t clean_lock
     pthread_mutex_t frame_lock
     pthread_cond_t room
     pthread_cond_t clean_wanted
@@ -247,6 +248,7 @@ cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil
 cdef uint32_t store_requeue_freed(Store_t *s, uint32_t peer) noexcept nogil
 cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
+cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
 cdef void store_census(Store_t *s, uint32_t pool, const uint8_t *resident, uint64_t *census) noexcept nogil
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil

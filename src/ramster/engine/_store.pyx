@@ -9,7 +9,7 @@ Rules that everything here keeps:
   that it named, and frees it exactly once.
 * Publishing happens under the lock of the open segment that the entry was appended to, so a segment is never sealed,
   cleaned or shipped with an entry that is still to be published.
-* Lock order: head, then pool, then segment (spin), then frame_lock or freed_lock. Nobody sleeps holding one of them.
+* Lock order: clean_lock (one cleaner at a time), head, then pool, then segment (spin), then frame_lock or freed_lock. Nobody sleeps holding one of them.
 * A frame is used again only when every reader that could have found it has left its epoch.
 * Log-structured cleaning follows Rumble et al., Log-structured Memory for DRAM-based Storage (FAST'14).
 """
@@ -1242,11 +1242,13 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
 
 cdef uint32_t clean(Store_t *s, uint32_t most, bint any_gain) noexcept nogil:
     cdef uint32_t done = 0, victim
-    while done < most and not load32(&s.stopping, ACQUIRE):
+    cdef bint moved = True
+    while moved and done < most and not load32(&s.stopping, ACQUIRE):
+        pthread_mutex_lock(&s.clean_lock)
         victim = choose_victim(s, any_gain)
-        if victim == SEGMENT_FRAMES_NONE or clean_segment(s, victim) != 0:
-            break
-        done += 1
+        moved = victim != SEGMENT_FRAMES_NONE and clean_segment(s, victim) == 0
+        pthread_mutex_unlock(&s.clean_lock)
+        done += moved
     return done
 
 
@@ -1497,6 +1499,16 @@ cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
     return pages
 
 
+cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
+    """Its lender says that it has this segment no more."""
+    cdef Segment *row = &s.segments[segment]
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.peer == peer:
+        row.state = SEG_LOST
+        count(s, C_LOST_SEGMENTS, 1)
+    spin_unlock(&row.lock)
+
+
 cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, uint8_t *page,
                       EVP_CIPHER_CTX *ctx) noexcept nogil:
     """Check and uncompress a sealed entry that came back. CORRUPT unless it is the very entry that was asked for."""
@@ -1619,6 +1631,7 @@ cdef class Store:
         s.head_stripes = max(1, min(<int> HEAD_STRIPES_MAX, min(<int> (s.frames // 32), <int> (os.cpu_count() or 1))))
         memcpy(s.node_key, <const uint8_t *> PyBytes_AS_STRING(node_key), 32)
         pthread_mutex_init(&s.frame_lock, NULL)
+        pthread_mutex_init(&s.clean_lock, NULL)
         pthread_mutex_init(&s.pools_lock, NULL)
         pthread_mutex_init(&s.freed_lock, NULL)
         cond_init_monotonic(&s.room)
@@ -1886,7 +1899,8 @@ cdef class Store:
         place[bit // 8] ^= 1 << (bit % 8)
 
     def verify(self):
-        """Recount everything from the page tables; AssertionError where stored != live. For a store at rest."""
+        """Recount everything from the page tables; AssertionError where stored != live. For a store that nobody else uses
+        just now; its own cleaner is held off meanwhile."""
         cdef Store_t *s = self.live()
         cdef uint32_t *entries = <uint32_t *> calloc(s.segments_used + 1, 4)
         cdef uint64_t *sizes = <uint64_t *> calloc(s.segments_used + 1, 8)
@@ -1895,10 +1909,14 @@ cdef class Store:
         cdef Pool *pool
         cdef Leaf *leaf
         cdef Segment *row
-        cdef uint32_t frames = 0
+        cdef uint32_t frames = 0, frames_idle
         wrong = []
         if entries == NULL or sizes == NULL:
+            free(entries)
+            free(sizes)
             raise MemoryError
+        with nogil:
+            pthread_mutex_lock(&s.clean_lock)
         for p in range(POOLS_MAX):
             pool = s.pools[p]
             if pool == NULL:
@@ -1928,10 +1946,14 @@ cdef class Store:
             elif row.live_entries != entries[k] or row.live_bytes != sizes[k]:
                 wrong.append(f"segment {k} (state {row.state}) counts {row.live_entries} live entries of {row.live_bytes} bytes, "
                              f"the page tables {entries[k]} of {sizes[k]}")
-        if frames + s.free_count + s.retired_count != s.frames:
-            wrong.append(f"{frames} frames in use, {s.free_count} free and {s.retired_count} retired, of {s.frames}")
+        pthread_mutex_lock(&s.frame_lock)
+        frames_idle = s.free_count + s.retired_count
+        pthread_mutex_unlock(&s.frame_lock)
+        if frames + frames_idle != s.frames:
+            wrong.append(f"{frames} frames in use, {frames_idle} free or retired, of {s.frames}")
         if filled != total(s, C_FILLED):
             wrong.append(f"{total(s, C_FILLED)} same-filled pages counted, the page tables hold {filled}")
+        pthread_mutex_unlock(&s.clean_lock)
         free(entries)
         free(sizes)
         if wrong:

@@ -97,7 +97,7 @@ class EntryHeader(NamedTuple):
     length: int
     codec: int
     flags: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     version: int
     pool: int
     crc: int

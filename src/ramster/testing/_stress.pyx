@@ -219,6 +219,13 @@ cdef void *work(void *argument) noexcept nogil:
 
 def hammer(Store store, uint32_t pool, *, uint32_t threads, uint32_t keys, uint64_t operations, double seconds=60.0,
            uint64_t seed=1, mix=(50, 35, 5), bint shared=False, bint sparse=False, bint ephemeral=False, int wait_ms=50):
+    """Run `operations` per thread, or until `seconds` have passed, on an empty pool; native threads, no GIL.
+
+    mix: per cent of puts, gets and exclusive gets; the rest flushes. shared=False: each key has one writer (everybody
+    reads), and a get must return what a linearisable register would. shared=True: everybody does everything to every key, and
+    a get must return a whole page that somebody put under that key. wait_ms: how long a put waits for room.
+    UsageError for counts that make no sense.
+    """
     cdef Store_t *s = store.live()
     cdef Shared common
     cdef Worker *workers
@@ -278,6 +285,7 @@ def hammer(Store store, uint32_t pool, *, uint32_t threads, uint32_t keys, uint6
 # --- windows on native structures ----------------------------------------------------------------------------------
 
 def native_layout():
+    """Of each native struct its size, and offset and size of each field: what docs/store-format.md must say."""
     cdef EntryHeader e
     cdef ImageHeader i
     cdef char *a = <char *> &e
@@ -307,6 +315,7 @@ cdef int look(Store store, uint32_t pool, uint32_t index, oid, RemoteRef *ref) e
 
 
 def reference(Store store, uint32_t pool, uint32_t index, oid=(0, 0, 0)):
+    """The slot of a key and, when its page is on a lender, everything that a request for it would use."""
     cdef RemoteRef ref
     cdef int result = look(store, pool, index, oid, &ref)
     if result != REMOTE:
@@ -316,6 +325,7 @@ def reference(Store store, uint32_t pool, uint32_t index, oid=(0, 0, 0)):
 
 
 def ship(Store store, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t handle=0, bint commit=True):
+    """Seal a segment as for a lender and return the image; commit=False takes it back. None: not sealed, or gone."""
     cdef Store_t *s = store.live()
     cdef RemoteMeta *meta = NULL
     cdef EVP_CIPHER_CTX *ctx = NULL
@@ -345,6 +355,7 @@ def ship(Store store, uint32_t segment, uint32_t generation, uint32_t peer, uint
 
 
 def unseal(Store store, uint32_t pool, uint32_t index, bytes entry, oid=(0, 0, 0)):
+    """Check and uncompress an entry of an image as if a lender had sent it for this key; PageLost when it is not right."""
     cdef RemoteRef ref
     cdef uint8_t page[PAGE]
     cdef const uint8_t *place = entry
@@ -365,6 +376,7 @@ def unseal(Store store, uint32_t pool, uint32_t index, bytes entry, oid=(0, 0, 0
 
 
 def overwrite_slot(Store store, uint32_t pool, uint64_t index, uint64_t value):
+    """Write a slot of a dense pool behind the store's back; afterwards the store is good for verify() and get alone."""
     cdef Store_t *s = store.live()
     if pool >= POOLS_MAX or s.pools[pool] == NULL or not s.pools[pool].dense or index >= s.pools[pool].pages or \
             not s.pools[pool].populated[index >> 18]:

@@ -1,13 +1,13 @@
 """The contract of tmem, which every front end speaks and `engine.store.Store` and `tmem.model.Model` keep.
 
-A page is named by (pool, object id, index): the object id 192 bits in three unsigned 64-bit integers, the index 32 bits.
-A pool is persistent or ephemeral, and dense (one object, (0, 0, 0), of a fixed number of pages) or sparse (any object).
+A page is named by (pool, object id, index): the object id three unsigned 64-bit integers, the index 32 bits. A pool
+is persistent or ephemeral, and dense (one object, (0, 0, 0), of a fixed number of pages) or sparse (any object).
 
 =============  ========================================================================================================
 operation      promise
 =============  ========================================================================================================
 create pool    gives an id that no living pool has; ids are used again after destroy
-put            copies the page before it returns, so that the caller may change its buffer at once; replaces what was there
+put            copies the page before it returns: the caller may change its buffer at once; replaces what was there
 get            the page, or a miss; never other bytes. By mode the page stays or goes (`GetMode`)
 flush page     the page is gone, here and on every lender; says whether there was one
 flush object   the same for every page of an object; says how many there were
@@ -20,8 +20,8 @@ Coherency, in the numbering of the original:
 2. Get, get: after a miss, the key keeps missing until it is put again.
 3. A put over an existing page that is refused leaves nothing behind: the old page is gone too.
 4. A put may be refused at any time, in any kind of pool; that is normal and not an error of the store.
-5. Racing operations on one key take effect in some order, each at one moment between its call and its return. A get that
-   races a put returns one of the two pages, whole.
+5. Racing operations on one key take effect in some order, each at one moment between its call and its return. A get
+   that races a put returns one of the two pages, whole.
 6. A page of an ephemeral pool may be gone at any time. A page of a persistent pool stays until it is flushed, replaced,
    or removed by a get; when its only copy is lost or damaged, a get says so (PageLost) until the key is put or flushed.
 """

@@ -1,7 +1,7 @@
 """The contract of tmem in the fewest lines: a dictionary. The oracle that tests hold the store against.
 
-Covers: pools, keys, put, get, flush, every coherency rule. Does not cover: limits of memory (the caller says when the real
-store refused, with `refused`), loss, concurrency.
+Covers: pools, keys, put, get, flush, every coherency rule. Does not cover: limits of memory (the caller says when the
+real store refused, with `refused`), loss, concurrency.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Pool:
 
 
 class Model:
-    """Same names, arguments and errors as `engine.store.Store`; ephemeral pages stay until `observe_*` says otherwise."""
+    """Names, arguments and errors of `engine.store.Store`; ephemeral pages stay until `observe_*` says otherwise."""
 
     def __init__(self, pools_max: int = 4096) -> None:
         self._pools: dict[int, _Pool] = {}
@@ -120,7 +120,7 @@ class Model:
         chosen = self._pool(pool)
         if not 0 <= index < (INDEX_LIMIT if chosen.pages is None else chosen.pages):
             raise errors.UsageError(f"index {index} is out of range")
-        if len(oid) != 3 or not all(0 <= word < WORD_LIMIT for word in oid):
+        if not all(0 <= word < WORD_LIMIT for word in oid):
             raise errors.UsageError(f"object id {oid}")
         if chosen.pages is not None and oid != ZERO:
             raise errors.UsageError(f"pool {pool} is dense: its only object id is {ZERO}")

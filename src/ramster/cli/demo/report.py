@@ -32,6 +32,8 @@ class Outcome:
     lost_seen: int = 0  # the most lost pages that the node reported while the region lived
     remote_seen: int = 0  # remote pages in the last answer of the node before the worker ended
     signal: int | None = None
+    full_seen: bool = False  # the region reported that it was full in the node's last answer
+    words: str = ""  # the last line that the worker wrote on stderr: after a SIGBUS, the guardian's reason
     finished: bool = False
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -68,8 +70,15 @@ class Outcome:
         phases = max((int(phase.get("distinct_lost", phase["lost"])) for phase in self.phases.values()), default=0)
         counted = max(self.lost_seen, phases, int(self.statistics.get("lost_pages", 0)))
         if not counted and self.signal == signal.SIGBUS:
-            return max(self.remote_seen, 1)
+            return max(self.remote_seen, 0 if self.full() else 1)
         return counted
+
+    def full(self) -> bool:
+        """True if the worker was ended because nobody had room for a page, not by a lost one."""
+        if self.signal != signal.SIGBUS:
+            return False
+        # The guardian's line may come too late to be written; then nothing away and a full region say the same.
+        return "region full" in self.words or (self.full_seen and not self.remote_seen and not self.lost_seen)
 
 
 @dataclass(slots=True)
@@ -98,6 +107,7 @@ class Result:
             "pages_lost": self.region.pages_lost(),
             "incomplete_phases": self.region.incomplete(),
             "worker_signal": None if self.region.signal is None else signal.Signals(self.region.signal).name,
+            "worker_words": self.region.words or None,
             "dead_nodes": self.dead_nodes,
             "pages_resident": statistics.get("resident_pages"),
             "pages_local": statistics.get("local_pages"),

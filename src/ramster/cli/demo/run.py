@@ -24,11 +24,12 @@ from ramster.cli.demo.nodes import PYTHON, DemoNode, cluster, end, spawn, unbrok
 from ramster.cli.demo.plan import Options, Work, make_work
 from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.source import Source, user_file, write_source
-from ramster.errors import NodeUnreachable, RamsterError, RegionLost, from_code
+from ramster.errors import NodeUnreachable, RamsterError, RegionFull, RegionLost, from_code
 
 STATUS_PERIOD_S = 0.25
-# The longest silence of a healthy worker is the sort, which has no progress lines.
-SILENCE_S = 300.0
+# A worker that neither speaks nor uses its CPU for so long is stuck. A fault waits for a lost lender for `give_up`, and
+# for a lost node for `node_wait`, seconds both; the sort does not speak, but works.
+STUCK_S = 30.0
 
 
 class Audience(Protocol):
@@ -75,6 +76,11 @@ def verdict(result: Result) -> None:
         raise RamsterError(f"{wrong} pages came back wrong; this is a bug, please report it with the output of --json")
     cause = f" after {', '.join(result.dead_nodes)} died" if result.dead_nodes else ""
     compared = result.region.total("checked")
+    if result.region.full():
+        raise RegionFull(
+            f"the worker ended by SIGBUS{cause}: neither the arena nor a lender had room for a page; "
+            f"{lost} pages are lost, {compared} pages had been compared and none was wrong"
+        )
     if result.region.signal == signal.SIGBUS:
         raise RegionLost(
             f"the worker touched a lost page and ended by SIGBUS{cause}: about {lost} pages are lost, "
@@ -124,7 +130,7 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
     assert process.stdin is not None and process.stdout is not None
     try:
         with process.stdin, process.stdout:
-            for event in _events(process.stdout, lambda: _poll(outcome, audience, nodes)):
+            for event in _events(process, lambda: _poll(outcome, audience, nodes)):
                 if event["event"] == "error":
                     raise from_code(str(event["code"]), str(event["message"]))
                 outcome.take(event)
@@ -134,11 +140,13 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
                         outcome.status = nodes[0].control.status()
                     process.stdin.write(b"\n")
                     process.stdin.flush()
-        code = process.wait(timeout=SILENCE_S)
+        code = process.wait(timeout=STUCK_S)
     finally:
         end([process])
+    lines = log.read_text(errors="replace").strip().splitlines()
     if code < 0:
         outcome.signal = -code
+        outcome.words = lines[-1].removeprefix("ramster: ") if lines else ""
         outcome.finished = False
     if code == -signal.SIGBUS and nodes:
         # Where the node counts lost pages for good, its figure is exact.
@@ -146,9 +154,8 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
             outcome.status = nodes[0].control.status()
             outcome.lost_seen = max(outcome.lost_seen, int((outcome.status.get("counters") or {}).get("pages_lost", 0)))
     elif code:
-        words = log.read_text(errors="replace").strip().splitlines()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise RamsterError(f"the {work.kind} worker ended with {how}: {words[-1] if words else 'no message'}")
+        raise RamsterError(f"the {work.kind} worker ended with {how}: {lines[-1] if lines else 'no message'}")
     audience.event({"event": "worker-end", "kind": work.kind, "code": code})
     return outcome
 
@@ -164,15 +171,18 @@ def _poll(outcome: Outcome, audience: Audience, nodes: list[DemoNode] | None) ->
     for region in regions:
         outcome.lost_seen = max(outcome.lost_seen, int(region.get("lost_pages", 0)))
         outcome.remote_seen = int(region.get("remote_pages", outcome.remote_seen))
+        outcome.full_seen = bool(region.get("full"))
         audience.status(region)
 
 
-def _events(stream: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def _events(process: subprocess.Popen[bytes], idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """The worker's JSON lines until it ends; calls `idle` about every STATUS_PERIOD_S.
 
-    Raises NodeUnreachable when SILENCE_S pass without a line.
+    Raises NodeUnreachable when it does nothing for STUCK_S.
     """
-    descriptor = stream.fileno()
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    ticks = 0
     pending = b""
     heard = polled = time.monotonic()
     with selectors.DefaultSelector() as selector:
@@ -183,10 +193,12 @@ def _events(stream: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
             if now - polled >= STATUS_PERIOD_S:
                 polled = now
                 idle()
+                if (used := _cpu_ticks(process.pid)) != ticks:
+                    ticks, heard = used, now
             if not ready:
-                if now - heard > SILENCE_S:
+                if now - heard > STUCK_S:
                     raise NodeUnreachable(
-                        f"the worker made no progress for {SILENCE_S:.0f} s; run again with --keep and read its log"
+                        f"the worker has been stuck for {STUCK_S:.0f} s; run again with --keep and read the nodes' logs"
                     )
                 continue
             heard = now
@@ -196,6 +208,15 @@ def _events(stream: Any, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
                 yield json.loads(line)
+
+
+def _cpu_ticks(pid: int) -> int:
+    """CPU time that the process has used, in clock ticks; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
 
 
 def _require(outcome: Outcome) -> None:

@@ -1,0 +1,1 @@
+"""Nothing of the layout extension is for other extensions."""

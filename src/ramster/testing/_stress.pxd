@@ -1,0 +1,1 @@
+# Nothing for other extensions: _stress.pyi lists what Python may call.
