@@ -70,6 +70,7 @@ cdef struct Region_t:
     uint32_t *parked                # faults that wait for room
     uint64_t parked_count
     uint64_t parked_since_ns
+    bint parked_overflow            # more faults wait than 'parked' holds; their pages carry FLAG_WAITERS
     uint64_t resident
     uint64_t pinned
     Batch batches[32]

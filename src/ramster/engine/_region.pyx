@@ -88,8 +88,10 @@ cdef int protect(Region_t *r, uint64_t page, uint64_t pages, bint on) noexcept n
     return 0
 
 
-cdef uint64_t copy_in(Region_t *r, uint64_t page, uint64_t pages, const uint8_t *bytes, bint protected) noexcept nogil:
-    """Map a run with these bytes and wake. Returns how many pages are there now, from the first on."""
+cdef uint64_t copy_in(Region_t *r, uint64_t page, uint64_t pages, const uint8_t *bytes, bint protected,
+                      bint *newer) noexcept nogil:
+    """Map a run with these bytes and wake. Returns how many pages are there now, from the first on; 'newer' is set when
+    the memfd had one of them already: what is there then is newer than anything stored."""
     cdef uffdio_copy_t copy
     cdef uffdio_continue_t more
     cdef uint64_t done = 0
@@ -104,7 +106,7 @@ cdef uint64_t copy_in(Region_t *r, uint64_t page, uint64_t pages, const uint8_t 
         if copy.copy > 0:
             done += <uint64_t> copy.copy // PAGE
         if errno == EEXIST:
-            # The memfd has the page: what is there is newer than anything stored. Map it.
+            newer[0] = True
             more.range.start = r.base + (page + done) * PAGE
             more.range.len = PAGE
             more.mode = 0
@@ -252,7 +254,8 @@ cdef void park(Region_t *r, uint64_t page) noexcept nogil:
             r.parked[r.parked_count] = <uint32_t> page
             r.parked_count += 1
         else:
-            r.states[page] |= FLAG_WAITERS      # more faulting threads than that: found by a walk when there is room
+            r.states[page] |= FLAG_WAITERS
+            r.parked_overflow = True        # found by a walk when there is room
     pthread_cond_signal(&r.work)
 
 
@@ -265,10 +268,11 @@ cdef void unpark(Region_t *r) noexcept nogil:
         r.parked_count -= 1
         pages[n] = r.parked[r.parked_count]
         n += 1
-    if r.parked_count == 0 and n == PARKED_MAX:
+    if r.parked_count == 0 and r.parked_overflow:
+        r.parked_overflow = False
         for i in range(r.pages):
-            if r.states[i] == FLAG_WAITERS | PAGE_AWAY:
-                r.states[i] = PAGE_AWAY
+            if r.states[i] & FLAG_WAITERS and state_of(r, i) == PAGE_AWAY:
+                r.states[i] &= ~FLAG_WAITERS
                 wake(r, i, 1)
     r.parked_since_ns = now_ns()
     pthread_mutex_unlock(&r.lock)
@@ -347,7 +351,7 @@ cdef void finish_batch(Batch *b) noexcept nogil:
     cdef Region_t *r = b.region
     cdef uint32_t i = 0, j, k, done
     cdef uint64_t zero[3]
-    cdef bint parked
+    cdef bint parked, newer, dirty
     while i < b.count:
         j = i + 1
         while j < b.count and b.kinds[j] == b.kinds[i]:
@@ -358,12 +362,16 @@ cdef void finish_batch(Batch *b) noexcept nogil:
         elif b.kinds[i] == KIND_ABSENT:
             not_arrived(r, b.first + i, j - i)
         else:
-            done = <uint32_t> copy_in(r, b.first + i, j - i, b.bytes + i * PAGE, b.kinds[i] == KIND_READ)
-            if b.kinds[i] == KIND_WRITE:
+            newer = False
+            done = <uint32_t> copy_in(r, b.first + i, j - i, b.bytes + i * PAGE, b.kinds[i] == KIND_READ, &newer)
+            dirty = newer or b.kinds[i] == KIND_WRITE
+            if dirty:
                 for k in range(i, i + done):
                     store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
+            if newer and done:
+                protect(r, b.first + i, done, False)
             if done:
-                arrived(r, b.first + i, done, PAGE_DIRTY if b.kinds[i] == KIND_WRITE else PAGE_CLEAN)
+                arrived(r, b.first + i, done, PAGE_DIRTY if dirty else PAGE_CLEAN)
             if done < j - i:
                 not_arrived(r, b.first + i + done, j - i - done)
         i = j

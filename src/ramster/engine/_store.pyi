@@ -1,5 +1,6 @@
-from typing_extensions import Buffer
 from typing import Any, Self
+
+from typing_extensions import Buffer
 
 class Store:
     def __new__(

@@ -1,5 +1,35 @@
-"""A region's documented face: `Region` serves one application's faults; its contract is in `_region.pyi`."""
+"""A region's documented face: one application's far array, served by native threads of the node.
 
-from ramster.engine._region import Region
+Covers the contract; the mechanism and its rules are in `_region.pyx`. How an application gets there is
+`ramster.frontswap`.
+"""
+
+from __future__ import annotations
+
+from ramster.engine import _region
 
 __all__ = ["Region"]
+
+
+class Region(_region.Region):
+    """One region of one application, served from `attach` until `close`.
+
+    Region(links, pages, resident_pages, *, name, fault_threads=1, evictor_threads=1, full_wait_ms=2000, poison="auto")
+
+    Ranges are in pages; UsageError when one is not inside the region. Methods that wait do so without the GIL, within
+    [links] give_up + [region] full_wait + 1 s for each window of 32 pages.
+
+    Args:
+        pages: size. resident_pages: how many may be in the application's RAM at once, at least 128.
+        fault_threads, evictor_threads: 1 to 16 of each. full_wait_ms: how long a fault waits for room before SIGBUS.
+        poison: "auto" uses UFFDIO_POISON where the application's kernel has it, "guard" always the application's
+            guardian.
+
+    attach: the application's userfaultfd (owned from here on, also when this raises) and where it mapped the memfd.
+    pin: brings a run in, makes it writable and keeps it; nests. RegionFull when more would be pinned than the budget
+        allows, RegionLost when a page is lost; then nothing is pinned. unpin: ValueError for a run that is not pinned.
+    prefetch: brings in as much of a run as the budget allows and says how many pages. RegionLost before anything moves.
+    evict: writes a run out; pages that are pinned stay. RegionFull when there is no room for all; the rest stays.
+    check: runs of pages whose only copy is gone or out of reach; moves nothing.
+    close: ends the threads, forgets every page here and away. Neither poisons nor unregisters.
+    """

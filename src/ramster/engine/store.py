@@ -59,8 +59,8 @@ class StoreStatistics:
 class Store(_store.Store):
     """A fixed arena of compressed pages in a log of segments, safe from many threads at once.
 
-    Every method releases the GIL while it works. Pages are 4096 bytes; a key is (pool, object id, index), the object id
-    three unsigned 64-bit integers (0, 0, 0 in a dense pool), the index 32 bits.
+    Every method releases the GIL while it works. Pages are 4096 bytes; a key is (pool, object id, index), the object
+    id three unsigned 64-bit integers (0, 0, 0 in a dense pool), the index 32 bits.
 
     Args:
         arena_bytes: RAM for compressed pages, taken, touched and (where allowed) locked at once. StoreFull where
@@ -81,8 +81,8 @@ class Store(_store.Store):
         when its bytes fail their checksum or its only copy is gone: it stays lost until it is put or flushed.
         A page on a lender is read through `Links.get`.
     flush_page, flush_object: forget, here and away. True, or how many pages, when there was something.
-    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse one.
-        Pages of a pool that is not persistent may be dropped at any time.
+    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse
+        one. Pages of a pool that is not persistent may be dropped at any time.
     destroy_pool: drops every page; the id is used again only afterwards.
     """
 

@@ -59,6 +59,7 @@ class ControlServer:
         self._view = view
         self._path = path
         self._runner: web.AppRunner | None = None
+        self._listener: socket.socket | None = None
         self._running = 0
         self._stopping = asyncio.Lock()
 
@@ -87,7 +88,8 @@ class ControlServer:
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:
-            await web.SockSite(runner, _bind(self._path), backlog=BACKLOG).start()
+            self._listener = _bind(self._path)
+            await web.SockSite(runner, self._listener, backlog=BACKLOG).start()
         except BaseException:
             await runner.cleanup()
             raise
@@ -99,10 +101,10 @@ class ControlServer:
             runner, self._runner = self._runner, None
             if runner is not None:
                 self._path.unlink(missing_ok=True)
-                for site in list(runner.sites):
-                    await site.stop()
-                # A connection that was just accepted reaches aiohttp some turns of the loop later; one that comes
-                # after the clean-up would stay open.
+                # A connection that was just accepted reaches aiohttp some turns of the loop later. Closing the listener
+                # in between leaks it (asyncio asserts in its transport), so accepting ends first.
+                assert self._listener is not None
+                asyncio.get_running_loop().remove_reader(self._listener.fileno())
                 for _ in range(_ACCEPT_TURNS):
                     await asyncio.sleep(0)
                 await runner.cleanup()

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> int:
     """Exit status 0 after an orderly stop; a RamsterError says why the node could not start.
 
-    The first SIGINT or SIGTERM is refused while the node holds somebody's only copy, and says what would be lost; a second
-    one stops it anyway.
+    The first SIGINT or SIGTERM is refused while the node holds somebody's only copy, and says what would be lost; a
+    second one stops it anyway.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return asyncio.run(_run(config))

@@ -17,7 +17,6 @@ from ramster.config.knobs import Config
 from ramster.engine.links import Links, TlsContext
 from ramster.engine.region import Region
 from ramster.engine.store import Store
-from ramster.errors import UsageError
 from ramster.frontswap.region_service import RegionService
 from ramster.node.control import ControlServer
 from ramster.node.peering import Peering
@@ -117,7 +116,7 @@ class Node:
         await self._stop.wait()
 
     async def close(self) -> None:
-        """Orderly: no new regions, the applications' regions end, lenders and borrowers hear goodbye, threads are joined."""
+        """Orderly: the applications' regions end, lenders and borrowers hear goodbye, threads are joined."""
         self.state = "stopping"
         if self._worker is not None:
             self._worker.cancel()

@@ -1,7 +1,7 @@
 """Who connects to whom, and who is let in: the asyncio shell around the handshake. Bytes of pages never come here.
 
-The node with the higher number connects, twice to each peer (get, bulk); the other accepts. What arrives on the port gets
-one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is closed and counted.
+The node with the higher number connects, twice to each peer (get, bulk); the other accepts. What arrives on the port
+gets one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is closed and counted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from ramster.cluster import identity
 from ramster.config.knobs import Links as LinkSettings
@@ -106,15 +108,13 @@ class Peering:
         """Why a peer is not connected, as far as known."""
         return {number: state.reason for number, state in self._peers.items()}
 
-    def _spawn(self, coroutine: object) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _changed(self) -> None:
         """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
-        import os
-
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.links.event_fd)
         loop = asyncio.get_running_loop()

@@ -1,1 +1,3 @@
-"""Which segments leave, to whom and how fast: decisions without I/O (policy) and the shell that carries them out (worker)."""
+"""Which segments leave, to whom and how fast: decisions without I/O (policy), and the shell that carries them out
+(worker).
+"""

@@ -1,9 +1,9 @@
 """The decision: which sealed segments leave now, and to which lender. Pure: everything it knows is an argument.
 
-Two reasons to ship. Pressure: the arena is fuller than `high`, so the segments untouched for longest leave until what is on its
-way would bring it down to `low` (hysteresis: between the two it goes on only if it had begun). Age: a segment untouched for
-`cold_after_ms` leaves without pressure, so that room is there before it is needed. Persistent or ephemeral makes no
-difference to leaving. Lenders are chosen by free room, less what is already on its way to them.
+Two reasons to ship. Pressure: the arena is fuller than `high`, so the segments untouched for longest leave until what
+is on its way would bring it down to `low` (hysteresis: between the two it goes on only if it had begun). Age: a segment
+untouched for `cold_after_ms` leaves without pressure, so that room is there before it is needed. Persistent and
+ephemeral leave alike. Lenders are chosen by free room, less what is already on its way to them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# More than this in one decision would outlive the facts it was based on: at 1 Gbit/s it is a third of a second's traffic.
+# More than this in one decision would outlive the facts it was based on: 0.3 s of traffic at 1 Gbit/s.
 SHIPS_PER_DECISION_MAX = 128
 
 
@@ -29,7 +29,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Lender:
-    """A peer: `credit` is the number of segments that it last said it has room for, `shipping` what is on its way to it."""
+    """A peer: `credit` segments is what it last said it has room for, `shipping` what is on its way to it."""
 
     number: int
     up: bool
@@ -39,8 +39,8 @@ class Lender:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a decision is based on. `coldest` is ordered, untouched for longest first; `under_way` counts segments ordered
-    or on their way to any lender.
+    """What a decision is based on. `coldest` is ordered, untouched for longest first; `under_way` counts segments
+    ordered or on their way to any lender.
     """
 
     frames_total: int
@@ -61,7 +61,7 @@ class Ship:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The knobs of [remotify]: fractions of the arena, and ms."""
+    """The knobs of [remotify]: fractions of the arena, and ms (0: age alone is no reason)."""
 
     enabled: bool = True
     high: float = 0.75
@@ -89,7 +89,8 @@ class Policy:
         room = {lender.number: lender.credit - lender.shipping for lender in now.lenders if lender.up}
         ships: list[Ship] = []
         for segment in now.coldest[:SHIPS_PER_DECISION_MAX]:
-            if segment.live_pages == 0 or (len(ships) >= wanted and segment.age_ms < self.settings.cold_after_ms):
+            cold = 0 < self.settings.cold_after_ms <= segment.age_ms
+            if segment.live_pages == 0 or (len(ships) >= wanted and not cold):
                 continue
             lender = max(room, key=lambda number: (room[number], -number), default=None)
             if lender is None or room[lender] <= 0:

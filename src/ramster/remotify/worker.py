@@ -6,6 +6,8 @@ It looks every `tick`, and at once when the store raises pressure because free s
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 
 from ramster.engine.links import Links
 from ramster.engine.store import Store
@@ -65,9 +67,5 @@ class Worker:
 
 
 def _drain(fd: int) -> None:
-    import os
-
-    try:
+    with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
-    except BlockingIOError:
-        pass

@@ -19,8 +19,8 @@ KINDS: Final = ("get", "bulk")
 
 
 class Hello(msgspec.Struct, kw_only=True, frozen=True):
-    """Body of HELLO, as JSON. `generation` is a number drawn when the process started: another one means that its memory
-    was lost. `lend_segments` is how many segments it may hold for others, in all.
+    """Body of HELLO, as JSON. `generation` is drawn at random when the process starts: another one means that its
+    memory was lost. `lend_segments` is how many segments it may hold for others, in all.
     """
 
     cluster: str
@@ -67,8 +67,8 @@ def objection(own: Hello, theirs: Hello, certificate_name: str, known: dict[int,
         own, theirs: what both said.
         certificate_name: the name that TLS proved.
         known: names of the configured peers by number.
-        accepted: the peer connected to us. The higher number connects, so that two nodes that start together end up with
-            one link.
+        accepted: the peer connected to us. The higher number connects, so that two nodes that start together end up
+            with one link.
     """
     if theirs.cluster != own.cluster:
         return f"it belongs to cluster {theirs.cluster!r}, this node to {own.cluster!r}"
@@ -86,7 +86,7 @@ def objection(own: Hello, theirs: Hello, certificate_name: str, known: dict[int,
         return f"node {own.number} connects to node {theirs.number}, not the other way round"
     low, high = max(theirs.versions[0], own.versions[0]), min(theirs.versions[1], own.versions[1])
     if low > high:
-        return f"it speaks versions {theirs.versions[0]} to {theirs.versions[1]}, this node {own.versions[0]} to {own.versions[1]}"
+        return "it speaks versions {} to {}, this node {} to {}".format(*theirs.versions, *own.versions)
     if theirs.page_bytes != own.page_bytes:
         return f"its pages have {theirs.page_bytes} bytes, ours {own.page_bytes}"
     if theirs.segment_bytes != own.segment_bytes:

@@ -1,0 +1,210 @@
+"""Two nodes' engines in one process, linked by real TLS through fault proxies: `a` borrows from `b`."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ramster.cluster import identity
+from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
+from ramster.engine.store import Store
+from ramster.testing.proxy import Proxy, wait_until
+
+SEGMENT = 65536
+HANDSHAKE_S = 10.0
+BORROWER, LENDER = 1, 2
+
+
+def page(seed: int) -> bytes:
+    """A page of which about half is left after compression; another seed is another page."""
+    return random.Random(seed).randbytes(2048) + b"\x5a" * 2048
+
+
+class Relay:
+    """A listener behind a proxy; gives pairs of connected sockets, the first of which dialled."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(HANDSHAKE_S)
+        self.proxy = Proxy(self._listener.getsockname())
+
+    def sockets(self) -> tuple[socket.socket, socket.socket]:
+        dialled = socket.create_connection(self.proxy.address, HANDSHAKE_S)
+        accepted, _ = self._listener.accept()
+        for sock in (dialled, accepted):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return dialled, accepted
+
+    def close(self) -> None:
+        self.proxy.close()
+        self._listener.close()
+
+
+class Side:
+    """One node's engine. `generation` is that of its process; `restart` gives it an empty store and a new one."""
+
+    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: int) -> None:
+        self.number = number
+        self.context = context
+        self.generation = 1000 + number
+        self._make = lambda: self._build(segments, lend, options)
+        self._make()
+
+    def _build(self, segments: int, lend: int, options: dict[str, int]) -> None:
+        self.store = Store(segments * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False, full_wait_ms=0)
+        self.links = Links(
+            self.store, self.number, lend_bytes=lend * SEGMENT, lock=False, **{"idle_ms": 60_000, "keepalive_ms": 20_000} | options
+        )
+
+    def stop(self) -> None:
+        self.links.stop()
+        self.store.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.generation += 100
+        self._make()
+
+    def lent_used(self) -> int:
+        counters = self.links.counters()
+        return int(counters["lent_frames"]) - int(counters["lent_free"])
+
+    def up(self, other: Side) -> bool:
+        return self.links.up(other.number, GET) and self.links.up(other.number, BULK)
+
+
+class Pair:
+    """A borrower `a` and a lender `b`. `get` and `bulk` are the proxies between them; up is from a to b."""
+
+    def __init__(self, a: Side, b: Side) -> None:
+        self.a = a
+        self.b = b
+        self._relays = (Relay(), Relay())
+        self.get = self._relays[GET].proxy
+        self.bulk = self._relays[BULK].proxy
+        self.pool = a.store.create_pool(pages=4096)
+        self._tasks = ThreadPoolExecutor(8)
+
+    def connect(self, *kinds: int) -> None:
+        for kind in kinds or (GET, BULK):
+            dialled, accepted = self._relays[kind].sockets()
+            client = Connection(self.a.context, dialled.detach(), False)
+            server = Connection(self.b.context, accepted.detach(), True)
+            greeting = threading.Thread(target=server.handshake, args=(HANDSHAKE_S,))
+            greeting.start()
+            client.handshake(HANDSHAKE_S)
+            greeting.join()
+            credit = int(self.b.links.counters()["lent_frames"])
+            self.a.links.attach(client, self.b.number, kind, self.b.generation, credit)
+            self.b.links.attach(server, self.a.number, kind, self.a.generation, 0)
+
+    def cut(self) -> None:
+        self.get.cut()
+        self.bulk.cut()
+        wait_until(lambda: not self.a.links.up(self.b.number, GET) and not self.a.links.up(self.b.number, BULK), "a down")
+        wait_until(lambda: not self.b.links.up(self.a.number, GET) and not self.b.links.up(self.a.number, BULK), "b down")
+
+    def put(self, *indices: int, version: int = 0) -> None:
+        for index in indices:
+            self.a.store.put(self.pool, index, page(index + 100_000 * version))
+
+    def order(self) -> int:
+        """Seal what is open and order everything that is sealed to be shipped; the number of segments."""
+        self.a.store.seal_open()
+        segments = self.a.store.coldest(256)
+        for segment, generation, *_ in segments:
+            assert self.a.links.ship(segment, generation, self.b.number)
+        return len(segments)
+
+    def ship(self) -> int:
+        """`order`, and wait until all of them are there."""
+        n = self.order()
+        self.settle()
+        return n
+
+    def settle(self) -> None:
+        wait_until(lambda: self.a.links.shipping() == 0, "nothing on its way")
+
+    def where(self, index: int) -> object:
+        return self.a.store.where(self.pool, index)
+
+    def fetch(self, index: int, mode: int = -1) -> bytes | None:
+        return self.a.links.get(self.pool, index, mode=mode)
+
+    def later(self, work: Callable[[], bytes | None]) -> Later:
+        return Later(self, work)
+
+    def pending(self) -> int:
+        return int(self.a.links.counters()["gets_pending"])
+
+    def expect(self, indices: range, version: int = 0) -> None:
+        for index in indices:
+            assert self.fetch(index) == page(index + 100_000 * version), f"page {index}"
+
+    def wait_for_frees(self, frames: int) -> None:
+        wait_until(lambda: self.b.lent_used() == frames, f"{frames} frames at the lender, not {self.b.lent_used()}")
+
+    def close(self) -> None:
+        self.get.release()
+        self.bulk.release()
+        self._tasks.shutdown()
+        for side in (self.a, self.b):
+            side.links.stop()
+            side.store.verify()
+            side.store.close()
+        for relay in self._relays:
+            relay.close()
+
+
+class Later:
+    """A call in another thread that is known to be under way once `started` is true."""
+
+    def __init__(self, pair: Pair, work: Callable[[], bytes | None]) -> None:
+        before = pair.pending()
+        self._future = pair._tasks.submit(work)
+        wait_until(lambda: pair.pending() > before or self._future.done(), "the get is under way")
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def result(self) -> bytes | None:
+        return self._future.result(30)
+
+
+@pytest.fixture(scope="session")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, TlsContext]:
+    directory = tmp_path_factory.mktemp("cluster")
+    files = identity.create_cluster(directory, "links", ["a", "b", "c"])
+    return {n: TlsContext(str(f.ca), str(f.cert), str(f.key)) for n, f in enumerate(files, 1)}
+
+
+MakePair = Callable[..., Pair]
+
+
+@pytest.fixture
+def make_pair(contexts: dict[int, TlsContext]) -> Iterator[MakePair]:
+    pairs: list[Pair] = []
+
+    def make(*, segments: int = 24, lend: int = 16, connected: bool = True, **options: int) -> Pair:
+        times = {"request_deadline_ms": 5000, "give_up_ms": 10_000} | options
+        pair = Pair(
+            Side(BORROWER, contexts[BORROWER], segments, 0, **times), Side(LENDER, contexts[LENDER], 8, lend, **times)
+        )
+        pairs.append(pair)
+        if connected:
+            pair.connect()
+        return pair
+
+    yield make
+    for pair in pairs:
+        pair.close()
+
+
+@pytest.fixture
+def pair(make_pair: MakePair) -> Pair:
+    return make_pair()
