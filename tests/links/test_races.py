@@ -306,14 +306,14 @@ def test_a_segment_is_not_pushed_again_before_its_orphan_is_gone(pair: Pair) -> 
         wait_until(lambda: pair.b.lent_used() == n, "the lender has everything")
         pair.cut()
     pair.settle()
-    with pair.bulk.up.held():
-        pair.bulk.up.release()
-        pair.connect(GET)
-        pair.connect(BULK)
-        pair.order()
-        pair.settle()
-    pair.wait_for_frees(0) if pair.a.store.statistics().segments_remote == 0 else None
-    wait_until(lambda: pair.ship() == 0 or pair.a.store.statistics().segments_remote == n, "pushed in the end")
+    pair.bulk.up.delay(0.1)
+    pair.connect()
+    pair.order()
+    pair.settle()
+    assert pair.a.store.statistics().segments_remote == 0, "the FREE is still on its way"
+    pair.bulk.up.delay(0)
+    pair.wait_for_frees(0)
+    wait_until(lambda: pair.ship() == 0, "pushed in the end")
     pair.expect(range(40))
     assert pair.b.lent_used() == n
 

@@ -119,6 +119,7 @@ cdef struct RemoteRef:              # everything that a request for a remote pag
     uint32_t pool
     uint32_t index
     uint32_t sparse
+    uint32_t ephemeral
     uint64_t oid[3]
     uint8_t seal_id[24]
     uint8_t key[32]

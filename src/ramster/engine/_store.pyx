@@ -35,6 +35,7 @@ from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
 
+import fcntl
 import os
 
 from ramster import errors
@@ -245,7 +246,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     row.live_bytes = 0
     row.meta = NULL
     row.damaged = False
-    row.touched_ms = coarse_ms()
+    row.touched_ms = 0 if cleaner else coarse_ms()
     row.state = SEG_OPEN
     spin_unlock(&row.lock)
     return segment
@@ -341,7 +342,8 @@ cdef void seal_head(Store_t *s, Head *head) noexcept nogil:
     row = &s.segments[head.segment]
     spin_lock(&row.lock)
     row.state = SEG_SEALED
-    row.touched_ms = coarse_ms()
+    if not head.cleaner:
+        row.touched_ms = coarse_ms()    # what the cleaner copied keeps its age: moving a page does not make it hot
     if row.live_entries == 0:
         free_local(s, head.segment)
     spin_unlock(&row.lock)
@@ -856,6 +858,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     ref.pool = pool_id
     ref.index = index
     ref.sparse = not pool.dense
+    ref.ephemeral = pool.ephemeral
     if not pool.dense:
         memcpy(ref.oid, oid, OID_BYTES)
     remove = mode == 1 or (mode == 0 and pool.ephemeral)
@@ -870,7 +873,9 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         if slot_kind(slot) == KIND_FILLED:
             pattern = <uint32_t> slot
             result = OK if slot == slot_filled(pool_id, index, pattern) else CORRUPT
-            if result == OK:
+            if result == CORRUPT:
+                count(s, C_CORRUPT, 1)
+            else:
                 words = <uint32_t *> page
                 if pattern == 0:
                     memset(page, 0, PAGE)
@@ -887,6 +892,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         looks = looks + 1 if slot == before else 0
         before = slot
         if slot_kind(slot) != KIND_STORED or slot_segment(slot) >= s.segments_used or looks > STALE_LOOKS_MAX:
+            count(s, C_CORRUPT, 1)
             result = CORRUPT
             break
         row = &s.segments[slot_segment(slot)]
@@ -909,6 +915,8 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             return REMOTE
         if state == SEG_LOST:
             spin_unlock(&row.lock)
+            if forget_ephemeral(s, pool, oid, index, slot):
+                continue
             leave(reader)
             return LOST
         if state == SEG_FREE or state >= SEG_FREEING:
@@ -918,6 +926,10 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         room = entry_bytes_at(s, row, slot_ordinal(slot))
         spin_unlock(&row.lock)
         result = decode_local(place, room, ref, page)
+        if result == CORRUPT:
+            count(s, C_CORRUPT, 1)
+            if forget_ephemeral(s, pool, oid, index, slot):
+                continue
         if result != OK or not remove:
             break
         # The cleaner may have moved the entry, or somebody else was first: look again, so that the page is gone
@@ -927,10 +939,18 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             break
     if result == OK:
         count(s, C_LOCAL_GETS, 1)
-    elif result == CORRUPT:
-        count(s, C_CORRUPT, 1)
     leave(reader)
     return result
+
+
+cdef bint forget_ephemeral(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil:
+    """An ephemeral page that is lost or damaged is simply not there. True: the slot was changed, look again."""
+    if not pool.ephemeral:
+        return False
+    if replace(pool, oid, index, slot, 0):
+        free_entry(s, slot)
+        count(s, C_EPHEMERAL_DROPPED, 1)
+    return True
 
 
 cdef uint64_t store_slot(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
@@ -1025,6 +1045,10 @@ cdef void *map_file(const char *name, uint64_t length, int *fd, object_path) exc
         fd[0] = os.memfd_create(name.decode(), os.MFD_CLOEXEC)
     else:
         fd[0] = os.open(object_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise errors.UsageError(f"another node uses the arena file {object_path}; give each its own") from error
     os.ftruncate(fd[0], length)
     base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd[0], 0)
     if base == MAP_FAILED:
@@ -1197,7 +1221,8 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
     cdef uint64_t oid[3]
     cdef uint64_t slot, moved
     cdef uint32_t ordinal, size, before
-    cdef bint dead, won
+    cdef Segment *target
+    cdef bint won
     cdef int result = 0
     if not take_local(s, segment, SEG_CLEANING):
         return 0
@@ -1223,6 +1248,8 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
             result = -1
             break
         memcpy(place, header, size)
+        target = &s.segments[head.segment]
+        target.touched_ms = max(target.touched_ms, row.touched_ms)
         won = replace(pool, oid, header.index, slot, moved)
         if not won:
             unappend(s, head, size)
