@@ -19,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from ramster.engine.links import Links
+from ramster.engine.region import Region
+from ramster.engine.store import Store
 from ramster.errors import RegionFull, RegionLost
 from ramster.frontswap import messages
 from ramster.frontswap.region_service import RegionService
@@ -231,6 +234,18 @@ class ReferenceRegion:
         self._guard_away.close()
 
 
+class EngineRegion(Region):
+    """The product's, which says when it was closed like the reference does."""
+
+    told = False
+
+    def close(self) -> None:
+        super().close()
+        if not self.told:
+            self.told = True
+            print("gone", self.name, flush=True)
+
+
 def _range(text: str) -> range:
     first, _, count = text.partition(":")
     return range(int(first), int(first) + int(count))
@@ -244,6 +259,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
         poison=arguments.poison,
     )
 
+    store = Store(64 << 20, lock=False)
+    links = Links(store, 1)
+
+    def make_engine_region(pages: int, resident_pages: int, name: str) -> Region:
+        region = EngineRegion(links, pages, resident_pages, name=name, poison=arguments.poison)
+        for page in range(pages if arguments.pattern else 0):
+            store.put(region.pool, page, pattern(page))
+        return region
+
     def make_region(pages: int, resident_pages: int, name: str) -> ReferenceRegion:
         return ReferenceRegion(
             pages,
@@ -255,7 +279,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             note=arguments.note,
         )
 
-    service = RegionService(arguments.run_dir, make_region, settings)
+    service = RegionService(arguments.run_dir, make_engine_region if arguments.engine else make_region, settings)
     await service.start()
     print("ready", flush=True)
     loop = asyncio.get_running_loop()
@@ -263,12 +287,16 @@ async def _serve(arguments: argparse.Namespace) -> None:
     loop.add_reader(0, done.set)  # the test closes our standard input
     await done.wait()
     await service.close()
+    store.verify()
+    assert store.statistics().pages_stored == 0, "a closed region left pages behind"
+    links.stop()
     print("closed", service.counters, flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--engine", action="store_true", help="regions of the engine, without peers")
     parser.add_argument("--pattern", action="store_true")
     parser.add_argument("--lost", type=_range, default=range(0))
     parser.add_argument("--stalled", type=_range, default=range(0))

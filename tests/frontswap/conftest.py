@@ -83,11 +83,13 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def start_node(directory: Path) -> Iterator[Callable[..., Node]]:
+def start_node(directory: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Node]]:
+    """Starts nodes; parametrized with "engine", their regions are the product's and not the reference's."""
     nodes: list[Node] = []
 
     def start(*options: str) -> Node:
-        node = Node(directory / "run", options)
+        engine = getattr(request, "param", "reference") == "engine"
+        node = Node(directory / "run", (*options, "--engine") if engine else options)
         nodes.append(node)
         assert node.line() == "ready"
         return node

@@ -52,14 +52,17 @@ class Side:
         self.number = number
         self.context = context
         self.generation = 1000 + number
-        self._make = lambda: self._build(segments, lend, options)
+        self._segments = segments
+        self._lend = lend
+        self._cleaner = bool(options.pop("cleaner", 0))
+        self._options = {"idle_ms": 60_000, "keepalive_ms": 20_000} | options
         self._make()
 
-    def _build(self, segments: int, lend: int, options: dict[str, int]) -> None:
-        self.store = Store(segments * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False, full_wait_ms=0)
-        self.links = Links(
-            self.store, self.number, lend_bytes=lend * SEGMENT, lock=False, **{"idle_ms": 60_000, "keepalive_ms": 20_000} | options
+    def _make(self) -> None:
+        self.store = Store(
+            self._segments * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=self._cleaner, full_wait_ms=0
         )
+        self.links = Links(self.store, self.number, lend_bytes=self._lend * SEGMENT, lock=False, **self._options)
 
     def stop(self) -> None:
         self.links.stop()
@@ -106,8 +109,12 @@ class Pair:
     def cut(self) -> None:
         self.get.cut()
         self.bulk.cut()
-        wait_until(lambda: not self.a.links.up(self.b.number, GET) and not self.a.links.up(self.b.number, BULK), "a down")
-        wait_until(lambda: not self.b.links.up(self.a.number, GET) and not self.b.links.up(self.a.number, BULK), "b down")
+        wait_until(
+            lambda: not self.a.links.up(self.b.number, GET) and not self.a.links.up(self.b.number, BULK), "a down"
+        )
+        wait_until(
+            lambda: not self.b.links.up(self.a.number, GET) and not self.b.links.up(self.a.number, BULK), "b down"
+        )
 
     def put(self, *indices: int, version: int = 0) -> None:
         for index in indices:
@@ -191,9 +198,11 @@ def make_pair(contexts: dict[int, TlsContext]) -> Iterator[MakePair]:
     pairs: list[Pair] = []
 
     def make(*, segments: int = 24, lend: int = 16, connected: bool = True, **options: int) -> Pair:
+        cleaner = options.pop("cleaner", 0)
         times = {"request_deadline_ms": 5000, "give_up_ms": 10_000} | options
         pair = Pair(
-            Side(BORROWER, contexts[BORROWER], segments, 0, **times), Side(LENDER, contexts[LENDER], 8, lend, **times)
+            Side(BORROWER, contexts[BORROWER], segments, 0, cleaner=cleaner, **times),
+            Side(LENDER, contexts[LENDER], 8, lend, **times),
         )
         pairs.append(pair)
         if connected:

@@ -532,7 +532,7 @@ def test_swapped_entries_are_refused(pair: Pair) -> None:
     # The same page again: another sealing, and the old entry is of no use for it.
     pair.put(5)
     pair.a.store.seal_open()
-    (segment, generation, *_), = pair.a.store.coldest(1)
+    ((segment, generation, *_),) = pair.a.store.coldest(1)
     assert _stress.ship(pair.a.store, segment, generation, LENDER) is not None
     with pytest.raises(PageLost):
         _stress.unseal(pair.a.store, pair.pool, 5, entries[5])

@@ -98,15 +98,19 @@ LENDERS = st.lists(
 )
 SEGMENTS = st.lists(
     st.builds(
-        Segment, st.integers(0, 10**6), st.integers(0, 16383), st.integers(0, 262144), st.integers(0, 60), st.integers(0, 60_000), st.booleans()
+        Segment,
+        st.integers(0, 10**6),
+        st.integers(0, 16383),
+        st.integers(0, 262144),
+        st.integers(0, 60),
+        st.integers(0, 60_000),
+        st.booleans(),
     ),
     max_size=200,
     unique_by=lambda segment: segment.number,
 ).map(lambda found: sorted(found, key=lambda segment: -segment.age_ms))
 SNAPSHOTS = st.integers(0, 500).flatmap(
-    lambda total: st.builds(
-        Snapshot, st.just(total), st.integers(0, total), SEGMENTS, LENDERS, st.integers(0, 300)
-    )
+    lambda total: st.builds(Snapshot, st.just(total), st.integers(0, total), SEGMENTS, LENDERS, st.integers(0, 300))
 )
 
 

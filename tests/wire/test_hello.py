@@ -13,7 +13,9 @@ from ramster.wire.hello import Hello, Refusal
 
 OWN = Hello(cluster="lab", name="alpha", number=5, generation=1, kind="get", segment_bytes=262144)
 KNOWN = {7: "beta", 3: "gamma"}
-THEIRS = Hello(cluster="lab", name="beta", number=7, generation=2**63, kind="get", segment_bytes=262144, lend_segments=4)
+THEIRS = Hello(
+    cluster="lab", name="beta", number=7, generation=2**63, kind="get", segment_bytes=262144, lend_segments=4
+)
 
 
 def objection(accepted: bool = True, certificate: str = "beta", **changed: object) -> str | None:

@@ -17,7 +17,6 @@ from ramster.config.units import format_bytes, format_ms, parse_bytes, parse_ms
 from ramster.constants import (
     ARENA_BYTES_DEFAULT,
     ARENA_BYTES_MIN,
-    ARENA_SEGMENTS_MIN,
     MIB,
     NAME_PATTERN,
     NAME_RULE,
@@ -243,7 +242,7 @@ class Links:
     reconnect_min_ms: int = _time(100, at_least=10, at_most=60_000, help="First wait before connecting again.")
     reconnect_max_ms: int = _time(5000, at_least=10, at_most=600_000, help="Longest wait before connecting again.")
     bulk_in_flight_segments: int = _count(
-        8, unit="segments", at_least=1, at_most=256, help="Segments sent to a peer and not yet acknowledged."
+        8, unit="segments", at_least=1, at_most=64, help="Segments sent to a peer and not yet acknowledged."
     )
 
 
@@ -348,9 +347,6 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
     elif arena.size_bytes % arena.segment_bytes:
         below = arena.size_bytes - arena.size_bytes % arena.segment_bytes
         yield ("arena", "size"), f"allowed are multiples of segment, such as {format_bytes(below)}"
-    elif arena.size_bytes < ARENA_SEGMENTS_MIN * arena.segment_bytes:
-        least = format_bytes(ARENA_SEGMENTS_MIN * arena.segment_bytes)
-        yield ("arena", "size"), f"allowed are {ARENA_SEGMENTS_MIN} segments or more: {least}"
     if config.lend.size_bytes % arena.segment_bytes:
         yield ("lend", "size"), f"allowed are multiples of arena.segment, {format_bytes(arena.segment_bytes)}"
     if links.request_deadline_ms > links.give_up_ms:

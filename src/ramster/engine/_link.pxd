@@ -192,4 +192,3 @@ cdef class Links:
     cdef Links_t *live(self) except NULL
     cdef grant(self, uint64_t lend_bytes, bint lock)
     cdef Peer *peer(self, uint32_t number) except NULL
-    cdef bint closed_down(self, Channel *ch, uint64_t deadline) noexcept nogil

@@ -1056,9 +1056,14 @@ cdef str tls_reason(SSL *ssl):
     cdef const char *text
     cdef long verify = SSL_get_verify_result(ssl) if ssl != NULL else X509_V_OK
     if verify != X509_V_OK:
-        return X509_verify_cert_error_string(verify).decode()
+        return f"the other side's certificate is not of this cluster ({X509_verify_cert_error_string(verify).decode()})"
     text = ERR_reason_error_string(code) if code else NULL
-    return text.decode() if text != NULL else "the other side closed the connection"
+    if text == NULL:
+        return "the other side closed the connection"
+    reason = text.decode()
+    if "alert" in reason and ("certificate" in reason or "unknown ca" in reason):
+        return f"the other side does not accept this node's certificate ({reason})"
+    return reason
 
 
 cdef class TlsContext:
@@ -1346,10 +1351,13 @@ cdef class Links:
         peer = self.peer(number)
         ch = &peer.channels[kind]
         with nogil:
-            old = not self.closed_down(&peer.channels[kind], deadline)
-            # Of another life of the peer nothing may be heard any more once its memory counts as lost.
-            if peer.seen and peer.generation != generation:
-                old |= not self.closed_down(&peer.channels[1 - kind], deadline)
+            pthread_mutex_lock(&peer.attach_lock)
+            old = not channel_close(ch, deadline)
+            # What the other connection still holds of its former life must not be taken for this one's.
+            if not old and peer.seen and peer.generation != generation:
+                old = not channel_close(&peer.channels[1 - kind], deadline)
+            if old:
+                pthread_mutex_unlock(&peer.attach_lock)
         if old:
             raise errors.ProtocolError(f"the older connection to node {number} would not close")
         with nogil:
@@ -1391,18 +1399,6 @@ cdef class Links:
             eventfd_write(l.event_fd, 1)
         connection.ssl = NULL
         connection.fd = -1
-
-    cdef bint closed_down(self, Channel *ch, uint64_t deadline) noexcept nogil:
-        """Break a connection and wait until the reactor has settled what depended on it."""
-        cdef bint closed
-        pthread_mutex_lock(&ch.lock)
-        if ch.ssl != NULL and ch.fd >= 0:
-            shutdown(ch.fd, SHUT_RDWR)
-        while (ch.ssl != NULL or ch.closing) and now_ns() < deadline:
-            cond_wait_until(&ch.drained, &ch.lock, deadline)
-        closed = ch.ssl == NULL and not ch.closing
-        pthread_mutex_unlock(&ch.lock)
-        return closed
 
     cdef Peer *peer(self, uint32_t number) except NULL:
         cdef Links_t *l = self.l

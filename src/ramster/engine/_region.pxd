@@ -112,6 +112,7 @@ cdef class Region:
     cdef int app_guard
     cdef bint closed
     cdef Region_t *live(self) except NULL
+    cdef int shut(self) except -1
     cdef Region_t *begin(self, uint64_t first, uint64_t count) except NULL
     cdef int end(self, Region_t *r) except -1
     cdef int wait_in(self, Region_t *r, uint64_t first, uint64_t count, bint writable) except -1

@@ -45,6 +45,7 @@ from ramster import errors
 
 cdef enum:
     PARKED_MAX = 1024
+    RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
     SLACK = 8                       # a fault this close behind the end of a stream still belongs to it
     AHEAD_LOCAL = 1                 # windows read ahead of a sequential stream: here the decoder runs beside the reader,
     AHEAD_REMOTE = 3                # there a round trip is hidden too
@@ -875,8 +876,8 @@ cdef class Region:
         self.app_guard = -1
         if not 0 < pages <= 1 << 32:
             raise errors.UsageError(f"a region of {pages} pages: must be 1 to 2^32")
-        if resident_pages < 128:
-            raise errors.UsageError(f"{resident_pages} resident pages: a region needs at least 128 (512 KiB)")
+        if resident_pages < RESIDENT_PAGES_MIN and resident_pages < pages:
+            raise errors.UsageError(f"{resident_pages} resident pages: a region needs at least {RESIDENT_PAGES_MIN}")
         if not 1 <= fault_threads <= THREADS_MAX or not 1 <= evictor_threads <= THREADS_MAX:
             raise errors.UsageError(f"a region has 1 to {THREADS_MAX} threads of each kind")
         r = <Region_t *> calloc(1, sizeof(Region_t))
@@ -890,7 +891,9 @@ cdef class Region:
         r.store = r.links.store
         r.pages = pages
         r.budget = resident_pages
-        r.reserve = min(max(resident_pages // 16, <uint64_t> BATCH), resident_pages // 4)
+        # Where everything fits, nothing ever has to leave.
+        if resident_pages < pages:
+            r.reserve = min(max(resident_pages // 16, <uint64_t> BATCH), resident_pages // 4)
         r.full_wait_ns = full_wait_ms * 1000000
         r.fault_threads = fault_threads
         r.evictor_threads = evictor_threads
@@ -924,7 +927,7 @@ cdef class Region:
         cdef int i
         if r == NULL:
             return
-        self.close()
+        self.shut()
         for fd in (r.memfd, r.guard, r.uffd, r.stop_fd, self.app_guard):
             if fd >= 0:
                 close(fd)
@@ -944,6 +947,11 @@ cdef class Region:
         if self.closed:
             raise errors.UsageError("the region is closed")
         return self.r
+
+    @property
+    def pool(self):
+        """The number of its pool in the store."""
+        return self.live().pool
 
     @property
     def memfd(self):
@@ -1181,10 +1189,13 @@ cdef class Region:
             fault_remote_p50_us=quantile(&r.remote_ns, 0.5) // 1000, fault_remote_p99_us=quantile(&r.remote_ns, 0.99) // 1000)
 
     def close(self):
+        self.shut()
+
+    cdef int shut(self) except -1:
         cdef Region_t *r = self.r
         cdef uint32_t i
         if self.closed or r == NULL:
-            return
+            return 0
         self.closed = True
         store32(&r.stopping, 1, RELEASE)
         with nogil:
@@ -1206,3 +1217,4 @@ cdef class Region:
         if r.uffd >= 0:
             close(r.uffd)
             r.uffd = -1
+        return 0

@@ -20,7 +20,7 @@ class Region(_region.Region):
     [links] give_up + [region] full_wait + 1 s for each window of 32 pages.
 
     Args:
-        pages: size. resident_pages: how many may be in the application's RAM at once, at least 128.
+        pages: size. resident_pages: how many may be in the application's RAM at once, at least 16.
         fault_threads, evictor_threads: 1 to 16 of each. full_wait_ms: how long a fault waits for room before SIGBUS.
         poison: "auto" uses UFFDIO_POISON where the application's kernel has it, "guard" always the application's
             guardian.

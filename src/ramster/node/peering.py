@@ -130,6 +130,8 @@ class Peering:
 
     def _grace_over(self, number: int) -> None:
         self._grace.pop(number, None)
+        if self.links.up(number, GET) or self.links.up(number, BULK):
+            return  # it is coming back at this very moment
         dropped = self.links.drop_foreign(number)
         if dropped:
             log.warning(

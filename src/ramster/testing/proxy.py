@@ -1,7 +1,7 @@
 """A TCP proxy on loopback that does to a link what cables, switches and hostile middlemen do.
 
-Covers cutting, holding (a half-open link), delay, throttling, corruption and refusal, separately for each direction. Does
-not look into what it forwards: with TLS it could not.
+Covers cutting, holding (a half-open link), delay, throttling, corruption and refusal, separately for each direction.
+Does not look into what it forwards: with TLS it could not.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Nothing of the touch extension is for other extensions."""

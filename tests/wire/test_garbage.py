@@ -1,0 +1,267 @@
+"""Garbage on the port, with and without a certificate: closed, counted, and nothing else happens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ramster.cluster import identity
+from ramster.config.knobs import Address, Peer
+from ramster.config.knobs import Links as LinkSettings
+from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
+from ramster.engine.store import Store
+from ramster.errors import RamsterError
+from ramster.node.peering import Peering
+from ramster.testing.proxy import wait_until
+from ramster.wire import frames, hello
+from ramster.wire.frames import HEADER, FrameType
+
+SEGMENT = 65536
+TIMEOUT_S = 10.0
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def header(**changed: int) -> bytes:
+    """A header with a right checksum, whatever it says."""
+    values = dict.fromkeys((field.name for field in HEADER), 0)
+    values |= {"magic": frames.MAGIC, "version": frames.VERSION} | changed
+    packed = struct.pack("<IBBHQIIIIIII", *[values[field.name] for field in HEADER[:-1]])
+    return packed + struct.pack("<I", frames.crc32c(packed))
+
+
+class Served:
+    """A lender (number 1) with its peering on a loop of its own, and the certificates of the peers that may come."""
+
+    def __init__(self, directory: Path) -> None:
+        lender, *others = identity.create_cluster(directory, "wire", ["lender", "good", "bad"])
+        self.contexts = [TlsContext(str(f.ca), str(f.cert), str(f.key)) for f in others]
+        self.store = Store(8 * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False)
+        self.links = Links(self.store, 1, lend_bytes=8 * SEGMENT, lock=False, idle_ms=60_000, keepalive_ms=20_000)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        nowhere = Address("127.0.0.1", 1)
+        self.peering = Peering(
+            self.links,
+            TlsContext(str(lender.ca), str(lender.cert), str(lender.key)),
+            lambda kind: self.hello("lender", 1, kind),
+            (Peer(name="good", number=2, address=nowhere), Peer(name="bad", number=3, address=nowhere)),
+            LinkSettings(listen=Address("127.0.0.1", 0)),
+            1,
+            60_000,
+        )
+        asyncio.run_coroutine_threadsafe(self.peering.start(), self._loop).result(TIMEOUT_S)
+        assert self.peering.address is not None
+        self.address = self.peering.address
+
+    @staticmethod
+    def hello(name: str, number: int, kind: str) -> hello.Hello:
+        return hello.Hello(
+            cluster="wire",
+            name=name,
+            number=number,
+            generation=number,
+            kind="get" if kind == "get" else "bulk",
+            segment_bytes=SEGMENT,
+        )
+
+    def dial(self) -> socket.socket:
+        sock = socket.create_connection(self.address, TIMEOUT_S)
+        sock.settimeout(TIMEOUT_S)
+        return sock
+
+    def tls(self, who: int) -> Connection:
+        connection = Connection(self.contexts[who - 2], self.dial().detach(), False)
+        connection.handshake(TIMEOUT_S)
+        return connection
+
+    def attached(self, who: int, kind: str) -> Connection:
+        """A connection that has been through the handshake and belongs to the lender's reactor now."""
+        connection = self.tls(who)
+        name = ("good", "bad")[who - 2]
+        connection.send(frames.pack(FrameType.HELLO, hello.encode(self.hello(name, who, kind))), TIMEOUT_S)
+        answer, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
+        assert answer == FrameType.HELLO
+        connection.receive(length, TIMEOUT_S)
+        wait_until(lambda: self.links.up(who, GET if kind == "get" else BULK), "attached")
+        return connection
+
+    def still_serves(self, connection: Connection) -> None:
+        """The good peer's connection answers as before."""
+        connection.send(header(type=FrameType.PING, request=77), TIMEOUT_S)
+        answer = connection.receive(frames.HEADER_BYTES, TIMEOUT_S)
+        assert struct.unpack_from("<BBHQ", answer, 4) == (frames.VERSION, FrameType.PONG, 0, 77)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.peering.close(), self._loop).result(TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        assert self.links.counters()["lent_free"] == 8, "every granted frame is back"
+        self.links.stop()
+        self.store.verify()
+        self.store.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    node = Served(tmp_path_factory.mktemp("wire"))
+    yield node
+    node.close()
+
+
+@pytest.fixture(scope="module")
+def good(served: Served) -> Iterator[Connection]:
+    connection = served.attached(2, "bulk")
+    yield connection
+    connection.close()
+    wait_until(lambda: not served.links.up(2, BULK), "gone")
+
+
+def closed(sock: socket.socket) -> bool:
+    """Reads to the end."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    sock.close()
+    return True
+
+
+@FEW
+@given(data=st.one_of(st.binary(min_size=1, max_size=2000), st.just(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")))
+def test_no_tls_at_all(served: Served, good: Connection, data: bytes) -> None:
+    before = served.peering.counters.garbage_connections
+    sock = served.dial()
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+    assert closed(sock)
+    wait_until(lambda: served.peering.counters.garbage_connections == before + 1, "counted")
+    served.still_serves(good)
+
+
+@FEW
+@given(data=st.data())
+def test_a_certificate_and_a_spoilt_hello(served: Served, good: Connection, data: st.DataObject) -> None:
+    frame = bytearray(frames.pack(FrameType.HELLO, hello.encode(served.hello("bad", 3, "get"))))
+    kind = data.draw(st.sampled_from(["noise", "header", "body", "type", "name"]))
+    if kind == "noise":
+        frame = bytearray(data.draw(st.binary(min_size=frames.HEADER_BYTES, max_size=400)))
+    elif kind == "header":
+        bit = data.draw(st.integers(0, frames.HEADER_BYTES * 8 - 1))
+        frame[bit // 8] ^= 1 << bit % 8
+    elif kind == "body":
+        frame = bytearray(frames.pack(FrameType.HELLO, data.draw(st.binary(max_size=400))))
+    elif kind == "type":
+        other = data.draw(st.sampled_from([each for each in FrameType if each is not FrameType.HELLO]))
+        frame = bytearray(frames.pack(other, bytes(frame[frames.HEADER_BYTES :])))
+    else:
+        frame = bytearray(frames.pack(FrameType.HELLO, hello.encode(served.hello("good", 2, "get"))))
+    before = served.peering.counters.refused_connections
+    connection = served.tls(3)
+    connection.send(bytes(frame), TIMEOUT_S)
+    wait_until(lambda: served.peering.counters.refused_connections == before + 1, f"counted: {kind}")
+    connection.close()
+    assert not served.links.up(3, GET) and not served.links.up(2, GET)
+    served.still_serves(good)
+
+
+@pytest.mark.parametrize("kind", ["get", "bulk"])
+@settings(FEW, max_examples=60)
+@given(data=st.data())
+def test_a_known_peer_that_breaks_the_protocol(
+    served: Served, good: Connection, kind: str, data: st.DataObject
+) -> None:
+    number = GET if kind == "get" else BULK
+    numbers = st.integers(0, 2**32 - 1)
+    small = st.one_of(st.integers(0, 20), numbers)
+    what = data.draw(st.sampled_from(["noise", "bit", "type", "length"]))
+    if what == "noise":
+        bad = data.draw(st.binary(min_size=frames.HEADER_BYTES, max_size=500))
+    elif what == "bit":
+        spoilt = bytearray(header(type=FrameType.PING))
+        bit = data.draw(st.integers(0, frames.HEADER_BYTES * 8 - 1))
+        spoilt[bit // 8] ^= 1 << bit % 8
+        bad = bytes(spoilt)
+    elif what == "type":
+        allowed = {3, 4, 5, 6} if kind == "get" else {3, 4, 7, 8, 9, 10, 11}
+        wrong = data.draw(st.integers(0, 255).filter(lambda n: n not in allowed))
+        bad = header(type=wrong, segment=data.draw(small), ordinal=data.draw(small))
+    else:
+        wrong, length = data.draw(
+            st.one_of(
+                st.tuples(st.just(3), st.integers(1, 2**32 - 1)),
+                st.tuples(st.just(6 if kind == "get" else 7), st.integers(SEGMENT + 1, 2**32 - 1)),
+                st.tuples(st.just(5 if kind == "get" else 9), st.integers(1, 2**32 - 1)),
+            )
+        )
+        bad = header(type=wrong, length=length)
+    # What is allowed and makes no sense comes first: it is answered or ignored.
+    sense = []
+    for _ in range(data.draw(st.integers(0, 4))):
+        request, segment, generation = data.draw(numbers), data.draw(small), data.draw(small)
+        allowed_type = data.draw(st.sampled_from([3, 4, 5] if kind == "get" else [3, 4, 8, 9, 10]))
+        sense.append(
+            header(
+                type=allowed_type,
+                status=data.draw(st.integers(0, 5)),
+                request=request,
+                segment=segment,
+                generation=generation,
+                ordinal=data.draw(small),
+                handle=data.draw(small),
+                credit=data.draw(numbers),
+            )
+        )
+    before = served.links.counters()["protocol_errors"]
+    connection = served.attached(3, kind)
+    connection.send(b"".join(sense) + bad, TIMEOUT_S)
+    wait_until(lambda: served.links.counters()["protocol_errors"] == before + 1, "counted")
+    wait_until(lambda: not served.links.up(3, number), "closed")
+    with pytest.raises(RamsterError):
+        while True:
+            connection.receive(1, TIMEOUT_S)
+    connection.close()
+    peer = next(row for row in served.links.peers() if row["number"] == 3)
+    assert peer["reason"] == "the peer broke the protocol"
+    served.still_serves(good)
+
+
+@FEW
+@given(data=st.data())
+def test_a_segment_that_is_none_is_not_kept(served: Served, good: Connection, data: st.DataObject) -> None:
+    """SHIP with any body: answered as bad (or kept, if it happens to be well formed), never more than its frame."""
+    length = data.draw(st.integers(64, SEGMENT))
+    segment, generation = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 2**14 - 1))
+    image = bytearray(random.Random(data.draw(st.integers())).randbytes(length))
+    if data.draw(st.booleans()):
+        entries, size = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 2**32 - 1))
+        struct.pack_into("<IIIII", image, 0, 0x4C455352, segment, generation, entries, size)
+    served_before = served.links.counters()["segments_received"]
+    good.send(
+        header(type=FrameType.SHIP, request=9, length=length, segment=segment, generation=generation) + image, TIMEOUT_S
+    )
+    answer = good.receive(frames.HEADER_BYTES, TIMEOUT_S)
+    assert struct.unpack_from("<BHQ", answer, 5) == (FrameType.SHIPPED, 3, 9)
+    assert served.links.counters()["segments_received"] == served_before
+    assert served.links.foreign() == {}
+    served.still_serves(good)
+
+
+def test_a_silent_stranger_is_shown_out(served: Served, good: Connection) -> None:
+    """Several at once: handshakes are bounded in number and in time, and others are served meanwhile."""
+    with ThreadPoolExecutor(4) as pool:
+        strangers = [served.dial() for _ in range(4)]
+        served.still_serves(good)
+        assert all(pool.map(closed, strangers))
