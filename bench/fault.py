@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bench.data import PAGE, real_pages
-from bench.latency import HERE, THERE, Nanoseconds, compare_latencies, cpu_ns, on_core, place, same
+from bench.data import PAGE
+from bench.latency import HERE, THERE, Nanoseconds, compare_latencies, cpu_ns, on_core, place, same, same_pages
 from bench.nodes import cluster
 from bench.rows import Row, compare
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Bench:
         self.count = count
         self.rounds = rounds
         self.random = np.random.default_rng(1)
-        self.source = np.frombuffer(real_pages(count), np.uint8)
+        self.source = np.frombuffer(same_pages(count), np.uint8)
         self.words = self.source.view(np.uint64)[:: PAGE // 8]
         self.blocks = _touch.Blocks(self.source)
         self.region = client.region(count * PAGE, resident=count // 4 * PAGE, name="bench")
@@ -230,7 +230,7 @@ def bench_memmap(b: Bench) -> list[Row]:
 
 
 def run(quick: bool) -> list[Row]:
-    count, rounds = (4096, 3) if quick else (16384, 9)
+    count, rounds = (2048, 3) if quick else (16384, 9)
     try:
         _touch.bare_fault(np.zeros(1, np.int64), 1)
         with cluster({"a": {"arena": {"size": 2 * count * PAGE}}}) as nodes:

@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from bench.data import PAGE, real_pages
-from bench.latency import HERE, THERE, Nanoseconds, compare_latencies, cpu_ns, on_core, place, same, threads
+from bench.data import PAGE
+from bench.latency import HERE, THERE, Nanoseconds, compare_latencies, cpu_ns, on_core, place, same, same_pages, threads
 from bench.nodes import cluster
 from bench.rows import Row, compare
 from numpy.typing import NDArray
@@ -314,7 +314,7 @@ def bench_region(tls: Tls, pages: bytes, rounds: int) -> list[Row]:
 
 
 def run(quick: bool) -> list[Row]:
-    pages, rounds = real_pages(4096 if quick else 16384), 3 if quick else 9
+    pages, rounds = same_pages(2048 if quick else 16384), 3 if quick else 9
     with tempfile.TemporaryDirectory(prefix="ramster-") as directory:
         tls = Tls(Path(directory) / "cluster")
         with on_core(HERE):

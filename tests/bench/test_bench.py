@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,6 @@ def test_what_is_skipped_says_why(rows: list[dict[str, Any]]) -> None:
 
 
 def test_without_userfaultfd_faults_are_skipped_and_the_rest_is_measured() -> None:
-    import platform
-
     number = SYS_USERFAULTFD.get(platform.machine())
     if number is None:
         pytest.skip(f"the number of userfaultfd on {platform.machine()} is not known here")

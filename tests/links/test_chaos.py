@@ -15,7 +15,7 @@ from ramster.testing.proxy import wait_until
 
 KEYS = 150
 WRITERS = 4
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 class Writer(threading.Thread):

@@ -26,7 +26,7 @@ from ramster.testing.proxy import wait_until
 PAGES = 1000
 RESIDENT = 128
 FULL_WAIT_MS = 200
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 class Service:
@@ -145,6 +145,21 @@ def test_a_slow_lender_is_not_a_full_node(serve: Callable[..., Service]) -> None
                 application.answer(6 * FULL_WAIT_MS / 1000)
         assert application.answer() == []
         assert application.ask("statistics")["refused"] == 0
+
+
+def test_a_page_that_is_here_does_not_wait_for_neighbours_that_are_away(serve: Callable[..., Service]) -> None:
+    service = serve()
+    with service.filled() as application:
+        for page in range(4):
+            application.ask("write", page, 1, 1)
+            for far in range(200, PAGES, 100):  # so that nothing looks like a walk, and no neighbour comes along
+                application.ask("write", far, 1, 1)
+        application.ask("evict", 0, PAGES)
+        with service.pair.get.down.held():
+            # This is a walk: its last fault asks for the pages after it, too, for which nobody answers.
+            assert application.ask("wrong", 0, 4) == []
+            wait_until(lambda: service.pair.pending() > 0, "the neighbours are asked for")
+        assert application.ask("wrong", 0, 100) == []
 
 
 def test_a_lender_that_does_not_come_back_ends_every_wait(serve: Callable[..., Service]) -> None:

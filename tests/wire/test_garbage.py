@@ -28,7 +28,7 @@ from ramster.wire.frames import HEADER, FrameType
 
 SEGMENT = 65536
 TIMEOUT_S = 10.0
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def header(**changed: int) -> bytes:
@@ -178,7 +178,7 @@ def test_a_certificate_and_a_spoilt_hello(served: Served, good: Connection, data
 
 
 @pytest.mark.parametrize("kind", ["get", "bulk"])
-@settings(FEW, max_examples=60)
+@settings(FEW, max_examples=30)
 @given(data=st.data())
 def test_a_known_peer_that_breaks_the_protocol(
     served: Served, good: Connection, kind: str, data: st.DataObject

@@ -148,6 +148,24 @@ cdef void tell_guard(Region_t *r, uint32_t op, uint64_t first, uint64_t pages, c
             pass
 
 
+cdef void await_note(Region_t *r) noexcept nogil:
+    """Until the guardian has written the note, at most 100 ms: a thread that is woken to die takes the guardian with it."""
+    cdef GuardMessage acknowledged
+    cdef pollfd where
+    cdef ssize_t got
+    cdef uint64_t deadline = now_ns() + 100000000ull
+    where.fd = r.guard
+    where.events = POLLIN
+    while now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
+        poll(&where, 1, 10)
+        while True:
+            got = recv(r.guard, &acknowledged, sizeof(acknowledged), MSG_DONTWAIT)
+            if got == 0 or (got > 0 and acknowledged.op == GUARD_NOTE):
+                return
+            if got < 0:
+                break
+
+
 cdef void poison(Region_t *r, uint64_t page) noexcept nogil:
     """From now on a touch of this page is SIGBUS, whatever the kernel: zeros are never an answer."""
     cdef uffdio_poison_t p
@@ -320,6 +338,7 @@ cdef enum:
     KIND_WRITE = 2                  # to be mapped writable
     KIND_LOST = 3
     KIND_DAMAGED = 4
+    KIND_DONE = 5                   # served already
 
 
 cdef inline int kind_of_loss(int status) noexcept nogil:
@@ -347,34 +366,42 @@ cdef Batch *take_batch(Region_t *r) noexcept nogil:
     return NULL
 
 
-cdef void finish_batch(Batch *b) noexcept nogil:
-    """Everything has arrived or failed: map it run by run, forget stored copies of what may be written, wake."""
+cdef void serve_run(Batch *b, uint32_t i, uint32_t j, uint8_t kind) noexcept nogil:
+    """Pages i to j of a batch have arrived or failed in the same way: map them, forget stored copies of what may be
+    written, wake."""
     cdef Region_t *r = b.region
-    cdef uint32_t i = 0, j, k, done
+    cdef uint32_t k, done
     cdef uint64_t zero[3]
-    cdef bint parked, newer, dirty
+    cdef bint newer = False, dirty
+    if kind == KIND_LOST or kind == KIND_DAMAGED:
+        for k in range(i, j):
+            page_lost(r, b.first + k, PAGE_LOST if kind == KIND_LOST else PAGE_DAMAGED)
+    elif kind == KIND_ABSENT:
+        not_arrived(r, b.first + i, j - i)
+    elif kind != KIND_DONE:
+        done = <uint32_t> copy_in(r, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &newer)
+        dirty = newer or kind == KIND_WRITE
+        if dirty:
+            for k in range(i, i + done):
+                store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
+        if newer and done:
+            protect(r, b.first + i, done, False)
+        if done:
+            arrived(r, b.first + i, done, PAGE_DIRTY if dirty else PAGE_CLEAN)
+        if done < j - i:
+            not_arrived(r, b.first + i + done, j - i - done)
+
+
+cdef void finish_batch(Batch *b) noexcept nogil:
+    """Everything has arrived or failed: serve it run by run."""
+    cdef Region_t *r = b.region
+    cdef uint32_t i = 0, j
+    cdef bint parked
     while i < b.count:
         j = i + 1
         while j < b.count and b.kinds[j] == b.kinds[i]:
             j += 1
-        if b.kinds[i] == KIND_LOST or b.kinds[i] == KIND_DAMAGED:
-            for k in range(i, j):
-                page_lost(r, b.first + k, PAGE_LOST if b.kinds[i] == KIND_LOST else PAGE_DAMAGED)
-        elif b.kinds[i] == KIND_ABSENT:
-            not_arrived(r, b.first + i, j - i)
-        else:
-            newer = False
-            done = <uint32_t> copy_in(r, b.first + i, j - i, b.bytes + i * PAGE, b.kinds[i] == KIND_READ, &newer)
-            dirty = newer or b.kinds[i] == KIND_WRITE
-            if dirty:
-                for k in range(i, i + done):
-                    store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
-            if newer and done:
-                protect(r, b.first + i, done, False)
-            if done:
-                arrived(r, b.first + i, done, PAGE_DIRTY if dirty else PAGE_CLEAN)
-            if done < j - i:
-                not_arrived(r, b.first + i + done, j - i - done)
+        serve_run(b, i, j, b.kinds[i])
         i = j
     if b.fault:
         record(&r.remote_ns if b.remote else &r.local_ns, now_ns() - b.started_ns)
@@ -404,14 +431,16 @@ cdef void batch_answered(void *context, uint64_t cookie, int status, uint8_t *by
 
 
 cdef int bring_in(Region_t *r, Batch *b, bint write_all, bint write_wanted) noexcept nogil:
-    """Serve the pages of a batch, which are in state fetching. Mapped before this returns, or when the last lender has
-    answered. Returns what the wanted page met: MISS (never written), OK, REMOTE or LOST."""
-    cdef uint32_t i, peer = 0
+    """Serve the pages of a batch, which are in state fetching: local ones before this returns, since a lender may be slow
+    or gone, remote ones together when the last lender has answered. Returns what the wanted page met: MISS (never written), OK, REMOTE or LOST."""
+    cdef uint32_t i, j, peer = 0
     cdef uint64_t zero[3]
     cdef RemoteRef ref
     cdef int result, wanted_result = OK
     cdef bint write, queued = False
+    cdef uint8_t here[WINDOW_MAX]       # kinds of what is in no reactor's hands
     for i in range(b.count):
+        here[i] = KIND_DONE
         write = write_all or (write_wanted and i == b.wanted)
         result = store_get(r.store, r.pool, zero, <uint32_t> (b.first + i), b.bytes + i * PAGE, -1, &ref)
         if i == b.wanted:
@@ -431,11 +460,22 @@ cdef int bring_in(Region_t *r, Batch *b, bint write_all, bint write_wanted) noex
                 continue
             sub32(&b.outstanding, 1, ACQ_REL)
         if result == OK:
-            b.kinds[i] = KIND_WRITE if write else KIND_READ
+            here[i] = KIND_WRITE if write else KIND_READ
         else:
-            b.kinds[i] = KIND_ABSENT if result == BUSY or i != b.wanted else kind_of_loss(result)
+            here[i] = KIND_ABSENT if result == BUSY or i != b.wanted else kind_of_loss(result)
+        b.kinds[i] = here[i]
     if queued and b.count > 1:
         links_flush(r.links, peer)
+    if queued:
+        i = 0
+        while i < b.count:
+            j = i + 1
+            while j < b.count and here[j] == here[i]:
+                j += 1
+            if here[i] != KIND_DONE:
+                serve_run(b, i, j, here[i])
+                memset(b.kinds + i, KIND_DONE, j - i)
+            i = j
     if sub32(&b.outstanding, 1, ACQ_REL) == 0:
         finish_batch(b)
     return wanted_result
@@ -746,6 +786,7 @@ cdef void refuse(Region_t *r) noexcept nogil:
     pthread_mutex_unlock(&r.lock)
     if n:
         tell_guard(r, GUARD_NOTE, pages[0], n, b"region full: no room here and no lender has any; SIGBUS")
+        await_note(r)
     for i in range(n):
         poison(r, pages[i])
 

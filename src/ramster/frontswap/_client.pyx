@@ -211,6 +211,7 @@ cdef void obey(Guard *guard, GuardMessage *message) noexcept nogil:
             if 0 < message.text[i] < 32 or message.text[i] == 127:
                 message.text[i] = c"?"
         say(message.text)
+        send(guard.channel, message, sizeof(GuardMessage), MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
 cdef void *guardian(void *argument) noexcept nogil:
