@@ -153,6 +153,7 @@ cdef struct Links_t:
     Order orders[256]
     uint32_t orders_head
     uint32_t orders_count
+    uint32_t sealing                # orders taken that are not in 'ships' yet
     uint8_t *image                  # of the shipper alone
     EVP_CIPHER_CTX *seal_ctx
     # what is lent

@@ -40,7 +40,7 @@ from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, HEADER_BYTES, LOST, MISS, OID_BYTES, OK, ORDINALS_MAX, PAGE,
     REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
     store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
-    store_ship_commit, store_slot, store_slot_state, store_unseal)
+    store_ship_commit, store_slot, store_slot_state, store_unseal, memory_available)
 
 import os
 
@@ -761,10 +761,14 @@ cdef void *shipper_main(void *argument) noexcept nogil:
                 order = l.orders[l.orders_head]
                 l.orders_head = (l.orders_head + 1) % ORDERS_MAX
                 l.orders_count -= 1
+                l.sealing = 1
             pthread_mutex_unlock(&l.ship_lock)
             if not found:
                 break
             ship(l, &order)
+            pthread_mutex_lock(&l.ship_lock)
+            l.sealing = 0
+            pthread_mutex_unlock(&l.ship_lock)
     return NULL
 
 
@@ -1260,6 +1264,10 @@ cdef class Links:
         cdef Links_t *l = self.l
         cdef uint32_t i
         cdef void *base
+        if lend_bytes > memory_available():
+            # A memfd grows until the kernel kills somebody: fallocate alone would not refuse.
+            raise errors.StoreFull(
+                f"cannot lend {lend_bytes >> 20} MiB: this machine has {memory_available() >> 20} MiB to spare")
         l.lent_frames = <uint32_t> (lend_bytes // l.segment_bytes)
         if l.lent_frames == 0:
             return
@@ -1447,10 +1455,13 @@ cdef class Links:
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender; False when the queue is full. What fails stays here, whole."""
         cdef Links_t *l = self.live()
-        cdef uint32_t tail
+        cdef uint32_t tail, i
         cdef bint queued = False
         pthread_mutex_lock(&l.ship_lock)
-        if l.orders_count < ORDERS_MAX:
+        for i in range(l.orders_count):         # ordered already: whoever decides looks again before it has left
+            tail = (l.orders_head + i) % ORDERS_MAX
+            queued = queued or (l.orders[tail].segment == segment and l.orders[tail].generation == generation)
+        if not queued and l.orders_count < ORDERS_MAX:
             tail = (l.orders_head + l.orders_count) % ORDERS_MAX
             l.orders[tail].segment = segment
             l.orders[tail].generation = generation
@@ -1462,11 +1473,11 @@ cdef class Links:
         return queued
 
     def shipping(self):
-        """Segments ordered or under way."""
+        """Segments ordered, being sealed or under way; zero only when nothing is."""
         cdef Links_t *l = self.live()
         cdef uint32_t n, i
         pthread_mutex_lock(&l.ship_lock)
-        n = l.orders_count
+        n = l.orders_count + l.sealing
         for i in range(SHIPS_MAX):
             n += l.ships[i].id != 0
         pthread_mutex_unlock(&l.ship_lock)

@@ -215,9 +215,14 @@ cdef inline bint has_room(Region_t *r) noexcept nogil:
     return r.resident < r.budget
 
 
+cdef inline bint is_short(Region_t *r) noexcept nogil:
+    return r.resident + r.reserve // 2 > r.budget
+
+
 cdef void want_room(Region_t *r) noexcept nogil:
-    """Under the lock."""
-    if r.resident + r.reserve > r.budget:
+    """Under the lock: evictors sleep until half of the reserve is used, then work in whole batches until it is full again.
+    Woken for each page they would write out pages one by one, five times as dear."""
+    if is_short(r):
         pthread_cond_signal(&r.work)
 
 
@@ -518,7 +523,7 @@ cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, i
         pthread_mutex_lock(&r.lock)
         b = NULL
         if r.states[page] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY and \
-                r.resident + r.reserve // 2 + WINDOW_MAX <= r.budget and r.batches_used < BATCHES_MAX // 2:
+                r.resident + r.reserve // 4 + WINDOW_MAX <= r.budget and r.batches_used < BATCHES_MAX // 2:
             b = take_batch(r)
         if b == NULL:
             pthread_mutex_unlock(&r.lock)
@@ -773,14 +778,14 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
 cdef void refuse(Region_t *r) noexcept nogil:
     """Faults have waited for room as long as they may: the application is told plainly, by SIGBUS and a line on stderr."""
     cdef uint32_t pages[PARKED_MAX]
-    cdef uint64_t n, i
+    cdef uint64_t n = 0, i
     pthread_mutex_lock(&r.lock)
-    n = r.parked_count
-    for i in range(n):
-        pages[i] = r.parked[i]
-        if state_of(r, pages[i]) == PAGE_AWAY:
-            set_state(r, pages[i], PAGE_LOST)
-            r.states[pages[i]] |= FLAG_REFUSED
+    for i in range(r.parked_count):
+        if state_of(r, r.parked[i]) == PAGE_AWAY:       # what came in meanwhile has been woken
+            pages[n] = r.parked[i]
+            n += 1
+            set_state(r, r.parked[i], PAGE_LOST)
+            r.states[r.parked[i]] |= FLAG_REFUSED
     r.parked_count = 0
     r.refused += n
     pthread_mutex_unlock(&r.lock)
@@ -803,10 +808,10 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     memset(buffer, 0, BATCH * PAGE)
     while not load32(&r.stopping, ACQUIRE) and not r.dead:
         pthread_mutex_lock(&r.lock)
-        if r.resident + r.reserve <= r.budget:
+        if not is_short(r):
             cond_wait_until(&r.work, &r.lock, now_ns() + 200000000ull)
         n = 0
-        looked = r.fifo_count if r.resident + r.reserve > r.budget else 0
+        looked = r.fifo_count if is_short(r) else 0
         while n < BATCH and looked > 0 and r.resident + r.reserve > r.budget + n:
             looked -= 1
             page = r.fifo[r.fifo_head]
@@ -818,7 +823,6 @@ cdef void *evictor_main(void *argument) noexcept nogil:
                     (r.states[page] & FLAG_PINNED and (state == PAGE_CLEAN or state == PAGE_DIRTY)):
                 enqueue(r, page)
             elif state == PAGE_CLEAN or state == PAGE_DIRTY:
-                # In the order of the queue here, sorted below: the low bit carries 'clean' through the sort.
                 pages[n] = page
                 n += 1
         sort_pages(pages, n)
@@ -827,7 +831,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             r.states[pages[looked]] = <uint8_t> ((r.states[pages[looked]] & ~STATE_MASK) | PAGE_EVICTING)
         pthread_mutex_unlock(&r.lock)
         evicted = evict(r, pages, n, clean, buffer) if n else 0
-        if evicted:
+        if r.parked_count and has_room(r):
             unpark(r)
         elif r.parked_count:
             # What waits for a lender's answer makes room within give_up; only a store that refuses is full before.
@@ -836,7 +840,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             pthread_mutex_lock(&r.lock)
             cond_wait_until(&r.work, &r.lock, now_ns() + 5000000ull)
             pthread_mutex_unlock(&r.lock)
-        elif n == 0 and r.resident + r.reserve > r.budget:
+        elif n == 0 and is_short(r):
             pthread_mutex_lock(&r.lock)         # everything is pinned or in other hands
             cond_wait_until(&r.changed, &r.lock, now_ns() + 5000000ull)
             pthread_mutex_unlock(&r.lock)
@@ -871,10 +875,12 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
                 pthread_mutex_unlock(&r.lock)
                 return GONE_LOST
             if state == PAGE_LOST:
-                # Out of reach a moment ago is not gone for ever; refused for want of room is not lost at all.
-                if not stored_copy_good(r, page):
+                # Out of reach a moment ago is not gone for ever; refused for want of room is not lost at all. But what
+                # the guardian has mapped over stays so.
+                if not stored_copy_good(r, page) or not r.can_poison:
+                    state = GONE_FULL if r.states[page] & FLAG_REFUSED else GONE_LOST
                     pthread_mutex_unlock(&r.lock)
-                    return GONE_LOST
+                    return state
                 if not r.states[page] & FLAG_REFUSED:
                     r.lost -= 1
                 set_state(r, page, PAGE_AWAY)
@@ -1070,12 +1076,16 @@ cdef class Region:
     def pin(self, uint64_t first, uint64_t count):
         cdef Region_t *r = self.begin(first, count)
         cdef uint64_t page
+        cdef uint64_t fresh
         cdef int outcome
         try:
             pthread_mutex_lock(&r.lock)
-            fits = r.pinned + count + r.reserve <= r.budget
+            fits = True
+            fresh = 0
             for page in range(first, first + count):
                 fits = fits and r.pins[page] < 0xffff
+                fresh += r.pins[page] == 0
+            fits = fits and r.pinned + fresh + r.reserve <= r.budget
             if fits:
                 for page in range(first, first + count):
                     r.pins[page] += 1

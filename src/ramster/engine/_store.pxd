@@ -255,6 +255,8 @@ cdef void store_census(Store_t *s, uint32_t pool, const uint8_t *resident, uint6
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil
 
+cdef uint64_t memory_available() except *
+
 cdef class Store:
     cdef Store_t *s
     cdef bint closed

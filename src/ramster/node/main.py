@@ -30,6 +30,8 @@ async def _run(config: Config) -> int:
 
     async def stop() -> None:
         nonlocal warned
+        if node.state == "stopping":
+            return
         lost = {} if warned else await node.would_lose()
         if lost:
             warned = True

@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 # Handshakes at a time. Public-key work is a millisecond each; a flood of strangers must not starve the fault path.
-HANDSHAKES_MAX = 16
+HANDSHAKES_MAX = 64
 _KINDS = {"get": GET, "bulk": BULK}
 
 
@@ -138,6 +138,17 @@ class Peering:
                 "node %d was silent for %g s: dropped %d segments held for it", number, self.foreign_grace_s, dropped
             )
 
+    @contextlib.contextmanager
+    def _refusing(self, connection: Connection) -> Iterator[None]:
+        """Whatever is wrong with what the other side said, it is told before the connection ends."""
+        try:
+            yield
+        except ProtocolError as error:
+            body = hello.encode(hello.Refusal(reason=str(error)))
+            with contextlib.suppress(RamsterError):
+                connection.send(frames.pack(frames.FrameType.REFUSE, body), 1.0)
+            raise
+
     # --- connecting -----------------------------------------------------------------------------------------------
 
     async def _keep_connected(self, state: _PeerState, kind: str) -> None:
@@ -191,14 +202,14 @@ class Peering:
                 raise ProtocolError(f"it refused: {hello.decode_refusal(body)}")
             if kind_of_frame != frames.FrameType.HELLO:
                 raise ProtocolError(f"it answered with a frame of type {kind_of_frame}")
-            theirs = hello.decode_hello(body)
-            reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=False)
-            if reason is None and theirs.number != state.peer.number:
-                reason = f"node {theirs.number} answers at the address of node {state.peer.number}"
-            if reason is not None:
-                self.counters.refused_connections += 1
-                _refuse(connection, reason)
-                raise ProtocolError(reason)
+            with self._refusing(connection):
+                theirs = hello.decode_hello(body)
+                reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=False)
+                if reason is None and theirs.number != state.peer.number:
+                    reason = f"node {theirs.number} answers at the address of node {state.peer.number}"
+                if reason is not None:
+                    self.counters.refused_connections += 1
+                    raise ProtocolError(reason)
             state.lend_segments = theirs.lend_segments
             self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
         finally:
@@ -250,15 +261,15 @@ class Peering:
         """In a thread: our side of the handshake as the one who was connected to."""
         try:
             certificate = identity.describe_der(connection.handshake(HANDSHAKE_S))
-            kind_of_frame, body = _read_frame(connection)
-            if kind_of_frame != frames.FrameType.HELLO:
-                raise ProtocolError(f"its first frame is of type {kind_of_frame}, not a hello")
-            theirs = hello.decode_hello(body)
-            own = self.make_hello(theirs.kind)
-            reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=True)
-            if reason is not None:
-                _refuse(connection, reason)
-                raise ProtocolError(reason)
+            with self._refusing(connection):
+                kind_of_frame, body = _read_frame(connection)
+                if kind_of_frame != frames.FrameType.HELLO:
+                    raise ProtocolError(f"its first frame is of type {kind_of_frame}, not a hello")
+                theirs = hello.decode_hello(body)
+                own = self.make_hello(theirs.kind)
+                reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=True)
+                if reason is not None:
+                    raise ProtocolError(reason)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
             self._peers[theirs.number].lend_segments = theirs.lend_segments
             self._peers[theirs.number].reason = ""
@@ -271,11 +282,6 @@ class Peering:
 def _read_frame(connection: Connection) -> tuple[int, bytes]:
     kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, HANDSHAKE_S))
     return kind, connection.receive(length, HANDSHAKE_S) if length else b""
-
-
-def _refuse(connection: Connection, reason: str) -> None:
-    with contextlib.suppress(RamsterError):
-        connection.send(frames.pack(frames.FrameType.REFUSE, hello.encode(hello.Refusal(reason=reason))), 1.0)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -259,12 +259,14 @@ cdef class TlsPair:
     cdef SSL *near
     cdef End far
     cdef int fds[2]
+    cdef bint owns              # an object that was never made has descriptors 0 and 0
     cdef public object far_core
 
     def __cinit__(self, int near, int far, str ca, str certificate, str key):
         cdef SSL_CTX *c
         cdef int result
         self.fds[0], self.fds[1] = near, far
+        self.owns = True
         os.set_blocking(near, True)
         os.set_blocking(far, True)
         c = self.context = SSL_CTX_new(TLS_method())
@@ -301,10 +303,10 @@ cdef class TlsPair:
         SSL_free(self.near)
         SSL_free(self.far.ssl)
         self.near = self.far.ssl = NULL
-        for i in range(2):
-            if self.fds[i] >= 0:
-                close(self.fds[i])
-                self.fds[i] = -1
+        if self.owns:
+            close(self.fds[0])
+            close(self.fds[1])
+            self.owns = False
 
     cdef int begin(self, void *(*body)(void *) noexcept nogil) except -1:
         if self.near == NULL or self.far.ssl == NULL:
