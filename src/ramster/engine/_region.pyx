@@ -437,7 +437,8 @@ cdef void batch_answered(void *context, uint64_t cookie, int status, uint8_t *by
 
 cdef int bring_in(Region_t *r, Batch *b, bint write_all, bint write_wanted) noexcept nogil:
     """Serve the pages of a batch, which are in state fetching: local ones before this returns, since a lender may be slow
-    or gone, remote ones together when the last lender has answered. Returns what the wanted page met: MISS (never written), OK, REMOTE or LOST."""
+    or gone, remote ones together when the last lender has answered. Returns what the wanted page met: MISS (never
+    written), OK, REMOTE or LOST."""
     cdef uint32_t i, j, peer = 0
     cdef uint64_t zero[3]
     cdef RemoteRef ref
@@ -599,14 +600,17 @@ cdef void on_protected(Region_t *r, uint64_t page) noexcept nogil:
     pthread_mutex_lock(&r.lock)
     r.faults_wp += 1
     state = state_of(r, page)
-    if state == PAGE_CLEAN:
-        window(r, page, &low, &high, &stream)
-        while end < high and state_of(r, end) == PAGE_CLEAN:
-            end += 1
-        while first > low and state_of(r, first - 1) == PAGE_CLEAN:
-            first -= 1
-        stream.next_up = <uint32_t> end
-        stream.next_down = <uint32_t> first
+    if state == PAGE_CLEAN or state == PAGE_DIRTY:
+        # A dirty page that is still protected was given back by an evictor that found no room. It too is taken in hand
+        # while its protection is lifted: an evictor that came in between would lose the write that follows.
+        if state == PAGE_CLEAN:
+            window(r, page, &low, &high, &stream)
+            while end < high and state_of(r, end) == PAGE_CLEAN:
+                end += 1
+            while first > low and state_of(r, first - 1) == PAGE_CLEAN:
+                first -= 1
+            stream.next_up = <uint32_t> end
+            stream.next_down = <uint32_t> first
         for page in range(first, end):
             r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
         pthread_mutex_unlock(&r.lock)
@@ -614,12 +618,8 @@ cdef void on_protected(Region_t *r, uint64_t page) noexcept nogil:
         return
     if state == PAGE_FETCHING or state == PAGE_EVICTING:
         r.states[page] |= FLAG_WAITERS
-        pthread_mutex_unlock(&r.lock)
-        return
     pthread_mutex_unlock(&r.lock)
-    if state == PAGE_DIRTY:
-        protect(r, page, 1, False)
-    else:
+    if state == PAGE_AWAY or state == PAGE_LOST or state == PAGE_DAMAGED:
         wake(r, page, 1)            # evicted meanwhile: the writer takes a missing fault
 
 
@@ -635,9 +635,11 @@ cdef void on_minor(Region_t *r, uint64_t page) noexcept nogil:
         r.states[page] |= FLAG_WAITERS
         pthread_mutex_unlock(&r.lock)
         return
-    if state == PAGE_AWAY:
+    if state != PAGE_CLEAN and state != PAGE_DIRTY:
         r.resident += 1             # over the budget by one at most per faulting thread; evictors see to it
-    r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
+    if (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.states[page] & FLAG_REFUSED:
+        r.lost -= 1
+    r.states[page] = <uint8_t> ((r.states[page] & ~(STATE_MASK | FLAG_REFUSED)) | PAGE_FETCHING)
     pthread_mutex_unlock(&r.lock)
     store_flush(r.store, r.pool, zero, <uint32_t> page)
     more.range.start = r.base + page * PAGE
