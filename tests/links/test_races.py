@@ -397,6 +397,24 @@ def test_the_lender_restarts_and_what_it_had_is_lost(pair: Pair) -> None:
     pair.expect(PAGES[:50], version=1)
 
 
+def test_an_ephemeral_page_that_its_lender_lost_is_a_miss(pair: Pair) -> None:
+    store = pair.a.store
+    pool = store.create_pool(pages=100, persistent=False)
+    for index in range(100):
+        store.put(pool, index, page(index))
+    pair.ship()
+    assert store.statistics().pages_remote == 100
+    assert pair.a.links.get(pool, 3) == page(3)
+    assert pair.a.links.get(pool, 4, mode=0) == page(4)
+    assert pair.a.links.get(pool, 4) is None, "an ephemeral get by type takes the page along"
+    pair.cut()
+    pair.b.restart()
+    pair.connect()
+    assert [pair.a.links.get(pool, index) for index in range(100)] == [None] * 100
+    statistics = store.statistics()
+    assert (statistics.pages_lost, statistics.pages_stored, statistics.segments_lost) == (0, 0, 0)
+
+
 def test_a_get_that_waits_for_a_lender_that_restarts_ends_at_once(make_pair: MakePair) -> None:
     pair = make_pair(give_up_ms=60_000)
     pair.put(*PAGES)

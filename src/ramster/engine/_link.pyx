@@ -554,9 +554,12 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
             pthread_mutex_unlock(&w.lock)
         pthread_cond_destroy(&w.done)
         pthread_mutex_destroy(&w.lock)
-        if result == OK and (mode == 1 or (mode == 0 and l.store.pools[pool & 4095].ephemeral)):
-            if store_flush_if(l.store, pool, oid, index, ref.slot) != OK:
-                result = BUSY       # somebody took or replaced it since the reply: no two exclusive gets return one put
+        if ref.ephemeral and (result == LOST or result == CORRUPT or result == UNREACHABLE):
+            store_flush_if(l.store, pool, oid, index, ref.slot)
+            result = MISS           # it may vanish at any time, and its lender's end is such a time
+        elif result == OK and (mode == 1 or (mode == 0 and ref.ephemeral)) and \
+                store_flush_if(l.store, pool, oid, index, ref.slot) != OK:
+            result = BUSY           # somebody took or replaced it since the reply: no two exclusive gets return one put
         if result != BUSY:
             return result
         if now_ns() > deadline or load32(&l.stopping, ACQUIRE):

@@ -122,8 +122,8 @@ def _wait_ready(nodes: list[DemoNode]) -> None:
     deadline = time.monotonic() + READY_S
     for node in nodes:
         while True:
-            if not node.alive():
-                raise _failure(node)
+            if dead := next((each for each in nodes if not each.alive()), None):
+                raise _failure(dead)
             try:
                 peers = node.control.status().get("peers") or []
                 if len(peers) == len(nodes) - 1 and all(peer.get("state") == "up" for peer in peers):
