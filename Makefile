@@ -25,7 +25,7 @@ lint: setup ## ruff, formatting, mypy --strict
 bench: setup ## Measure put, get, fault and remotify beside their floors
 	@$(VENV)/python bench/run.py
 
-asan: setup ## Run the native tests under AddressSanitizer and UBSan (own build in build/asan)
+asan: setup ## Run the tests of the native code under AddressSanitizer and UBSan (own build in build/asan)
 	@scripts/asan.sh
 
 docs: setup ## Write docs/configuration.md and docs/errors.md from the code
