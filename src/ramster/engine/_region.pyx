@@ -806,7 +806,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef uint32_t n, page, evicted
     cdef uint64_t looked
     cdef int state
-    ASSERT(buffer != NULL)
+    ASSERT(buffer != NULL, b"no memory for an evictor's buffer")
     memset(buffer, 0, BATCH * PAGE)
     while not load32(&r.stopping, ACQUIRE) and not r.dead:
         pthread_mutex_lock(&r.lock)

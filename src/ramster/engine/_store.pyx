@@ -187,7 +187,7 @@ cdef void reclaim_retired(Store_t *s) noexcept nogil:
 cdef void retire_frame(Store_t *s, uint32_t frame) noexcept nogil:
     pthread_mutex_lock(&s.frame_lock)
     cdef uint32_t tail = (s.retired_head + s.retired_count) % s.frames
-    ASSERT(s.retired_count < s.frames)
+    ASSERT(s.retired_count < s.frames, b"a frame is retired once")
     s.frame_segment[frame] = SEGMENT_FRAMES_NONE
     s.retired[tail].frame = frame
     s.retired[tail].epoch = add64(&s.epoch, 1, SEQ_CST) - 1
@@ -238,7 +238,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     header.segment = segment
     header.generation = row.generation
     spin_lock(&row.lock)
-    ASSERT(row.state == SEG_FREE and row.live_entries == 0)
+    ASSERT(row.state == SEG_FREE and row.live_entries == 0, b"an id that is handed out names nothing")
     row.frame = frame
     row.ephemeral = ephemeral
     row.entries = 0
@@ -263,7 +263,7 @@ cdef void free_local(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a local segment without a live entry gives back its frame and its id."""
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t frame = row.frame
-    ASSERT(row.live_entries == 0 and row.live_bytes == 0)
+    ASSERT(row.live_entries == 0 and row.live_bytes == 0, b"only a segment without live entries is freed")
     row.state = SEG_FREE
     row.generation = (row.generation + 1) & GENERATION_MASK
     row.frame = SEGMENT_FRAMES_NONE
@@ -313,14 +313,14 @@ cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
         return
     row = &s.segments[slot_segment(slot)]
     spin_lock(&row.lock)
-    ASSERT(row.generation == slot_generation(slot) and ordinal < row.entries and row.live_entries > 0)
+    ASSERT(row.generation == slot_generation(slot) and ordinal < row.entries and row.live_entries > 0, b"a slot names an entry of a live segment")
     if row.state == SEG_REMOTE or row.state == SEG_LOST:
         mark = &row.meta.sizes[ordinal]
         size = <uint32_t> (mark[0] & 0x7fff) * 8
     else:
         mark = &directory(s, row.frame)[-1 - <int64_t> ordinal]
         size = entry_bytes_at(s, row, ordinal)
-    ASSERT((mark[0] & DIRECTORY_DEAD) == 0 and row.live_bytes >= size)
+    ASSERT((mark[0] & DIRECTORY_DEAD) == 0 and row.live_bytes >= size, b"an entry dies once")
     mark[0] |= DIRECTORY_DEAD
     row.live_entries -= 1
     row.live_bytes -= size
@@ -1415,7 +1415,7 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
     image.entries = entries
     image.data_bytes = position
     memcpy(image.seal_id, meta.seal_id, SEAL_ID_BYTES)
-    ASSERT(base + position <= s.segment_bytes)
+    ASSERT(base + position <= s.segment_bytes, b"a sealed segment fits into a frame")
     meta_out[0] = meta
     return base + position
 
@@ -1425,16 +1425,16 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t ordinal, frame, live = 0, live_bytes = 0
     spin_lock(&row.lock)
-    ASSERT(row.state == SEG_SHIPPING)
+    ASSERT(row.state == SEG_SHIPPING, b"only what is under way is committed")
     frame = row.frame
     for ordinal in range(row.entries):
         if directory(s, frame)[-1 - <int64_t> ordinal] & DIRECTORY_DEAD:
             meta.sizes[ordinal] |= DIRECTORY_DEAD
         else:
-            ASSERT(meta.sizes[ordinal] != 0)
+            ASSERT(meta.sizes[ordinal] != 0, b"a live entry was sealed")
             live += 1
             live_bytes += <uint32_t> meta.sizes[ordinal] * 8
-    ASSERT(live == row.live_entries and live_bytes == row.live_bytes)
+    ASSERT(live == row.live_entries and live_bytes == row.live_bytes, b"stored = live")
     row.meta = meta
     row.peer = peer
     row.handle = handle
