@@ -765,6 +765,7 @@ cdef void *shipper_main(void *argument) noexcept nogil:
                 l.orders_head = (l.orders_head + 1) % ORDERS_MAX
                 l.orders_count -= 1
                 l.sealing = 1
+                store32(&l.store.segments[order.segment].ordered, 0, RELAXED)
             pthread_mutex_unlock(&l.ship_lock)
             if not found:
                 break
@@ -1458,18 +1459,20 @@ cdef class Links:
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender; False when the queue is full. What fails stays here, whole."""
         cdef Links_t *l = self.live()
-        cdef uint32_t tail, i
+        cdef uint32_t tail
         cdef bint queued = False
         pthread_mutex_lock(&l.ship_lock)
-        for i in range(l.orders_count):         # ordered already: whoever decides looks again before it has left
-            tail = (l.orders_head + i) % ORDERS_MAX
-            queued = queued or (l.orders[tail].segment == segment and l.orders[tail].generation == generation)
-        if not queued and l.orders_count < ORDERS_MAX:
+        if segment >= l.store.segments_used:
+            queued = False
+        elif load32(&l.store.segments[segment].ordered, RELAXED):
+            queued = True               # whoever decides looks again before it has left
+        elif l.orders_count < ORDERS_MAX:
             tail = (l.orders_head + l.orders_count) % ORDERS_MAX
             l.orders[tail].segment = segment
             l.orders[tail].generation = generation
             l.orders[tail].peer = number
             l.orders_count += 1
+            store32(&l.store.segments[segment].ordered, 1, RELAXED)
             queued = True
         pthread_mutex_unlock(&l.ship_lock)
         eventfd_write(l.order_fd, 1)
@@ -1542,6 +1545,19 @@ cdef class Links:
         if frame >= l.lent_frames or offset >= l.segment_bytes:
             raise errors.UsageError(f"there is no byte {offset} in lent frame {frame}")
         l.lent[<uint64_t> frame * l.segment_bytes + offset] ^= 0xff
+
+    def lenders(self):
+        """What a decision needs of each peer: (number, up, credit, segments on their way to it)."""
+        cdef Links_t *l = self.live()
+        cdef Peer *p
+        cdef uint32_t i
+        result = []
+        for i in range(PEERS_MAX):
+            p = l.peers[i]
+            if p != NULL:
+                up = p.channels[GET].ssl != NULL and p.channels[BULK].ssl != NULL
+                result.append((i, up, p.credit, p.shipping))
+        return result
 
     def peers(self):
         cdef Links_t *l = self.live()

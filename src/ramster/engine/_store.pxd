@@ -98,6 +98,7 @@ cdef struct Segment:
     uint32_t generation
     uint32_t frame
     uint32_t ephemeral
+    uint32_t ordered                # waits in the queue of the shipper: not to be chosen again
     uint32_t entries
     uint32_t live_entries
     uint32_t used_bytes             # of entries, headers and padding included

@@ -241,6 +241,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     ASSERT(row.state == SEG_FREE and row.live_entries == 0, b"an id that is handed out names nothing")
     row.frame = frame
     row.ephemeral = ephemeral
+    row.ordered = 0
     row.entries = 0
     row.used_bytes = 0
     row.live_bytes = 0
@@ -1300,7 +1301,7 @@ cdef void *cleaner_main(void *argument) noexcept nogil:
 # --- sealing and shipping ------------------------------------------------------------------------------------------
 
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil:
-    """The sealed segments untouched for longest, oldest first."""
+    """The sealed segments untouched for longest that wait for nobody, oldest first."""
     cdef uint32_t f, segment, found = 0, i
     cdef uint64_t now = coarse_ms(), age
     cdef Segment *row
@@ -1309,7 +1310,7 @@ cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept 
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if load32(&row.state, ACQUIRE) != SEG_SEALED:
+        if load32(&row.state, ACQUIRE) != SEG_SEALED or load32(&row.ordered, RELAXED):
             continue
         age = now - min(now, row.touched_ms)
         if found == most and age <= out[most - 1].age_ms:
@@ -1898,6 +1899,16 @@ cdef class Store:
                    bool(found[i].ephemeral)) for i in range(n)]
         free(found)
         return result
+
+    def frames(self):
+        """(free, total) frames of the arena, without looking at anything else: cheap enough to ask at each decision."""
+        cdef Store_t *s = self.live()
+        cdef uint32_t free_count
+        pthread_mutex_lock(&s.frame_lock)
+        reclaim_retired(s)
+        free_count = s.free_count
+        pthread_mutex_unlock(&s.frame_lock)
+        return free_count, s.frames
 
     def corrupt(self, uint32_t pool, uint64_t index, uint32_t bit):
         """Flip one bit of a stored page's bytes in the arena: how tests show that a checksum is really looked at."""

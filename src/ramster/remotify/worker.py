@@ -48,12 +48,12 @@ class Worker:
 
     def step(self) -> int:
         """One look, one decision; returns the number of segments ordered."""
-        statistics = self.store.counters()
+        free, total = self.store.frames()
         snapshot = Snapshot(
-            frames_total=statistics["frames_total"],
-            frames_free=statistics["frames_free"],
+            frames_total=total,
+            frames_free=free,
             coldest=[Segment(*row) for row in self.store.coldest(SHIPS_PER_DECISION_MAX)],
-            lenders=[Lender(p["number"], p["up"], p["credit"], p["shipping"]) for p in self.links.peers()],
+            lenders=[Lender(*row) for row in self.links.lenders()],
             under_way=self.links.shipping(),
         )
         self.decisions += 1
