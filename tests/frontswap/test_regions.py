@@ -1,5 +1,6 @@
 """The application's side against an independent node: buffers, forks, a node that dies, lost pages, permissions."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -7,6 +8,11 @@ from pathlib import Path
 
 import pytest
 from tests.frontswap.conftest import Node, finish, run_script, start_script
+
+from ramster.engine.links import Links
+from ramster.engine.region import Region as EngineRegion
+from ramster.engine.store import Store
+from ramster.frontswap.regions import RegionStatistics
 
 StartNode = Callable[..., Node]
 both_nodes = pytest.mark.parametrize("start_node", ["reference", "engine"], indirect=True)
@@ -622,3 +628,15 @@ def test_import_is_cheap() -> None:
         """
     )
     assert out == "[]\n"
+
+
+def test_the_engines_counters_are_those_that_users_see() -> None:
+    """A counter that one side does not know would silently read as zero."""
+    store = Store(8 << 20, lock=False)
+    links = Links(store, 1)
+    region = EngineRegion(links, 64, 16, name="counters")
+    try:
+        assert set(region.statistics()) == {field.name for field in dataclasses.fields(RegionStatistics)}
+    finally:
+        region.close()
+        links.stop()

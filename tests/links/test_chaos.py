@@ -85,7 +85,7 @@ def test_everything_at_once(make_pair: MakePair, cuts: bool) -> None:
             wait_until(lambda kind=kind: not pair.a.links.up(LENDER, kind) and not pair.b.links.up(1, kind), "down")  # type: ignore[misc]
             pair.connect(kind)
             cut += 1
-        time.sleep(dice.random() * 0.01)
+        time.sleep(dice.random() * 0.01)  # paces the chaos; nothing waits for it
     for writer in writers:
         writer.join()
         if writer.failure is not None:

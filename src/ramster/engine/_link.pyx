@@ -26,7 +26,7 @@ from ramster.engine._c.atomic cimport *
 from ramster.engine._c.codec cimport crc32_iscsi
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLHUP, EPOLLIN,
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN,
     EPOLLOUT, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
     epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, memfd_create, mlock, mmap, munmap, poll, pollfd,
     shutdown)
@@ -37,7 +37,7 @@ from ramster.engine._c.pthread cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
 from ramster.engine._histogram cimport Histogram, quantile, record
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, HEADER_BYTES, LOST, MISS, OID_BYTES, OK, ORDINALS_MAX, PAGE,
+    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
     store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_slot_state, store_unseal, memory_available)

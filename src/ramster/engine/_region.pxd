@@ -101,7 +101,6 @@ cdef struct Region_t:
     uint64_t evictions
     uint64_t evictions_clean
     uint64_t refused
-    uint64_t touched_pages
     Histogram local_ns
     Histogram remote_ns
 

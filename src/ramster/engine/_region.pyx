@@ -17,8 +17,8 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 Every event that finds its page in other hands (fetching, evicting) leaves FLAG_WAITERS there, and whoever holds the page
 wakes it when done: the thread faults again and meets the new state. No event is ever just dropped.
 """
-from libc.errno cimport EAGAIN, EEXIST, EINTR, ENOENT, ESRCH, errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EEXIST, ESRCH, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strerror
 
@@ -38,7 +38,7 @@ from ramster.engine._c.pthread cimport (
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport Links, links_flush, links_get, links_peer_lost, links_peer_reachable
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_census, store_create_pool,
+    BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
     store_destroy_pool, store_flush, store_get, store_put, store_where)
 
 from ramster import errors

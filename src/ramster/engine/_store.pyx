@@ -13,7 +13,7 @@ Rules that everything here keeps:
 * A frame is used again only when every reader that could have found it has left its epoch.
 * Log-structured cleaning follows Rumble et al., Log-structured Memory for DRAM-based Storage (FAST'14).
 """
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING
 from libc.errno cimport errno
 from libc.stddef cimport size_t

@@ -83,14 +83,15 @@ class RegionStatistics:
     """First touches."""
     faults_wp: int = 0
     """First writes to a page that was mapped clean."""
+    faults_minor: int = 0
+    """Touches of a page that was in RAM but not mapped."""
     faults_parked: int = 0
-    """Faults that had to wait for an eviction or for a reply."""
+    """Faults that had to wait for an eviction."""
     evictions: int = 0
     evictions_clean: int = 0
-    """Evictions that stored nothing, because the stored copy was still right."""
-    puts: int = 0
+    """Evictions that stored nothing, because the stored copy was still right; the others are puts."""
     refused: int = 0
-    """Evictions that the full store refused; their pages stayed resident."""
+    """Faults that waited for room in vain and ended by SIGBUS."""
     full: bool = False
     """The node has no room for a further page now."""
     fault_local_p50_us: int = 0

@@ -48,7 +48,6 @@ class _PeerState:
     peer: Peer
     reason: str = ""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    lend_segments: int = 0
 
 
 class Peering:
@@ -210,7 +209,6 @@ class Peering:
                 if reason is not None:
                     self.counters.refused_connections += 1
                     raise ProtocolError(reason)
-            state.lend_segments = theirs.lend_segments
             self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
         finally:
             connection.close()
@@ -271,7 +269,6 @@ class Peering:
                 if reason is not None:
                     raise ProtocolError(reason)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
-            self._peers[theirs.number].lend_segments = theirs.lend_segments
             self._peers[theirs.number].reason = ""
             self.links.attach(connection, theirs.number, _KINDS[theirs.kind], theirs.generation, theirs.lend_segments)
             log.info("node %s connected (%s)", theirs.name, theirs.kind)
