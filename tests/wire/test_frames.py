@@ -75,7 +75,7 @@ def test_noise_is_refused(header: bytes) -> None:
 def _header(**changed: int) -> bytes:
     values = dict.fromkeys((field.name for field in HEADER), 0)
     values |= {"magic": frames.MAGIC, "version": frames.VERSION, "type": 1} | changed
-    packed = struct.pack("<IBBHQIIIIIII", *[values[field.name] for field in HEADER[:-1]])
+    packed = struct.pack("<IBBHQIIIIIQ", *[values[field.name] for field in HEADER[:-1]])
     return packed + struct.pack("<I", frames.crc32c(packed))
 
 
@@ -83,7 +83,7 @@ def test_a_header_with_a_right_checksum_but_wrong_content_says_what_is_wrong() -
     assert frames.unpack(_header()) == (1, 0)
     for changed, words in (
         ({"magic": 0x20544547}, "not a RAMster node: the first bytes are b'GET '"),
-        ({"version": 2}, "frames of version 2: this node reads version 1"),
+        ({"version": 1}, "frames of version 1: this node reads version 2"),
         ({"length": frames.SMALL_BODY_MAX + 1}, "16385 bytes during the handshake: at most 16384"),
     ):
         with pytest.raises(ProtocolError, match=re.escape(words)):

@@ -35,7 +35,7 @@ def header(**changed: int) -> bytes:
     """A header with a right checksum, whatever it says."""
     values = dict.fromkeys((field.name for field in HEADER), 0)
     values |= {"magic": frames.MAGIC, "version": frames.VERSION} | changed
-    packed = struct.pack("<IBBHQIIIIIII", *[values[field.name] for field in HEADER[:-1]])
+    packed = struct.pack("<IBBHQIIIIIQ", *[values[field.name] for field in HEADER[:-1]])
     return packed + struct.pack("<I", frames.crc32c(packed))
 
 
@@ -197,13 +197,15 @@ def test_a_known_peer_that_breaks_the_protocol(
     elif what == "type":
         allowed = {3, 4, 5, 6} if kind == "get" else {3, 4, 7, 8, 9, 10, 11}
         wrong = data.draw(st.integers(0, 255).filter(lambda n: n not in allowed))
-        bad = header(type=wrong, segment=data.draw(small), ordinal=data.draw(small))
+        bad = header(type=wrong, segment=data.draw(small))
     else:
         wrong, length = data.draw(
             st.one_of(
                 st.tuples(st.just(3), st.integers(1, 2**32 - 1)),
                 st.tuples(st.just(6 if kind == "get" else 7), st.integers(SEGMENT + 1, 2**32 - 1)),
-                st.tuples(st.just(5 if kind == "get" else 9), st.integers(1, 2**32 - 1)),
+                st.tuples(st.just(5), st.integers(0, 2**32 - 1).filter(lambda n: n % 2 or not 0 < n <= 128))
+                if kind == "get"
+                else st.tuples(st.just(9), st.integers(1, 2**32 - 1)),
             )
         )
         bad = header(type=wrong, length=length)
@@ -212,6 +214,8 @@ def test_a_known_peer_that_breaks_the_protocol(
     for _ in range(data.draw(st.integers(0, 4))):
         request, segment, generation = data.draw(numbers), data.draw(small), data.draw(small)
         allowed_type = data.draw(st.sampled_from([3, 4, 5] if kind == "get" else [3, 4, 8, 9, 10]))
+        ordinals = data.draw(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=64)) if allowed_type == 5 else []
+        body = struct.pack(f"<{len(ordinals)}H", *ordinals)
         sense.append(
             header(
                 type=allowed_type,
@@ -219,10 +223,11 @@ def test_a_known_peer_that_breaks_the_protocol(
                 request=request,
                 segment=segment,
                 generation=generation,
-                ordinal=data.draw(small),
                 handle=data.draw(small),
                 credit=data.draw(numbers),
+                length=len(body),
             )
+            + body
         )
     before = served.links.counters()["protocol_errors"]
     connection = served.attached(3, kind)

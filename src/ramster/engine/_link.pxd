@@ -5,7 +5,7 @@ from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.openssl cimport SSL
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from ramster.engine._histogram cimport Histogram
-from ramster.engine._store cimport RemoteMeta, RemoteRef, Store, Store_t
+from ramster.engine._store cimport ENTRY_BYTES_MAX, RemoteMeta, RemoteRef, Store, Store_t
 
 cdef enum:
     PEERS_MAX = 255
@@ -14,6 +14,10 @@ cdef enum:
     ORDERS_MAX = 256
     FRAME_BYTES = 48
     RECEIVE_BYTES = 32768
+    GET_PAGES_MAX = 64              # pages that one request may ask for
+    ASKED_MAX = 256                 # requests of one peer that wait for room in the ring
+    JOBS_MAX = 8192
+    WORKERS_MAX = 8
 
 cdef enum:                          # kinds of connection
     GET = 0
@@ -29,10 +33,19 @@ cdef packed struct Frame:           # little-endian, docs/wire-protocol.md
     uint32_t credit
     uint32_t segment
     uint32_t generation
-    uint32_t ordinal
     uint32_t handle
-    uint32_t reserved
+    uint64_t reserved
     uint32_t crc
+
+cdef struct Wanted:                 # one page of a request
+    uint64_t slot                   # what named it when it was asked for: a reply is used only while it still does
+    uint32_t index
+    uint16_t ordinal
+    uint16_t place                  # the caller's
+
+cdef struct Asked:                  # a peer's request that waits for room in the ring
+    Frame frame
+    uint16_t ordinals[64]
 
 cdef struct Channel:
     pthread_mutex_t lock
@@ -54,11 +67,14 @@ cdef struct Channel:
     uint8_t *received
     uint32_t start
     uint32_t end
-    Frame frame                     # of the body that is being received straight into a granted frame
-    uint8_t *body
+    Frame frame                     # of the body that is being received straight to where it belongs
+    uint8_t *body                   # there; NULL throws it away
     uint32_t body_got
-    uint32_t body_frame             # the lender's frame, or NO_FRAME to throw the body away
+    uint32_t body_frame             # the lender's frame for a segment, else NO_FRAME
     bint in_body
+    Asked *asked                    # of a get channel: a queue
+    uint32_t asked_head
+    uint32_t asked_count
     uint64_t received_ns
     uint64_t pinged_ns
     uint64_t bytes_sent
@@ -84,17 +100,41 @@ cdef struct Peer:
     uint32_t orphans_told           # the first so many, on the present connection
     Histogram round_trip
 
-ctypedef void (*Complete)(void *context, uint64_t cookie, int status, uint8_t *page) noexcept nogil
+cdef struct Links_t
+cdef struct Pending
+
+cdef struct Reply:                  # what became of a request; its pages are opened one after the other by reply_next()
+    Links_t *links
+    Pending *pending
+    const Wanted *wanted
+    uint32_t pages
+    int status                      # OK: entries are there to be opened; else what every page met
+    const uint16_t *sizes
+    const uint8_t *entry            # the next one
+    uint32_t opened
+    EVP_CIPHER_CTX *ctx
+
+ctypedef void (*Complete)(void *context, Reply *reply) noexcept nogil
+ctypedef void (*Work)(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil
 
 cdef struct Pending:
+    Links_t *links
     uint32_t state
     uint64_t id
-    RemoteRef ref
+    RemoteRef ref                   # the segment; of the page when there is one only
+    Wanted one
+    Wanted *wanted
+    uint32_t pages
+    uint8_t *staging                # where a reply of several pages is received, reply_bytes() of them
+    int status                      # of the reply that waits for a worker
     Complete complete
     void *context
-    uint64_t cookie
     uint64_t started_ns
     uint64_t sent_ns
+
+cdef struct Job:
+    Work work
+    void *context
 
 cdef struct Ship:
     uint64_t id                     # 0: free
@@ -144,7 +184,16 @@ cdef struct Links_t:
     uint32_t pending_free_count
     uint64_t pending_sequence
     EVP_CIPHER_CTX *open_ctx        # of the get reactor alone
-    uint8_t page[4096]              # of the get reactor alone
+    # workers open replies of several pages and read ahead
+    pthread_mutex_t jobs_lock
+    pthread_cond_t jobs_there
+    Job jobs[8192]
+    uint32_t jobs_head
+    uint32_t jobs_count
+    uint32_t workers_idle
+    pthread_t workers[8]
+    uint32_t workers_started
+    bint reactors_done              # nothing will be added to the jobs any more
     # segments under way
     pthread_mutex_t ship_lock
     pthread_cond_t ship_room
@@ -179,8 +228,15 @@ cdef struct Links_t:
     uint64_t bytes_shipped
 
 
-cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie,
-                   bint send_now) noexcept nogil
+cdef inline uint32_t reply_bytes(uint32_t pages) noexcept nogil:
+    """The most that the body of a reply of so many pages takes: a table of sizes, then the entries."""
+    return ((2 * pages + 7) & ~<uint32_t> 7) + pages * ((ENTRY_BYTES_MAX + 7) & ~<uint32_t> 7)
+
+
+cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pages, uint8_t *staging, Complete complete,
+                   void *context, bint send_now) noexcept nogil
+cdef int reply_next(Reply *reply, uint8_t *page) noexcept nogil
+cdef bint links_later(Links_t *l, Work work, void *context) noexcept nogil
 cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil

@@ -4,7 +4,9 @@ Covers: connections from the TLS handshake on, frames, pending gets with deadlin
 to others. Does not cover: who connects to whom and who may (node.peering), what is shipped where (remotify).
 
 Threads: a reactor for each kind of connection (get, bulk) reads, answers and watches deadlines; the shipper seals and
-sends segments and tells lenders what to forget; any thread may send a get on its own.
+sends segments and tells lenders what to forget; any thread may send a get on its own. A reply of one page is opened where
+it arrives, since somebody waits for it and a hand-over costs more than it does; workers open those of several pages,
+while the reactor receives the next.
 
 Rules of TLS under threads, each learned from somebody's failure (DESIGN.md section 6):
 
@@ -24,6 +26,7 @@ from libc.string cimport memcpy, memmove, memset, strerror
 
 from ramster.engine._c.atomic cimport *
 from ramster.engine._c.codec cimport crc32_iscsi
+from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN,
@@ -40,7 +43,7 @@ from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
     store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
-    store_ship_commit, store_slot, store_slot_state, store_unseal, memory_available)
+    store_ship_commit, store_slot, store_slot_state, store_unseal, store_unseal_begin, store_unseal_context, memory_available)
 
 import os
 
@@ -48,7 +51,7 @@ from ramster import errors
 
 cdef enum:
     FRAME_MAGIC = 0x54534d52        # "RMST"
-    WIRE_VERSION = 1
+    WIRE_VERSION = 2
     IMAGE_MAGIC = 0x4c455352
     RECORD_BYTES = 16384
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
@@ -60,6 +63,7 @@ cdef enum:
     NO_FRAME = 0xffffffff
     TICK_MS = 25
     SMALL_BODY_MAX = 16384
+    BUFFERED_BODY_MAX = 8192        # what is larger is received straight to where it belongs
 
 cdef enum FrameType:
     T_HELLO = 1
@@ -306,37 +310,88 @@ cdef uint32_t lent_drop(Links_t *l, uint32_t owner, uint64_t keep_generation) no
     return dropped
 
 
-cdef void lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f) noexcept nogil:
-    """Answer a get with the sealed entry. Only the owner's own certificate gets here with its number."""
+cdef const EntryHeader *lent_entry(Links_t *l, uint32_t frame, uint32_t ordinal, uint32_t *length) noexcept nogil:
+    """Under lender_lock: a sealed entry of a held segment and its length; NULL when there is none that can be sent."""
+    cdef ImageHeader *image = <ImageHeader *> (l.lent + <uint64_t> frame * l.segment_bytes)
+    cdef uint32_t base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7, offset
+    cdef EntryHeader *entry
+    if ordinal >= image.entries:
+        return NULL
+    offset = (<uint16_t *> (<uint8_t *> image + FRAME_HEADER_BYTES))[ordinal]
+    if offset == 0xffff or offset * 8 + HEADER_BYTES > image.data_bytes:
+        return NULL
+    entry = <EntryHeader *> (<uint8_t *> image + base + offset * 8)
+    length[0] = HEADER_BYTES + entry.length
+    if offset * 8 + ((length[0] + 7) & ~<uint32_t> 7) > image.data_bytes or length[0] > ENTRY_BYTES_MAX:
+        return NULL
+    return entry
+
+
+cdef int lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals) noexcept nogil:
+    """Answer a get with the sealed entries; AGAIN when the ring has no room for them now. Only the owner's own certificate
+    gets here with its number."""
     cdef Frame reply
-    cdef ImageHeader *image
-    cdef EntryHeader *entry = NULL
-    cdef uint16_t offset
-    cdef uint32_t base, length = 0
+    cdef const EntryHeader *entries[GET_PAGES_MAX]
+    cdef uint16_t sizes[GET_PAGES_MAX]
+    cdef uint32_t pages = f.length // 2, i, length, table = (2 * pages + 7) & ~<uint32_t> 7
     cdef Lent *row
+    cdef int result = SENT
     frame_init(l, &reply, T_PAGE, f.request)
     reply.status = S_ABSENT
+    memset(sizes, 0, sizeof(sizes))
     pthread_mutex_lock(&l.lender_lock)
     if f.handle < l.lent_frames:
         row = &l.rows[f.handle]
         if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
-            reply.status = S_BAD        # the segment is here; whether that entry can be sent is seen below
-            image = <ImageHeader *> (l.lent + <uint64_t> f.handle * l.segment_bytes)
-            if f.ordinal < image.entries:
-                offset = (<uint16_t *> (<uint8_t *> image + FRAME_HEADER_BYTES))[f.ordinal]
-                base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7
-                if offset != 0xffff and <uint32_t> offset * 8 + HEADER_BYTES <= image.data_bytes:
-                    entry = <EntryHeader *> (<uint8_t *> image + base + <uint32_t> offset * 8)
-                    length = HEADER_BYTES + entry.length
-                    if <uint32_t> offset * 8 + length > image.data_bytes or length > ENTRY_BYTES_MAX:
-                        length = 0
-    if length:
-        reply.status = S_OK
-        reply.length = length
-    # A ring that is full stays unanswered: the owner asks again after its deadline.
-    queue_frame(l, ch, &reply, entry)
+            reply.status = S_OK
+            reply.length = table
+            for i in range(pages):
+                entries[i] = lent_entry(l, f.handle, ordinals[i], &length)
+                if entries[i] != NULL:
+                    sizes[i] = <uint16_t> length
+                    reply.length += (length + 7) & ~<uint32_t> 7
+    reply.crc = crc32_iscsi(<unsigned char *> &reply, FRAME_BYTES - 4, 0xffffffffu)
+    lock_to_write(ch)
+    if ch.ssl == NULL:
+        result = DOWN
+    elif ch.out_bytes - ch.out_used < FRAME_BYTES + reply.length:
+        result = AGAIN
+    else:
+        ring_append(ch, &reply, FRAME_BYTES)
+        if reply.status == S_OK:
+            ring_append(ch, sizes, table)
+            for i in range(pages):
+                if sizes[i]:
+                    ring_append(ch, entries[i], (<uint32_t> sizes[i] + 7) & ~<uint32_t> 7)
+    pthread_mutex_unlock(&ch.lock)
     pthread_mutex_unlock(&l.lender_lock)
-    say(&l.gets_served, 1)
+    if result == SENT:
+        say(&l.gets_served, pages)
+    return result
+
+
+cdef void asked(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals) noexcept nogil:
+    """Answer a get now, or once the ring has room. One that finds the queue full, too, is asked again after its deadline."""
+    cdef Asked *later
+    if ch.asked_count == 0 and lent_answer(l, peer, ch, f, ordinals) != AGAIN:
+        return
+    if ch.asked_count < ASKED_MAX:
+        later = &ch.asked[(ch.asked_head + ch.asked_count) % ASKED_MAX]
+        later.frame = f[0]
+        memcpy(later.ordinals, ordinals, f.length)
+        ch.asked_count += 1
+
+
+cdef void answer_asked(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """By the reactor, after the ring has been written from: what waited for room in it."""
+    cdef Asked *first
+    while ch.asked_count:
+        first = &ch.asked[ch.asked_head]
+        if lent_answer(l, peer, ch, &first.frame, first.ordinals) == AGAIN:
+            return                      # the ring is not empty, so the reactor will be here again
+        ch.asked_head = (ch.asked_head + 1) % ASKED_MAX
+        ch.asked_count -= 1
+        flush(l, ch)
 
 
 # --- gets under way ------------------------------------------------------------------------------------------------
@@ -354,12 +409,16 @@ cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexc
     cdef Pending *p = &l.pending[i]
     cdef Peer *peer = l.peers[p.ref.peer]
     cdef Frame frame
+    cdef uint16_t ordinals[GET_PAGES_MAX]
+    cdef uint32_t k
     frame_init(l, &frame, T_GET, id)
     frame.segment = p.ref.segment
     frame.generation = p.ref.generation
-    frame.ordinal = p.ref.ordinal
     frame.handle = p.ref.handle
-    if queue_frame(l, &peer.channels[GET], &frame, NULL) == SENT:
+    frame.length = 2 * p.pages
+    for k in range(p.pages):
+        ordinals[k] = p.wanted[k].ordinal
+    if queue_frame(l, &peer.channels[GET], &frame, ordinals) == SENT:
         if send_now:
             flush(l, &peer.channels[GET])
     else:
@@ -398,16 +457,18 @@ cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
         flush(l, &peer.channels[GET])
 
 
-cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *context, uint64_t cookie,
-                   bint send_now) noexcept nogil:
-    """Ask a lender for a page. OK: under way, 'complete' is called once, from a reactor, within give_up. Anything else:
-    it will not be called (UNREACHABLE, or BUSY when too many gets are under way). Several gets in a row cost one record
-    and one system call when only links_flush sends them."""
+cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pages, uint8_t *staging, Complete complete,
+                   void *context, bint send_now) noexcept nogil:
+    """Ask a lender for pages of one segment. OK: under way, 'complete' is called once, from a thread of the links, within
+    give_up. Anything else: it will not be called (UNREACHABLE, or BUSY when too many gets are under way). 'wanted' and
+    'staging' (reply_bytes() of it, for more than one page) belong to the links until then. Several gets in a row cost one
+    record and one system call when only links_flush sends them."""
     cdef uint32_t i
     cdef uint64_t id
     cdef Pending *p
+    ASSERT(0 < pages <= GET_PAGES_MAX and (pages == 1 or staging != NULL), b"a request asks for 1 to GET_PAGES_MAX pages")
     if links_peer_lost(l, ref.peer):
-        say(&l.unreachable, 1)
+        say(&l.unreachable, pages)
         return UNREACHABLE
     pthread_mutex_lock(&l.pending_lock)
     if l.pending_free_count == 0 or load32(&l.stopping, ACQUIRE):
@@ -417,22 +478,96 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Complete complete, void *co
     i = l.pending_free[l.pending_free_count]
     p = &l.pending[i]
     id = next_id(l, i)
+    p.links = l
     p.state = P_SENT
     p.id = id
     p.ref = ref[0]
+    p.one = wanted[0]
+    p.wanted = &p.one if pages == 1 else wanted
+    p.pages = pages
+    p.staging = staging
     p.complete = complete
     p.context = context
-    p.cookie = cookie
     p.started_ns = p.sent_ns = now_ns()
     pthread_mutex_unlock(&l.pending_lock)
     pending_send(l, i, id, send_now)
     return OK
 
 
+cdef int reply_next(Reply *reply, uint8_t *page) noexcept nogil:
+    """Open the next page of a reply, in the order of 'wanted': OK and its bytes in 'page', or what it met. BUSY: it was
+    overwritten, flushed or moved meanwhile, look again."""
+    cdef Links_t *l = reply.links
+    cdef RemoteRef *ref = &reply.pending.ref
+    cdef const Wanted *wanted = &reply.wanted[reply.opened]
+    cdef uint32_t size = 0
+    cdef const uint8_t *entry = reply.entry
+    cdef int status = reply.status
+    if status == OK:
+        size = reply.sizes[reply.opened]
+        reply.entry += (size + 7) & ~<uint32_t> 7
+    reply.opened += 1
+    if status == UNREACHABLE or status == BUSY:
+        return status
+    if store_slot(l.store, ref.pool, ref.oid, wanted.index) != wanted.slot:
+        return BUSY
+    if status == OK:
+        ref.index = wanted.index
+        ref.ordinal = wanted.ordinal
+        status = store_unseal(ref, entry, size, page, reply.ctx)
+    if status == OK:
+        say(&l.remote_gets, 1)
+    elif status == CORRUPT:
+        say(&l.corrupt_replies, 1)
+    return status
+
+
+cdef void pending_complete(Links_t *l, Pending *p, int status, const uint8_t *body, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    cdef Reply reply
+    reply.links = l
+    reply.pending = p
+    reply.wanted = p.wanted
+    reply.pages = p.pages
+    reply.status = status
+    reply.opened = 0
+    reply.ctx = ctx
+    reply.sizes = <const uint16_t *> body
+    reply.entry = NULL
+    if status == OK:
+        reply.entry = body + ((2 * p.pages + 7) & ~<uint32_t> 7)
+        reply.status = store_unseal_begin(&p.ref, ctx)
+    p.complete(p.context, &reply)
+    pending_release(l, <uint32_t> (p - l.pending))
+
+
+cdef bint reply_shaped(const uint8_t *body, uint32_t length, uint32_t pages) noexcept nogil:
+    """The table of sizes fits the body, so that entries can be found without looking at bounds again."""
+    cdef uint32_t i, total = (2 * pages + 7) & ~<uint32_t> 7
+    if length < total:
+        return False
+    for i in range(pages):
+        if (<const uint16_t *> body)[i] > ENTRY_BYTES_MAX:
+            return False
+        total += (<uint32_t> (<const uint16_t *> body)[i] + 7) & ~<uint32_t> 7
+    return total == length
+
+
+cdef uint8_t *pending_staging(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+    """Where the body of a reply of several pages goes; NULL when nobody waits for it (any more)."""
+    cdef Pending *p = &l.pending[f.request & (PENDING_MAX - 1)]
+    cdef uint8_t *staging = NULL
+    pthread_mutex_lock(&l.pending_lock)
+    if p.state == P_SENT and p.id == f.request and p.ref.peer == peer.number and p.pages > 1 and \
+            f.length <= reply_bytes(p.pages):
+        staging = p.staging
+    pthread_mutex_unlock(&l.pending_lock)
+    return staging
+
+
 cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t *body) noexcept nogil:
-    cdef uint32_t i = <uint32_t> (f.request & (PENDING_MAX - 1))
-    cdef Pending *p = &l.pending[i]
-    cdef int status
+    """A reply has arrived whole. 'body' is the receive buffer, or the staging memory of the request."""
+    cdef Pending *p = &l.pending[f.request & (PENDING_MAX - 1)]
+    cdef int status = OK
     cdef uint64_t now = now_ns()
     pthread_mutex_lock(&l.pending_lock)
     if p.state != P_SENT or p.id != f.request or p.ref.peer != peer.number:
@@ -442,23 +577,33 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
     p.state = P_COMPLETING
     pthread_mutex_unlock(&l.pending_lock)
     record(&peer.round_trip, now - p.sent_ns)
-    say(&peer.gets, 1)
-    if store_slot(l.store, p.ref.pool, p.ref.oid, p.ref.index) != p.ref.slot:
-        status = BUSY               # overwritten, flushed or moved meanwhile: look again
-    elif f.status == S_OK:
-        status = store_unseal(&p.ref, body, f.length, l.page, l.open_ctx)
-        if status == CORRUPT:
-            say(&l.corrupt_replies, 1)
-    elif f.status == S_ABSENT:
-        status = LOST               # the slot still names it, and the lender has it not
+    say(&peer.gets, p.pages)
+    if f.status == S_ABSENT:
+        status = LOST               # for those whose slot still names it: the lender has it not
         store_segment_lost(l.store, p.ref.segment, p.ref.generation, peer.number)
-    else:
+    elif f.status != S_OK or body == NULL or not reply_shaped(body, f.length, p.pages):
         status = CORRUPT
-        say(&l.corrupt_replies, 1)
-    if status == OK:
-        say(&l.remote_gets, 1)
-    p.complete(p.context, p.cookie, status, l.page)
-    pending_release(l, i)
+    if p.pages == 1 or status != OK:
+        pending_complete(l, p, status, body, l.open_ctx)
+        return
+    if body != p.staging:
+        memcpy(p.staging, body, f.length)
+    pthread_mutex_lock(&l.jobs_lock)
+    add_job(l, pending_open, p)
+    pthread_mutex_unlock(&l.jobs_lock)
+
+
+cdef void pending_open(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """By a worker."""
+    cdef Pending *p = <Pending *> context
+    pending_complete(p.links, p, OK, p.staging, ctx)
+
+
+cdef void pending_forget_body(Links_t *l, uint32_t i, uint32_t peer) noexcept nogil:
+    """By the get reactor: what is just being received for this request has nowhere to go any more."""
+    cdef Channel *ch = &l.peers[peer].channels[GET]
+    if ch.in_body and (ch.frame.request & (PENDING_MAX - 1)) == i:
+        ch.body = NULL
 
 
 cdef void pending_tick(Links_t *l) noexcept nogil:
@@ -481,8 +626,8 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
         if p.state == P_WAITS or p.state == P_SENT:
             if stopping or now > p.started_ns + l.give_up_ns:
                 outcome = UNREACHABLE
-            elif store_slot_state(l.store, p.ref.slot) != REMOTE:
-                outcome = store_slot_state(l.store, p.ref.slot)
+            elif store_slot_state(l.store, p.wanted[0].slot) != REMOTE:
+                outcome = store_slot_state(l.store, p.wanted[0].slot)       # of the segment, whichever page names it
                 outcome = BUSY if outcome == MISS else outcome
             elif p.state == P_WAITS or now > p.sent_ns + l.request_deadline_ns:
                 resend = True
@@ -493,11 +638,12 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
             if outcome >= 0:
                 p.state = P_COMPLETING
         pthread_mutex_unlock(&l.pending_lock)
+        if outcome >= 0 or resend:
+            pending_forget_body(l, i, p.ref.peer)
         if outcome >= 0:
             if outcome == UNREACHABLE:
-                say(&l.unreachable, 1)
-            p.complete(p.context, p.cookie, outcome, NULL)
-            pending_release(l, i)
+                say(&l.unreachable, p.pages)
+            pending_complete(l, p, outcome, NULL, l.open_ctx)
         elif resend:
             pending_send(l, i, id, True)
 
@@ -520,11 +666,10 @@ cdef struct Waiter:
     uint8_t *page
 
 
-cdef void waiter_complete(void *context, uint64_t cookie, int status, uint8_t *page) noexcept nogil:
+cdef void waiter_complete(void *context, Reply *reply) noexcept nogil:
     cdef Waiter *w = <Waiter *> context
+    cdef int status = reply_next(reply, w.page)
     pthread_mutex_lock(&w.lock)
-    if status == OK:
-        memcpy(w.page, page, PAGE)
     w.status = status
     w.finished = True
     pthread_cond_signal(&w.done)
@@ -534,6 +679,7 @@ cdef void waiter_complete(void *context, uint64_t cookie, int status, uint8_t *p
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
     """Get a page wherever it is, waiting for a lender at most give_up."""
     cdef RemoteRef ref
+    cdef Wanted wanted
     cdef Waiter w
     cdef int result
     cdef uint64_t deadline = now_ns() + 2 * l.give_up_ns
@@ -545,7 +691,10 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         pthread_cond_init(&w.done, NULL)
         w.finished = False
         w.page = page
-        result = links_get(l, &ref, waiter_complete, &w, 0, True)
+        wanted.slot = ref.slot
+        wanted.index = ref.index
+        wanted.ordinal = <uint16_t> ref.ordinal
+        result = links_get(l, &ref, &wanted, 1, NULL, waiter_complete, &w, True)
         if result == OK:
             pthread_mutex_lock(&w.lock)
             while not w.finished:
@@ -565,6 +714,53 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         if now_ns() > deadline or load32(&l.stopping, ACQUIRE):
             return UNREACHABLE
         sched_yield()
+
+
+# --- workers -------------------------------------------------------------------------------------------------------
+
+cdef void add_job(Links_t *l, Work work, void *context) noexcept nogil:
+    """Under jobs_lock. There is always room: requests under way and the jobs of links_later() fill half of the queue each."""
+    ASSERT(l.jobs_count < JOBS_MAX, b"the queue of jobs holds every request under way")
+    l.jobs[(l.jobs_head + l.jobs_count) % JOBS_MAX].work = work
+    l.jobs[(l.jobs_head + l.jobs_count) % JOBS_MAX].context = context
+    l.jobs_count += 1
+    if l.workers_idle:
+        pthread_cond_signal(&l.jobs_there)
+
+
+cdef bint links_later(Links_t *l, Work work, void *context) noexcept nogil:
+    """Have a worker do it. False: too much waits already, or the links stop: do it yourself."""
+    cdef bint room
+    pthread_mutex_lock(&l.jobs_lock)
+    room = l.jobs_count < JOBS_MAX - PENDING_MAX and not l.reactors_done
+    if room:
+        add_job(l, work, context)
+    pthread_mutex_unlock(&l.jobs_lock)
+    return room
+
+
+cdef void *worker_main(void *argument) noexcept nogil:
+    """Ends when the links stop and nothing is left to do: whoever waits for a job gets its answer."""
+    cdef Links_t *l = <Links_t *> argument
+    cdef EVP_CIPHER_CTX *ctx = store_unseal_context()
+    cdef Job job
+    ASSERT(ctx != NULL, b"no memory for a cipher context")
+    while True:
+        pthread_mutex_lock(&l.jobs_lock)
+        while l.jobs_count == 0 and not l.reactors_done:
+            l.workers_idle += 1
+            cond_wait_until(&l.jobs_there, &l.jobs_lock, now_ns() + 500000000ull)
+            l.workers_idle -= 1
+        if l.jobs_count == 0:
+            pthread_mutex_unlock(&l.jobs_lock)
+            break
+        job = l.jobs[l.jobs_head]
+        l.jobs_head = (l.jobs_head + 1) % JOBS_MAX
+        l.jobs_count -= 1
+        pthread_mutex_unlock(&l.jobs_lock)
+        job.work(job.context, ctx)
+    EVP_CIPHER_CTX_free(ctx)
+    return NULL
 
 
 # --- shipping ------------------------------------------------------------------------------------------------------
@@ -786,7 +982,8 @@ cdef bint frame_allowed(Links_t *l, const Frame *f, uint32_t kind) noexcept nogi
     if f.type == T_PING or f.type == T_PONG:
         return f.length == 0
     if kind == GET:
-        return (f.type == T_GET and f.length == 0) or (f.type == T_PAGE and f.length <= ENTRY_BYTES_MAX)
+        return (f.type == T_GET and 0 < f.length <= 2 * GET_PAGES_MAX and f.length % 2 == 0) or \
+            (f.type == T_PAGE and f.length <= reply_bytes(GET_PAGES_MAX))
     if f.type == T_SHIP:
         return FRAME_HEADER_BYTES <= f.length <= l.segment_bytes
     return f.length == 0 and (f.type == T_SHIPPED or f.type == T_FREE or f.type == T_FREED or f.type == T_GOODBYE)
@@ -797,7 +994,7 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
     if f.type == T_PAGE:
         pending_answered(l, peer, f, body)
     elif f.type == T_GET:
-        lent_answer(l, peer, ch, f)
+        asked(l, peer, ch, f, <const uint16_t *> body)
     elif f.type == T_SHIPPED:
         store32(&peer.credit, f.credit, RELAXED)
         ship_answered(l, peer, f)
@@ -827,8 +1024,12 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
 
 
 cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """A segment has arrived whole, into a granted frame or into nothing."""
+    """A reply has arrived whole in its staging memory, or a segment in a granted frame, or either in nothing."""
     cdef Frame reply
+    ch.in_body = False
+    if ch.frame.type == T_PAGE:
+        pending_answered(l, peer, &ch.frame, ch.body)
+        return
     frame_init(l, &reply, T_SHIPPED, ch.frame.request)
     reply.segment = ch.frame.segment
     reply.generation = ch.frame.generation
@@ -838,7 +1039,6 @@ cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     else:
         reply.status = lent_commit(l, peer, ch.body_frame, &ch.frame)
     reply.credit = load32(&l.lent_free_count, RELAXED)
-    ch.in_body = False
     queue_frame(l, ch, &reply, NULL)
 
 
@@ -849,7 +1049,7 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     while True:
         if ch.in_body:
             n = min(ch.end - ch.start, ch.frame.length - ch.body_got)
-            if ch.body_frame != NO_FRAME:
+            if ch.body != NULL:
                 memcpy(ch.body + ch.body_got, ch.received + ch.start, n)
             ch.start += n
             ch.body_got += n
@@ -868,6 +1068,14 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
             ch.start += FRAME_BYTES
             ch.body_frame = lent_take(l)
             ch.body = l.lent + <uint64_t> ch.body_frame * l.segment_bytes if ch.body_frame != NO_FRAME else NULL
+            ch.body_got = 0
+            ch.in_body = True
+            continue
+        if f.type == T_PAGE and f.length > BUFFERED_BODY_MAX:
+            ch.frame = f[0]
+            ch.start += FRAME_BYTES
+            ch.body_frame = NO_FRAME
+            ch.body = pending_staging(l, peer, f)
             ch.body_got = 0
             ch.in_body = True
             continue
@@ -891,7 +1099,7 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef uint32_t room
     cdef bint direct
     for turn in range(RECORDS_PER_TURN):
-        direct = ch.in_body and ch.body_frame != NO_FRAME and ch.start == ch.end
+        direct = ch.in_body and ch.body != NULL and ch.start == ch.end
         if direct:
             target = ch.body + ch.body_got
             room = ch.frame.length - ch.body_got
@@ -948,6 +1156,7 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         lent_release(l, ch.body_frame)
         pthread_mutex_unlock(&l.lender_lock)
     ch.in_body = False
+    ch.asked_count = 0
     if ch.kind == GET:
         pending_unsent(l, peer.number)
     else:
@@ -981,6 +1190,7 @@ cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         channel_down(l, peer, ch)
         return
     flush(l, ch)
+    answer_asked(l, peer, ch)
     if result > 0:
         store32(&ch.kick, 1, RELEASE)
         eventfd_write(l.wakes[ch.kind], 1)
@@ -1235,13 +1445,15 @@ cdef class Links:
         l.lent_fd = -1
         pthread_mutex_init(&l.peers_lock, NULL)
         pthread_mutex_init(&l.pending_lock, NULL)
+        pthread_mutex_init(&l.jobs_lock, NULL)
+        cond_init_monotonic(&l.jobs_there)
         pthread_mutex_init(&l.ship_lock, NULL)
         pthread_mutex_init(&l.lender_lock, NULL)
         cond_init_monotonic(&l.ship_room)
         for i in range(PENDING_MAX):
             l.pending_free[i] = PENDING_MAX - 1 - i
         l.pending_free_count = PENDING_MAX
-        l.open_ctx = EVP_CIPHER_CTX_new()
+        l.open_ctx = store_unseal_context()
         l.seal_ctx = EVP_CIPHER_CTX_new()
         l.image = <uint8_t *> malloc(l.segment_bytes)
         self.grant(lend_bytes, lock)
@@ -1261,6 +1473,10 @@ cdef class Links:
                 start_thread(&l.reactors[BULK], bulk_reactor, l, b"ramster-bulk") != 0 or \
                 start_thread(&l.shipper, shipper_main, l, b"ramster-ship") != 0:
             raise MemoryError("cannot start the threads of the links")
+        for i in range(min(<uint32_t> WORKERS_MAX, max(1, len(os.sched_getaffinity(0)) // 2))):
+            if start_thread(&l.workers[i], worker_main, l, b"ramster-work") != 0:
+                raise MemoryError("cannot start the threads of the links")
+            l.workers_started += 1
         l.running = True
 
     cdef grant(self, uint64_t lend_bytes, bint lock):
@@ -1304,6 +1520,7 @@ cdef class Links:
                 for k in range(2):
                     free(l.peers[i].channels[k].out)
                     free(l.peers[i].channels[k].received)
+                    free(l.peers[i].channels[k].asked)
                 free(l.peers[i])
         for k in range(2):
             for fd in (l.epolls[k], l.wakes[k]):
@@ -1330,6 +1547,7 @@ cdef class Links:
     def stop(self):
         """Close every connection, fail every get under way, join the threads. Twice is fine."""
         cdef Links_t *l = self.l
+        cdef uint32_t i
         if self.stopped:
             return
         self.stopped = True
@@ -1344,6 +1562,12 @@ cdef class Links:
             pthread_join(l.shipper, NULL)
             pthread_join(l.reactors[GET], NULL)
             pthread_join(l.reactors[BULK], NULL)
+            pthread_mutex_lock(&l.jobs_lock)
+            l.reactors_done = True
+            pthread_cond_broadcast(&l.jobs_there)
+            pthread_mutex_unlock(&l.jobs_lock)
+            for i in range(l.workers_started):
+                pthread_join(l.workers[i], NULL)
 
     @property
     def event_fd(self):
@@ -1435,7 +1659,10 @@ cdef class Links:
             peer.channels[k].out_bytes = GET_RING_BYTES if k == GET else BULK_RING_BYTES
             peer.channels[k].out = <uint8_t *> malloc(peer.channels[k].out_bytes)
             peer.channels[k].received = <uint8_t *> malloc(RECEIVE_BYTES)
-            if peer.channels[k].out == NULL or peer.channels[k].received == NULL:
+            if k == GET:
+                peer.channels[k].asked = <Asked *> malloc(ASKED_MAX * sizeof(Asked))
+            if peer.channels[k].out == NULL or peer.channels[k].received == NULL or \
+                    (k == GET and peer.channels[k].asked == NULL):
                 raise MemoryError
         l.peers[number] = peer
         return peer

@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from ramster.engine._histogram cimport Histogram
-from ramster.engine._link cimport Links, Links_t
+from ramster.engine._link cimport Links, Links_t, Wanted
 from ramster.engine._store cimport Store_t
 
 cdef enum:
@@ -45,9 +45,13 @@ cdef struct Batch:                  # the pages of one fault, on their way in to
     uint32_t outstanding            # replies to come, and one for whoever asks
     bint remote
     bint fault                      # asked for by a fault, not by prefetch or pin
+    bint write_all                  # to be mapped writable: all of them ...
+    bint write_wanted               # ... or the wanted one
     uint64_t started_ns
-    uint8_t kinds[32]
+    uint8_t kinds[WINDOW_MAX]
+    Wanted asked[WINDOW_MAX]        # of lenders, segment by segment
     uint8_t *bytes                  # count pages
+    uint8_t *staging                # where replies of several pages arrive, sealed
 
 cdef struct Region_t:
     Links_t *links

@@ -24,6 +24,7 @@ from libc.string cimport memcpy, memset, strerror
 
 from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, sched_yield, store32, sub32
 from ramster.engine._c.check cimport ASSERT
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.linux cimport (
     AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_DUPFD_CLOEXEC, F_SEAL_GROW, F_SEAL_SHRINK, FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, POLLIN, POLLOUT, SOCK_CLOEXEC, SOCK_SEQPACKET,
@@ -36,7 +37,9 @@ from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
 from ramster.engine._histogram cimport quantile, record
-from ramster.engine._link cimport Links, links_flush, links_get, links_peer_lost, links_peer_reachable
+from ramster.engine._link cimport (
+    GET_PAGES_MAX, Links, Reply, links_flush, links_get, links_later, links_peer_lost, links_peer_reachable, reply_bytes,
+    reply_next)
 from ramster.engine._store cimport (
     BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
     store_destroy_pool, store_flush, store_get, store_put, store_where)
@@ -358,12 +361,13 @@ cdef Batch *take_batch(Region_t *r) noexcept nogil:
         b = &r.batches[i]
         if not b.used:
             if b.bytes == NULL:
-                b.bytes = <uint8_t *> malloc(WINDOW_MAX * PAGE)
+                b.bytes = <uint8_t *> malloc(WINDOW_MAX * PAGE + WINDOW_MAX * <size_t> reply_bytes(1))
                 if b.bytes == NULL:
                     return NULL
+                b.staging = b.bytes + WINDOW_MAX * PAGE
             b.used = True
             b.region = r
-            b.remote = False
+            b.remote = b.write_all = b.write_wanted = False
             b.outstanding = 1
             b.started_ns = now_ns()
             r.batches_used += 1
@@ -422,57 +426,94 @@ cdef void finish_batch(Batch *b) noexcept nogil:
     pthread_mutex_unlock(&r.lock)
 
 
-cdef void batch_answered(void *context, uint64_t cookie, int status, uint8_t *bytes) noexcept nogil:
-    """A lender answered for one page, or will not: from a reactor. The cookie's bit 8 says that the page will be written."""
-    cdef Batch *b = <Batch *> context
-    cdef uint32_t i = <uint32_t> (cookie & 0xff)
+cdef inline bint to_be_written(Batch *b, uint32_t i) noexcept nogil:
+    return b.write_all or (b.write_wanted and i == b.wanted)
+
+
+cdef inline uint8_t kind_of(Batch *b, uint32_t i, int status) noexcept nogil:
+    """A page that nobody waits for and that cannot be had is left for whoever touches it."""
     if status == OK:
-        memcpy(b.bytes + i * PAGE, bytes, PAGE)
-        b.kinds[i] = KIND_WRITE if cookie & 0x100 else KIND_READ
-    else:
-        b.kinds[i] = KIND_ABSENT if status == BUSY or i != b.wanted else kind_of_loss(status)
+        return KIND_WRITE if to_be_written(b, i) else KIND_READ
+    return KIND_ABSENT if status == BUSY or i != b.wanted else kind_of_loss(status)
+
+
+cdef void batch_answered(void *context, Reply *reply) noexcept nogil:
+    """A lender answered for the pages of one segment, or will not: from a thread of the links."""
+    cdef Batch *b = <Batch *> context
+    cdef uint32_t k, i
+    for k in range(reply.pages):
+        i = reply.wanted[k].place
+        b.kinds[i] = kind_of(b, i, reply_next(reply, b.bytes + i * PAGE))
     if sub32(&b.outstanding, 1, ACQ_REL) == 0:
         finish_batch(b)
 
 
-cdef int bring_in(Region_t *r, Batch *b, bint write_all, bint write_wanted) noexcept nogil:
+cdef int bring_in(Region_t *r, Batch *b) noexcept nogil:
     """Serve the pages of a batch, which are in state fetching: local ones before this returns, since a lender may be slow
-    or gone, remote ones together when the last lender has answered. Returns what the wanted page met: MISS (never
-    written), OK, REMOTE or LOST."""
-    cdef uint32_t i, j, peer = 0
+    or gone, remote ones together when the last lender has answered. Those of one segment are asked for together. Returns
+    what the wanted page met: MISS (never written), OK, REMOTE or LOST."""
+    cdef uint32_t i, j, k, g, groups = 0, at = 0, peer = 0
     cdef uint64_t zero[3]
     cdef RemoteRef ref
+    cdef RemoteRef refs[WINDOW_MAX]     # of the segments that hold what is away
+    cdef uint32_t pages[WINDOW_MAX]     # how many of the batch lie in each
+    cdef uint8_t group[WINDOW_MAX]
+    cdef uint64_t slots[WINDOW_MAX]
+    cdef uint16_t ordinals[WINDOW_MAX]
+    cdef uint8_t here[WINDOW_MAX]       # kinds of what is in no lender's hands
+    cdef uint8_t *staging = b.staging
     cdef int result, wanted_result = OK
-    cdef bint write, queued = False
-    cdef uint8_t here[WINDOW_MAX]       # kinds of what is in no reactor's hands
+    cdef bint sent = False
     for i in range(b.count):
         here[i] = KIND_DONE
-        write = write_all or (write_wanted and i == b.wanted)
         result = store_get(r.store, r.pool, zero, <uint32_t> (b.first + i), b.bytes + i * PAGE, -1, &ref)
         if i == b.wanted:
             wanted_result = result
+        if result == REMOTE:
+            g = groups
+            while g > 0 and (refs[g - 1].segment != ref.segment or refs[g - 1].generation != ref.generation):
+                g -= 1
+            if g == 0:
+                refs[groups] = ref
+                pages[groups] = 0
+                groups += 1
+                g = groups
+            group[i] = <uint8_t> g
+            pages[g - 1] += 1
+            slots[i] = ref.slot
+            ordinals[i] = <uint16_t> ref.ordinal
+            continue
         if result == MISS:
             memset(b.bytes + i * PAGE, 0, PAGE)
             result = OK
-        if result == REMOTE:
-            b.remote = True
-            add32(&b.outstanding, 1, ACQ_REL)
-            if queued and peer != ref.peer:
-                links_flush(r.links, peer)
-            peer = ref.peer
-            result = links_get(r.links, &ref, batch_answered, b, i | (0x100 if write else 0), b.count == 1)
-            if result == OK:
-                queued = True
-                continue
+        here[i] = b.kinds[i] = kind_of(b, i, result)
+    if groups:
+        b.remote = True
+        add32(&b.outstanding, groups, ACQ_REL)
+    for g in range(groups):
+        k = at
+        for i in range(b.count):
+            if here[i] == KIND_DONE and group[i] == g + 1:
+                b.asked[k].slot = slots[i]
+                b.asked[k].index = <uint32_t> (b.first + i)
+                b.asked[k].ordinal = ordinals[i]
+                b.asked[k].place = <uint16_t> i
+                k += 1
+        if sent and peer != refs[g].peer:
+            links_flush(r.links, peer)
+        peer = refs[g].peer
+        result = links_get(r.links, &refs[g], &b.asked[at], k - at, staging, batch_answered, b, groups == 1)
+        sent = sent or result == OK
+        if result != OK:
+            for k in range(at, at + pages[g]):
+                i = b.asked[k].place
+                here[i] = b.kinds[i] = kind_of(b, i, result)
             sub32(&b.outstanding, 1, ACQ_REL)
-        if result == OK:
-            here[i] = KIND_WRITE if write else KIND_READ
-        else:
-            here[i] = KIND_ABSENT if result == BUSY or i != b.wanted else kind_of_loss(result)
-        b.kinds[i] = here[i]
-    if queued and b.count > 1:
+        at += pages[g]
+        staging += pages[g] * reply_bytes(1)
+    if sent and groups > 1:
         links_flush(r.links, peer)
-    if queued:
+    if sent:
         i = 0
         while i < b.count:
             j = i + 1
@@ -485,6 +526,12 @@ cdef int bring_in(Region_t *r, Batch *b, bint write_all, bint write_wanted) noex
     if sub32(&b.outstanding, 1, ACQ_REL) == 0:
         finish_batch(b)
     return wanted_result
+
+
+cdef void bring_in_later(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """By a worker of the links."""
+    cdef Batch *b = <Batch *> context
+    bring_in(b.region, b)
 
 
 cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, Batch *b) noexcept nogil:
@@ -538,9 +585,11 @@ cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, i
             claim(r, page, page + 1 - min(page + 1, <uint64_t> WINDOW_MAX), page + 1, b)
             stream.next_down = <uint32_t> b.first
             page = b.first - 1          # below page 0 this is beyond the end
-        b.wanted = WINDOW_MAX           # nobody waits: a page that cannot be had is left for whoever touches it
+        b.wanted = WINDOW_MAX           # nobody waits
+        b.write_all = write
         pthread_mutex_unlock(&r.lock)
-        bring_in(r, b, write, write)
+        if not links_later(r.links, bring_in_later, b):
+            bring_in(r, b)
 
 
 # --- fault threads -------------------------------------------------------------------------------------------------
@@ -581,7 +630,9 @@ cdef void on_missing(Region_t *r, uint64_t page, bint write) noexcept nogil:
     next = b.first + b.count if upwards else b.first - 1
     pthread_mutex_unlock(&r.lock)
     # A writer that goes through the pages in order gets them writable at once: no second fault on each.
-    met = bring_in(r, b, write and sequential, write)
+    b.write_all = write and sequential
+    b.write_wanted = write
+    met = bring_in(r, b)
     if met == REMOTE:
         add64(&r.faults_remote, 1, RELAXED)
     elif met == MISS:
@@ -898,9 +949,10 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
             b = take_batch(r) if state == PAGE_AWAY and has_room(r) else NULL
             if b != NULL:
                 b.fault = False
+                b.write_all = writable
                 claim(r, page, page, end, b)
                 pthread_mutex_unlock(&r.lock)
-                bring_in(r, b, writable, writable)
+                bring_in(r, b)
             else:
                 pthread_cond_signal(&r.work)
                 cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))

@@ -25,7 +25,7 @@ from ramster.engine._c.atomic cimport *
 from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.codec cimport LZ4_compress_default, LZ4_decompress_safe, crc32_iscsi
 from ramster.engine._c.crypto cimport (
-    EVP_CIPHER_CTX, EVP_CIPHER_CTX_ctrl, EVP_CTRL_GCM_GET_TAG, EVP_CTRL_GCM_SET_TAG, EVP_DecryptFinal_ex,
+    EVP_CIPHER_CTX, EVP_CIPHER_CTX_ctrl, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new, EVP_CTRL_GCM_GET_TAG, EVP_CTRL_GCM_SET_TAG, EVP_DecryptFinal_ex,
     EVP_DecryptInit_ex, EVP_DecryptUpdate, EVP_EncryptFinal_ex, EVP_EncryptInit_ex, EVP_EncryptUpdate,
     EVP_aes_256_gcm, EVP_sha256, HMAC, OPENSSL_cleanse, RAND_bytes)
 from ramster.engine._c.linux cimport (
@@ -1537,9 +1537,24 @@ cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, 
     spin_unlock(&row.lock)
 
 
+cdef EVP_CIPHER_CTX *store_unseal_context() noexcept nogil:
+    """A context for one thread that unseals; NULL without memory. The cipher is looked up here, once."""
+    cdef EVP_CIPHER_CTX *ctx = EVP_CIPHER_CTX_new()
+    if ctx != NULL and EVP_DecryptInit_ex(ctx, EVP_aes_256_gcm(), NULL, NULL, NULL) != 1:
+        EVP_CIPHER_CTX_free(ctx)
+        return NULL
+    return ctx
+
+
+cdef int store_unseal_begin(const RemoteRef *ref, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Set the key of the segment whose entries store_unseal() will open."""
+    return OK if EVP_DecryptInit_ex(ctx, NULL, NULL, ref.key, NULL) == 1 else CORRUPT
+
+
 cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, uint8_t *page,
                       EVP_CIPHER_CTX *ctx) noexcept nogil:
-    """Check and uncompress a sealed entry that came back. CORRUPT unless it is the very entry that was asked for."""
+    """Check and uncompress a sealed entry that came back, after store_unseal_begin(). CORRUPT unless it is the very entry
+    that was asked for."""
     cdef EntryHeader *header = <EntryHeader *> entry
     cdef uint8_t plain[OID_BYTES + PAGE]
     cdef uint8_t nonce[12]
@@ -1552,7 +1567,7 @@ cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry
     if ref.sparse:
         memcpy(oid, ref.oid, OID_BYTES)
     aad_bytes = seal_nonce_aad(ref.seal_id, ref.ordinal, header, oid, nonce, aad)
-    if EVP_DecryptInit_ex(ctx, EVP_aes_256_gcm(), NULL, ref.key, nonce) != 1 or \
+    if EVP_DecryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
             EVP_DecryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
             EVP_DecryptUpdate(ctx, plain, &n, entry + HEADER_BYTES, header.length) != 1 or \
             EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_SET_TAG, TAG_BYTES, header.tag) != 1 or \

@@ -18,7 +18,6 @@ def frame_layout():
         "credit": (<char *> &f.credit - base, sizeof(f.credit)),
         "segment": (<char *> &f.segment - base, sizeof(f.segment)),
         "generation": (<char *> &f.generation - base, sizeof(f.generation)),
-        "ordinal": (<char *> &f.ordinal - base, sizeof(f.ordinal)),
         "handle": (<char *> &f.handle - base, sizeof(f.handle)),
         "reserved": (<char *> &f.reserved - base, sizeof(f.reserved)),
         "crc": (<char *> &f.crc - base, sizeof(f.crc)),

@@ -18,7 +18,7 @@ from ramster.engine._c.pthread cimport now_ns, pthread_join, pthread_t, start_th
 from ramster.engine._store cimport (
     CORRUPT, FULL, LOST, MISS, OK, PAGE, POOLS_MAX, REMOTE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t,
     store_flush, store_get, store_put, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
-    store_unseal)
+    store_unseal, store_unseal_begin, store_unseal_context)
 
 from ramster import errors
 
@@ -364,11 +364,13 @@ def unseal(Store store, uint32_t pool, uint32_t index, bytes entry, oid=(0, 0, 0
     cdef int result
     if look(store, pool, index, oid, &ref) != REMOTE:
         raise errors.UsageError(f"page {index} of pool {pool} is not on a lender")
-    ctx = EVP_CIPHER_CTX_new()
+    ctx = store_unseal_context()
     if ctx == NULL:
         raise MemoryError
     with nogil:
-        result = store_unseal(&ref, place, size, page, ctx)
+        result = store_unseal_begin(&ref, ctx)
+        if result == OK:
+            result = store_unseal(&ref, place, size, page, ctx)
     EVP_CIPHER_CTX_free(ctx)
     if result != OK:
         raise errors.PageLost(f"page {index} of pool {pool}: what came back is not what was sent")

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from ramster.errors import ProtocolError
 
 MAGIC: Final = 0x54534D52  # "RMST"
-VERSION: Final = 1
+VERSION: Final = 2
 # What a hello or a refusal may take: a page of JSON, with room for features to come.
 SMALL_BODY_MAX: Final = 16384
 
@@ -29,7 +29,7 @@ class Field(NamedTuple):
 
 HEADER: Final = (
     Field(0, 4, "magic", "0x54534D52: the bytes RMST"),
-    Field(4, 1, "version", "1"),
+    Field(4, 1, "version", "2"),
     Field(5, 1, "type", "see the table of types"),
     Field(6, 2, "status", "of a reply: 0 done, 1 absent, 2 full, 3 bad"),
     Field(8, 8, "request", "chosen by whoever asks, repeated in the reply"),
@@ -37,13 +37,12 @@ HEADER: Final = (
     Field(20, 4, "credit", "segments that the sender has room for"),
     Field(24, 4, "segment", "the owner's number of the segment"),
     Field(28, 4, "generation", "how often the owner has used that number before, modulo 2^14"),
-    Field(32, 4, "ordinal", "of the entry in its segment"),
-    Field(36, 4, "handle", "the lender's hint where the segment lies; 0xFFFFFFFF none"),
-    Field(40, 4, "reserved", "zero"),
+    Field(32, 4, "handle", "the lender's hint where the segment lies; 0xFFFFFFFF none"),
+    Field(36, 8, "reserved", "zero"),
     Field(44, 4, "crc", "CRC32C of the 44 bytes before"),
 )
 HEADER_BYTES: Final = 48
-_HEADER: Final = struct.Struct("<IBBHQIIIIIIII")
+_HEADER: Final = struct.Struct("<IBBHQIIIIIQI")
 assert _HEADER.size == HEADER_BYTES == HEADER[-1].offset + HEADER[-1].size
 
 
@@ -88,7 +87,7 @@ def pack(kind: FrameType, body: bytes) -> bytes:
     """A whole frame of the handshake. ValueError for a body larger than SMALL_BODY_MAX."""
     if len(body) > SMALL_BODY_MAX:
         raise ValueError(f"a body of {len(body)} bytes: at most {SMALL_BODY_MAX}")
-    header = _HEADER.pack(MAGIC, VERSION, kind, 0, 0, len(body), 0, 0, 0, 0, 0, 0, 0)[:-4]
+    header = _HEADER.pack(MAGIC, VERSION, kind, 0, 0, len(body), 0, 0, 0, 0, 0, 0)[:-4]
     return header + struct.pack("<I", crc32c(header)) + body
 
 

@@ -13,8 +13,8 @@ import msgspec
 from ramster.constants import NODE_NUMBER_MAX, PAGE_BYTES
 from ramster.errors import ProtocolError
 
-VERSION_MIN: Final = 1
-VERSION_MAX: Final = 1
+VERSION_MIN: Final = 2
+VERSION_MAX: Final = 2
 KINDS: Final = ("get", "bulk")
 
 
