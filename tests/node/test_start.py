@@ -200,7 +200,7 @@ def test_a_peer_of_another_version(make: Callable[..., Cluster]) -> None:
     assert kind == frames.FrameType.REFUSE
     reason = hello.decode_refusal(connection.receive(length, 10))
     connection.close()
-    assert reason == "it speaks versions 7 to 9, this node 1 to 1"
+    assert reason == "it speaks versions 7 to 9, this node 2 to 2"
     wait_until(lambda: reason in alpha.log, "the other side says it too")
     assert alpha.status()["counters"]["refused_connections"] == 1
 

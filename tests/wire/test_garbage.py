@@ -27,6 +27,7 @@ from ramster.wire import frames, hello
 from ramster.wire.frames import HEADER, FrameType
 
 SEGMENT = 65536
+REPLY_BYTES_MAX = 128 + 64 * 4160
 TIMEOUT_S = 10.0
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -202,7 +203,9 @@ def test_a_known_peer_that_breaks_the_protocol(
         wrong, length = data.draw(
             st.one_of(
                 st.tuples(st.just(3), st.integers(1, 2**32 - 1)),
-                st.tuples(st.just(6 if kind == "get" else 7), st.integers(SEGMENT + 1, 2**32 - 1)),
+                st.tuples(st.just(6), st.integers(REPLY_BYTES_MAX + 1, 2**32 - 1))
+                if kind == "get"
+                else st.tuples(st.just(7), st.integers(SEGMENT + 1, 2**32 - 1)),
                 st.tuples(st.just(5), st.integers(0, 2**32 - 1).filter(lambda n: n % 2 or not 0 < n <= 128))
                 if kind == "get"
                 else st.tuples(st.just(9), st.integers(1, 2**32 - 1)),

@@ -51,7 +51,8 @@ cdef struct Channel:
     pthread_mutex_t lock
     pthread_cond_t drained
     uint32_t waiting                # writers that want the lock; the reader lets them go first
-    SSL *ssl
+    SSL *ssl                        # under the lock
+    uint32_t up                     # the same for whoever has no lock, set last
     int fd
     uint32_t kind
     uint32_t peer
@@ -89,7 +90,7 @@ cdef struct Peer:
     uint32_t shipping
     uint64_t down_ns                # since when its get channel is down; 0 while up or never seen
     bint seen
-    bint gone                       # it said goodbye
+    uint32_t gone                   # it said goodbye
     Channel channels[2]
     uint64_t gets
     uint64_t segments_sent

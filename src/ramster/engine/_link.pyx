@@ -20,6 +20,7 @@ Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock. 
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport errno
+from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memmove, memset, strerror
@@ -107,6 +108,15 @@ cdef void say(uint64_t *counter, uint64_t amount) noexcept nogil:
     add64(counter, amount, RELAXED)
 
 
+cdef inline Peer *peer_at(Links_t *l, uint32_t number) noexcept nogil:
+    """A peer once it is known, else NULL; numbers beyond the table name nobody."""
+    return <Peer *> <size_t> load64(<uint64_t *> &l.peers[number & 255], ACQUIRE)
+
+
+cdef inline bint is_up(Channel *ch) noexcept nogil:
+    return load32(&ch.up, ACQUIRE) != 0
+
+
 # --- sending -------------------------------------------------------------------------------------------------------
 
 cdef void frame_init(Links_t *l, Frame *frame, uint8_t type, uint64_t request) noexcept nogil:
@@ -169,7 +179,7 @@ cdef bint flush_record(Links_t *l, Channel *ch) noexcept nogil:
         ch.out_head = (ch.out_head + <uint32_t> written) % ch.out_bytes
         ch.out_used -= <uint32_t> written
         ch.records += 1
-        ch.bytes_sent += <uint64_t> written
+        say(&ch.bytes_sent, <uint64_t> written)
         pthread_cond_broadcast(&ch.drained)
         if ch.out_used == 0:
             arm(l, ch, False)
@@ -398,16 +408,16 @@ cdef void answer_asked(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
 
 cdef void pending_release(Links_t *l, uint32_t i) noexcept nogil:
     pthread_mutex_lock(&l.pending_lock)
-    l.pending[i].state = P_FREE
+    store32(&l.pending[i].state, P_FREE, RELAXED)
     l.pending_free[l.pending_free_count] = i
-    l.pending_free_count += 1
+    store32(&l.pending_free_count, l.pending_free_count + 1, RELAXED)
     pthread_mutex_unlock(&l.pending_lock)
 
 
 cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexcept nogil:
     """Send the request of an entry that is in state sent under this id; back to waiting when the link would not take it."""
     cdef Pending *p = &l.pending[i]
-    cdef Peer *peer = l.peers[p.ref.peer]
+    cdef Peer *peer = peer_at(l, p.ref.peer)
     cdef Frame frame
     cdef uint16_t ordinals[GET_PAGES_MAX]
     cdef uint32_t k
@@ -424,7 +434,7 @@ cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexc
     else:
         pthread_mutex_lock(&l.pending_lock)
         if p.state == P_SENT and p.id == id:
-            p.state = P_WAITS
+            store32(&p.state, P_WAITS, RELAXED)
         pthread_mutex_unlock(&l.pending_lock)
 
 
@@ -436,23 +446,23 @@ cdef uint64_t next_id(Links_t *l, uint32_t i) noexcept nogil:
 
 cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
     """True once a lender has been out of reach for longer than give_up, or said goodbye."""
-    cdef Peer *peer = l.peers[number & 255]
+    cdef Peer *peer = peer_at(l, number)
     cdef uint64_t down
     if peer == NULL:
         return True
     down = load64(&peer.down_ns, ACQUIRE)
-    return peer.gone or (down != 0 and now_ns() - down > l.give_up_ns)
+    return load32(&peer.gone, ACQUIRE) != 0 or (down != 0 and now_ns() - down > l.give_up_ns)
 
 
 cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
     """A lender whose get connection is up now."""
-    cdef Peer *peer = l.peers[number & 255]
-    return peer != NULL and not peer.gone and load64(&peer.down_ns, ACQUIRE) == 0
+    cdef Peer *peer = peer_at(l, number)
+    return peer != NULL and not load32(&peer.gone, ACQUIRE) and load64(&peer.down_ns, ACQUIRE) == 0
 
 
 cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
     """Send what links_get has queued for a lender."""
-    cdef Peer *peer = l.peers[number & 255]
+    cdef Peer *peer = peer_at(l, number)
     if peer != NULL:
         flush(l, &peer.channels[GET])
 
@@ -474,12 +484,12 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
     if l.pending_free_count == 0 or load32(&l.stopping, ACQUIRE):
         pthread_mutex_unlock(&l.pending_lock)
         return BUSY
-    l.pending_free_count -= 1
+    store32(&l.pending_free_count, l.pending_free_count - 1, RELAXED)
     i = l.pending_free[l.pending_free_count]
     p = &l.pending[i]
     id = next_id(l, i)
     p.links = l
-    p.state = P_SENT
+    store32(&p.state, P_SENT, RELAXED)
     p.id = id
     p.ref = ref[0]
     p.one = wanted[0]
@@ -574,7 +584,7 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
         pthread_mutex_unlock(&l.pending_lock)
         say(&l.late_replies, 1)
         return
-    p.state = P_COMPLETING
+    store32(&p.state, P_COMPLETING, RELAXED)
     pthread_mutex_unlock(&l.pending_lock)
     record(&peer.round_trip, now - p.sent_ns)
     say(&peer.gets, p.pages)
@@ -601,7 +611,7 @@ cdef void pending_open(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
 
 cdef void pending_forget_body(Links_t *l, uint32_t i, uint32_t peer) noexcept nogil:
     """By the get reactor: what is just being received for this request has nowhere to go any more."""
-    cdef Channel *ch = &l.peers[peer].channels[GET]
+    cdef Channel *ch = &peer_at(l, peer).channels[GET]
     if ch.in_body and (ch.frame.request & (PENDING_MAX - 1)) == i:
         ch.body = NULL
 
@@ -634,9 +644,9 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
                 id = next_id(l, i)
                 p.id = id
                 p.sent_ns = now
-                p.state = P_SENT
+                store32(&p.state, P_SENT, RELAXED)
             if outcome >= 0:
-                p.state = P_COMPLETING
+                store32(&p.state, P_COMPLETING, RELAXED)
         pthread_mutex_unlock(&l.pending_lock)
         if outcome >= 0 or resend:
             pending_forget_body(l, i, p.ref.peer)
@@ -654,7 +664,7 @@ cdef void pending_unsent(Links_t *l, uint32_t peer) noexcept nogil:
     pthread_mutex_lock(&l.pending_lock)
     for i in range(PENDING_MAX):
         if l.pending[i].state == P_SENT and l.pending[i].ref.peer == peer:
-            l.pending[i].state = P_WAITS
+            store32(&l.pending[i].state, P_WAITS, RELAXED)
     pthread_mutex_unlock(&l.pending_lock)
 
 
@@ -1017,7 +1027,7 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
     elif f.type == T_PONG:
         store32(&peer.credit, f.credit, RELAXED)
     elif f.type == T_GOODBYE:
-        peer.gone = True
+        store32(&peer.gone, 1, RELEASE)
         store_peer_lost(l.store, peer.number)
         lent_drop(l, peer.number, 0)
         eventfd_write(l.event_fd, 1)
@@ -1120,7 +1130,7 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
             ch.reason = b"the peer closed the connection" if error == SSL_ERROR_ZERO_RETURN else b"the connection broke"
             return -1
         ch.received_ns = now_ns()
-        ch.bytes_received += <uint64_t> n
+        say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
             if ch.body_got == ch.frame.length:
@@ -1140,6 +1150,7 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         pthread_mutex_unlock(&ch.lock)
         return
     epoll_ctl(l.epolls[ch.kind], EPOLL_CTL_DEL, ch.fd, NULL)
+    store32(&ch.up, 0, RELEASE)
     SSL_free(ch.ssl)
     close(ch.fd)
     ch.ssl = NULL
@@ -1183,7 +1194,7 @@ cdef bint channel_close(Channel *ch, uint64_t deadline_ns) noexcept nogil:
 
 cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef int result
-    if ch.ssl == NULL:
+    if not is_up(ch):
         return
     result = receive(l, peer, ch)
     if result < 0:
@@ -1201,7 +1212,7 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
     cdef Frame frame
     cdef bint overdue = False
     cdef int i
-    if ch.ssl == NULL or now < ch.received_ns:
+    if not is_up(ch) or now < ch.received_ns:
         return
     if ch.kind == BULK and peer.shipping:
         pthread_mutex_lock(&l.ship_lock)
@@ -1232,26 +1243,28 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
         n = epoll_wait(l.epolls[kind], events, 32, TICK_MS)
         for i in range(n):
             if events[i].data.u32 < PEERS_MAX:
-                peer = l.peers[events[i].data.u32]
+                peer = peer_at(l, events[i].data.u32)
                 serve(l, peer, &peer.channels[kind])
                 continue
             eventfd_read(l.wakes[kind], &value)
             for p in range(PEERS_MAX):
-                peer = l.peers[p]
+                peer = peer_at(l, p)
                 if peer != NULL and swap32(&peer.channels[kind].kick, 0, ACQ_REL):
                     serve(l, peer, &peer.channels[kind])
         now = now_ns()
         if now - ticked > TICK_MS * 1000000ull:
             ticked = now
             for p in range(PEERS_MAX):
-                if l.peers[p] != NULL:
-                    channel_tick(l, l.peers[p], &l.peers[p].channels[kind], now)
+                peer = peer_at(l, p)
+                if peer != NULL:
+                    channel_tick(l, peer, &peer.channels[kind], now)
             if kind == GET:
                 pending_tick(l)
     for p in range(PEERS_MAX):
-        if l.peers[p] != NULL:
-            l.peers[p].channels[kind].reason = b"this node stops"
-            channel_down(l, l.peers[p], &l.peers[p].channels[kind])
+        peer = peer_at(l, p)
+        if peer != NULL:
+            peer.channels[kind].reason = b"this node stops"
+            channel_down(l, peer, &peer.channels[kind])
     if kind == GET:
         pending_tick(l)
 
@@ -1605,8 +1618,8 @@ cdef class Links:
                 pthread_mutex_lock(&l.ship_lock)
                 peer.orphan_count = peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
-                peer.generation = generation
-                peer.gone = False
+                store64(&peer.generation, generation, RELAXED)
+                store32(&peer.gone, 0, RELEASE)
             peer.seen = True
             store32(&peer.credit, credit, RELAXED)
             pthread_mutex_unlock(&l.peers_lock)
@@ -1616,7 +1629,8 @@ cdef class Links:
             ch.received_ns = ch.pinged_ns = now_ns()
             ch.records = 0
             ch.reason = NULL
-            ch.kick = 1
+            store32(&ch.kick, 1, RELAXED)
+            store32(&ch.up, 1, RELEASE)
             event.events = EPOLLIN
             event.data.u64 = 0
             event.data.u32 = number
@@ -1664,12 +1678,12 @@ cdef class Links:
             if peer.channels[k].out == NULL or peer.channels[k].received == NULL or \
                     (k == GET and peer.channels[k].asked == NULL):
                 raise MemoryError
-        l.peers[number] = peer
+        store64(<uint64_t *> &l.peers[number], <uint64_t> <size_t> peer, RELEASE)
         return peer
 
     def detach(self, uint32_t number):
         """Break both connections to a peer, as a cut cable would."""
-        cdef Peer *peer = self.live().peers[number & 255]
+        cdef Peer *peer = peer_at(self.live(), number)
         cdef int k
         if peer == NULL:
             return
@@ -1680,8 +1694,8 @@ cdef class Links:
             pthread_mutex_unlock(&peer.channels[k].lock)
 
     def up(self, uint32_t number, uint32_t kind):
-        cdef Peer *peer = self.live().peers[number & 255]
-        return peer != NULL and peer.channels[kind & 1].ssl != NULL
+        cdef Peer *peer = peer_at(self.live(), number)
+        return peer != NULL and is_up(&peer.channels[kind & 1])
 
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender; False when the queue is full. What fails stays here, whole."""
@@ -1780,31 +1794,38 @@ cdef class Links:
         cdef uint32_t i
         result = []
         for i in range(PEERS_MAX):
-            p = l.peers[i]
+            p = peer_at(l, i)
             if p != NULL:
-                up = p.channels[GET].ssl != NULL and p.channels[BULK].ssl != NULL
-                result.append((i, up, p.credit, p.shipping))
+                up = is_up(&p.channels[GET]) and is_up(&p.channels[BULK])
+                result.append((i, up, load32(&p.credit, RELAXED), load32(&p.shipping, RELAXED)))
         return result
 
     def peers(self):
         cdef Links_t *l = self.live()
         cdef Peer *p
         cdef uint32_t i
+        cdef const char *words
         result = []
         for i in range(PEERS_MAX):
-            p = l.peers[i]
+            p = peer_at(l, i)
             if p == NULL:
                 continue
             reason = b""
+            sent = received = 0
             for k in range(2):
-                if p.channels[k].ssl == NULL and p.channels[k].reason != NULL:
-                    reason = p.channels[k].reason
+                pthread_mutex_lock(&p.channels[k].lock)
+                words = p.channels[k].reason if p.channels[k].ssl == NULL else NULL
+                pthread_mutex_unlock(&p.channels[k].lock)
+                if words != NULL:
+                    reason = words
+                sent += load64(&p.channels[k].bytes_sent, RELAXED)
+                received += load64(&p.channels[k].bytes_received, RELAXED)
             result.append(dict(
-                number=i, up=p.channels[GET].ssl != NULL and p.channels[BULK].ssl != NULL, gone=bool(p.gone),
-                generation=p.generation, credit=p.credit, shipping=p.shipping, reason=reason.decode(),
-                lost=links_peer_lost(l, i), bytes_sent=p.channels[GET].bytes_sent + p.channels[BULK].bytes_sent,
-                bytes_received=p.channels[GET].bytes_received + p.channels[BULK].bytes_received, gets=p.gets,
-                segments_sent=p.segments_sent, refused=p.refused,
+                number=i, up=is_up(&p.channels[GET]) and is_up(&p.channels[BULK]), gone=bool(load32(&p.gone, ACQUIRE)),
+                generation=load64(&p.generation, RELAXED), credit=load32(&p.credit, RELAXED),
+                shipping=load32(&p.shipping, RELAXED), reason=reason.decode(), lost=links_peer_lost(l, i), bytes_sent=sent,
+                bytes_received=received, gets=load64(&p.gets, RELAXED), segments_sent=load64(&p.segments_sent, RELAXED),
+                refused=load64(&p.refused, RELAXED),
                 round_trip_p50_us=quantile(&p.round_trip, 0.5) // 1000,
                 round_trip_p99_us=quantile(&p.round_trip, 0.99) // 1000))
         return result
@@ -1812,9 +1833,11 @@ cdef class Links:
     def counters(self):
         cdef Links_t *l = self.live()
         return dict(
-            remote_gets=l.remote_gets, late_replies=l.late_replies, protocol_errors=l.protocol_errors, frees_sent=l.frees_sent,
-            ships_refused=l.ships_refused, ships_failed=l.ships_failed, segments_received=l.segments_received,
-            gets_served=l.gets_served, unreachable=l.unreachable, corrupt_replies=l.corrupt_replies,
-            bytes_shipped=l.bytes_shipped, lend_bytes=<uint64_t> l.lent_frames * l.segment_bytes,
-            lent_frames=l.lent_frames, lent_free=l.lent_free_count, lent_locked=bool(l.lent_locked),
-            gets_pending=PENDING_MAX - l.pending_free_count)
+            remote_gets=load64(&l.remote_gets, RELAXED), late_replies=load64(&l.late_replies, RELAXED),
+            protocol_errors=load64(&l.protocol_errors, RELAXED), frees_sent=load64(&l.frees_sent, RELAXED),
+            ships_refused=load64(&l.ships_refused, RELAXED), ships_failed=load64(&l.ships_failed, RELAXED),
+            segments_received=load64(&l.segments_received, RELAXED), gets_served=load64(&l.gets_served, RELAXED),
+            unreachable=load64(&l.unreachable, RELAXED), corrupt_replies=load64(&l.corrupt_replies, RELAXED),
+            bytes_shipped=load64(&l.bytes_shipped, RELAXED), lend_bytes=<uint64_t> l.lent_frames * l.segment_bytes,
+            lent_frames=l.lent_frames, lent_free=load32(&l.lent_free_count, RELAXED), lent_locked=bool(l.lent_locked),
+            gets_pending=PENDING_MAX - load32(&l.pending_free_count, RELAXED))

@@ -1,0 +1,1 @@
+"""Several pages by one request: see _together.pyx."""

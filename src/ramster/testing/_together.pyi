@@ -1,0 +1,3 @@
+from ramster.engine.links import Links
+
+def get_together(links: Links, pool: int, indices: list[int]) -> list[bytes | str]: ...
