@@ -93,7 +93,7 @@ class Engines:
 
     def _place(self) -> None:
         """All threads have the same names on both sides; those of the lender were started last."""
-        for name in ("ramster-get", "ramster-bulk", "ramster-ship", "ramster-work"):
+        for name in ("ramster-get", "ramster-bulk", "ramster-ship", "ramster-send", "ramster-work"):
             found = sorted(thread for thread, its_name, _ in threads(os.getpid()) if its_name == name)
             for thread, core in zip(found, (HERE, THERE), strict=True):
                 os.sched_setaffinity(thread, {core})

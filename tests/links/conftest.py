@@ -17,7 +17,7 @@ from ramster.testing.proxy import Proxy, wait_until
 
 SEGMENT = 65536
 HANDSHAKE_S = 10.0
-BORROWER, LENDER = 1, 2
+BORROWER, LENDER, OTHER_LENDER = 1, 2, 3
 
 
 def page(seed: int) -> bytes:
@@ -156,11 +156,12 @@ class Pair:
     def wait_for_frees(self, frames: int) -> None:
         wait_until(lambda: self.b.lent_used() == frames, f"{frames} frames at the lender, not {self.b.lent_used()}")
 
-    def close(self) -> None:
+    def close(self, *, shared: bool = False) -> None:
+        """`shared`: the borrower belongs to another pair, too, which closes it."""
         self.get.release()
         self.bulk.release()
         self._tasks.shutdown()
-        for side in (self.a, self.b):
+        for side in (self.b,) if shared else (self.a, self.b):
             side.links.stop()
             side.store.verify()
             side.store.close()

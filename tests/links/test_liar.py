@@ -272,35 +272,33 @@ def test_whatever_shape_the_reply_has_a_page_is_right_or_reported(liar: Liar, da
     assert liar.all() == [page(index) for index in range(PAGES)]
 
 
-def test_requests_that_find_the_lenders_buffer_full_wait_for_room(make_pair: MakePair) -> None:
-    """More is asked for at once than the send buffer of the lender holds, while the borrower does not read."""
-    pair: Pair = make_pair(segments=64, lend=48, give_up_ms=20_000, request_deadline_ms=15_000)
+def test_requests_that_find_the_lenders_buffer_full_wait_for_room(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More is asked for at once than the send buffer of the lender holds, while the borrower does not read. Nothing would
+    be asked twice in this test: what the lender dropped would be out of reach."""
+    pair: Pair = make_pair(segments=64, lend=48, give_up_ms=10_000, request_deadline_ms=60_000)
     per_segment = 24
     for first in range(0, 40 * per_segment, per_segment):
         pair.put(*range(first, first + per_segment))
         pair.ship()
     pair.get.down.hold()
-    asked = [
-        pair.later(lambda first=first: b"".join(together(pair, first, per_segment)))  # type: ignore[misc]
-        for first in range(0, 8 * per_segment, per_segment)
-    ]
-    more = [
+    gets = [
         threading.Thread(target=together, args=(pair, first, per_segment))
-        for _ in range(4)
+        for _ in range(5)
         for first in range(0, 40 * per_segment, per_segment)
     ]
-    for each in more:
+    failures: list[BaseException] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: failures.append(args.exc_value))
+    for each in gets:
         each.start()
-    wait_until(lambda: pair.pending() >= 8 + len(more), "everything is under way")
+    wait_until(lambda: pair.pending() == len(gets), "everything is under way")
     pair.get.down.release()
-    for n, each in enumerate(asked):
-        assert each.result() == b"".join(page(index) for index in range(n * per_segment, (n + 1) * per_segment))
-    for each in more:
+    for each in gets:
         each.join()
-    assert pair.a.links.counters()["late_replies"] == 0, "nothing had to be asked twice"
+    assert not failures
 
 
-def together(pair: Pair, first: int, count: int) -> list[bytes]:
+def together(pair: Pair, first: int, count: int) -> None:
     got = get_together(pair.a.links, pair.pool, list(range(first, first + count)))
     assert got == [page(index) for index in range(first, first + count)]
-    return [bytes(each) for each in got if isinstance(each, bytes)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-from tests.links.conftest import LENDER, SEGMENT, MakePair, Pair, page
+from typing import Any
 
-from ramster.engine.links import BULK, GET
+import pytest
+from tests.links.conftest import LENDER, OTHER_LENDER, SEGMENT, MakePair, Pair, Side, page
+
+from ramster.engine.links import BULK, GET, TlsContext
 from ramster.errors import PageLost, StoreFull
 from ramster.testing import _stress
 from ramster.testing.proxy import wait_until
 
 PAGES = range(200)
+IN_FLIGHT = 8
 
 
 def test_what_was_shipped_comes_back_equal(pair: Pair) -> None:
@@ -570,6 +573,34 @@ def test_two_owners_never_meet_in_one_lender(make_pair: MakePair) -> None:
     one.put(*range(40))
     one.ship()
     assert one.b.links.foreign() == {1: one.b.lent_used()}
+
+
+def test_a_lender_that_stands_still_holds_up_no_other(pair: Pair, contexts: dict[int, TlsContext]) -> None:
+    """Segments for a lender that takes nothing wait, then stay here; those for another lender pass them."""
+    still = Pair(pair.a, Side(OTHER_LENDER, contexts[OTHER_LENDER], 8, 16))
+    still.connect()
+    try:
+        pair.put(*range(400))
+        pair.a.store.seal_open()
+        segments = pair.a.store.coldest(24)
+        with still.bulk.up.held():
+            for segment, generation, *_ in segments[:12]:
+                assert pair.a.links.ship(segment, generation, OTHER_LENDER)
+            wait_until(lambda: _row(pair, OTHER_LENDER)["shipping"] == IN_FLIGHT, "as many as may be under way")
+            for segment, generation, *_ in segments[12:]:
+                assert pair.a.links.ship(segment, generation, LENDER)
+            wait_until(lambda: pair.a.store.statistics().segments_remote == len(segments) - 12, "the others are there")
+            waiting = {number: shipping for number, _, _, shipping in pair.a.links.lenders()}
+            assert waiting == {LENDER: 0, OTHER_LENDER: 12}
+            wait_until(lambda: pair.a.links.shipping() == IN_FLIGHT, "orders without progress are given up")
+        wait_until(lambda: pair.a.links.shipping() == 0, "what was under way arrives late")
+        pair.expect(range(400))
+    finally:
+        still.close(shared=True)
+
+
+def _row(pair: Pair, number: int) -> dict[str, Any]:
+    return next(row for row in pair.a.links.peers() if row["number"] == number)
 
 
 def test_stop_ends_gets_that_wait(make_pair: MakePair) -> None:

@@ -7,7 +7,16 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramster.remotify.policy import SHIPS_PER_DECISION_MAX, Lender, Policy, Segment, Settings, Ship, Snapshot
+from ramster.remotify.policy import (
+    BACKLOG_MAX,
+    SHIPS_PER_DECISION_MAX,
+    Lender,
+    Policy,
+    Segment,
+    Settings,
+    Ship,
+    Snapshot,
+)
 
 SETTINGS = Settings(high=0.75, low=0.60, cold_after_ms=30_000)
 
@@ -82,6 +91,12 @@ def test_switched_off_nothing_leaves_and_draining_is_forgotten() -> None:
 def test_nobody_to_lend_nothing_to_ship() -> None:
     for lenders in ([], [Lender(2, False, 10, 0)], [Lender(2, True, 0, 0)], [Lender(2, True, 4, 4)]):
         assert Policy(SETTINGS).decide(look(90, lenders=lenders)) == []
+
+
+def test_a_lender_that_gets_no_further_does_not_attract_everything() -> None:
+    lenders = [Lender(2, up=True, credit=1000, shipping=BACKLOG_MAX - 1), Lender(3, up=True, credit=5, shipping=0)]
+    ships = Policy(SETTINGS).decide(look(90, lenders=lenders))
+    assert [ship.lender for ship in ships] == [2, 3, 3, 3, 3, 3]
 
 
 def test_the_lender_with_most_room_first_and_equals_share() -> None:

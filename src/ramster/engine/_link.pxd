@@ -12,6 +12,8 @@ cdef enum:
     PENDING_MAX = 4096              # remote gets under way at one moment, all peers together
     SHIPS_MAX = 64                  # segments on their way at one moment, all peers together
     ORDERS_MAX = 256
+    ORDERS_PER_PEER = 64            # so that a lender that stands still leaves room for orders to others
+    IMAGES = 2                      # sealed segments that wait for one lender's connection: one is sent, one is sealed
     FRAME_BYTES = 48
     RECEIVE_BYTES = 32768
     GET_PAGES_MAX = 64              # pages that one request may ask for
@@ -47,23 +49,31 @@ cdef struct Asked:                  # a peer's request that waits for room in th
     Frame frame
     uint16_t ordinals[64]
 
-cdef struct Channel:
+cdef struct Channel:                # what 'lock' guards may be read without it only where the code says atomic
     pthread_mutex_t lock
     pthread_cond_t drained
     uint32_t waiting                # writers that want the lock; the reader lets them go first
-    SSL *ssl                        # under the lock
-    uint32_t up                     # the same for whoever has no lock, set last
+    SSL *ssl
+    uint32_t up                     # atomic: ssl != NULL; set last
+    uint32_t life                   # atomic: connections that it has lost
     int fd
     uint32_t kind
     uint32_t peer
     uint32_t kick                   # bytes may wait inside the SSL object, where epoll cannot see them
     bint armed                      # EPOLLOUT asked for
     bint closing                    # down, but what depended on it is still being settled
-    uint8_t *out
+    uint8_t *out                    # ring of small frames
     uint32_t out_bytes
     uint32_t out_head
     uint32_t out_used
-    uint32_t out_promised           # bytes of a write that must be repeated as it was
+    uint8_t *images[2]              # bulk: a SHIP frame and its body each; the shipper fills, the sender empties
+    uint32_t image_bytes[2]
+    uint32_t image_first
+    uint32_t image_count            # atomic
+    uint32_t image_done             # bytes of the first image that are encrypted
+    uint8_t *wire                   # records that the socket has not taken yet
+    uint32_t wire_start
+    uint32_t wire_end
     uint64_t records
     uint8_t *received
     uint32_t start
@@ -88,9 +98,12 @@ cdef struct Peer:
     uint64_t generation             # of the process at the other end
     uint32_t credit                 # segments that it says it has room for
     uint32_t shipping
+    uint32_t ordered                # orders for it in the queue
+    uint64_t progress_ns            # when an order for it last got further
+    uint32_t retell                 # a FREE found no room: all of them again
     uint64_t down_ns                # since when its get channel is down; 0 while up or never seen
     bint seen
-    uint32_t gone                   # it said goodbye
+    uint32_t gone                   # atomic: it said goodbye
     Channel channels[2]
     uint64_t gets
     uint64_t segments_sent
@@ -149,6 +162,7 @@ cdef struct Order:
     uint32_t segment
     uint32_t generation
     uint32_t peer
+    uint64_t ordered_ns
 
 cdef struct Lent:                   # one frame of the lender
     uint32_t state
@@ -168,6 +182,10 @@ cdef struct Links_t:
     int wakes[2]
     pthread_t reactors[2]
     pthread_t shipper
+    pthread_t sender
+    pthread_mutex_t send_lock
+    pthread_cond_t send_wanted
+    bint sending
     int order_fd
     int stop_fd
     int event_fd                    # channels went up or down: for the node's shell
@@ -197,14 +215,11 @@ cdef struct Links_t:
     bint reactors_done              # nothing will be added to the jobs any more
     # segments under way
     pthread_mutex_t ship_lock
-    pthread_cond_t ship_room
     Ship ships[64]
     uint64_t ship_sequence
-    Order orders[256]
-    uint32_t orders_head
+    Order orders[256]               # oldest first
     uint32_t orders_count
     uint32_t sealing                # orders taken that are not in 'ships' yet
-    uint8_t *image                  # of the shipper alone
     EVP_CIPHER_CTX *seal_ctx
     # what is lent
     pthread_mutex_t lender_lock

@@ -3,23 +3,25 @@
 Covers: connections from the TLS handshake on, frames, pending gets with deadlines, the shipper thread, the frames lent
 to others. Does not cover: who connects to whom and who may (node.peering), what is shipped where (remotify).
 
-Threads: a reactor for each kind of connection (get, bulk) reads, answers and watches deadlines; the shipper seals and
-sends segments and tells lenders what to forget; any thread may send a get on its own. A reply of one page is opened where
-it arrives, since somebody waits for it and a hand-over costs more than it does; workers open those of several pages,
-while the reactor receives the next.
+Threads: a reactor for each kind of connection (get, bulk) reads, answers and watches deadlines; the shipper seals
+segments and tells lenders what to forget; the sender encrypts and sends what the shipper has sealed, so that the next
+segment is sealed meanwhile; any thread may send a get on its own. A reply of one page is opened where it arrives, since
+somebody waits for it and a hand-over costs more than it does; workers open those of several pages, while the reactor
+receives the next.
 
 Rules of TLS under threads, each learned from somebody's failure (DESIGN.md section 6):
 
-* Sockets do not block. One lock per connection is held for one record at a time, and never while waiting.
-* All bytes go through one ring per connection. A write that OpenSSL wants repeated is repeated from the same place in
-  the ring before anything else, because nothing else is ever written from.
+* Sockets do not block. One lock per connection is held for one record or one send at a time, and never while waiting.
+* OpenSSL writes into memory, 'wire', and is asked only while a record fits: no write of its ever has to be repeated.
+  Several records go to the socket in one send, which costs half of what a send for each record does.
+* Plain bytes come from a ring of small frames or straight from a sealed image. Between two images small frames go first.
 * Writers go first: the reader looks whether somebody wants the lock before it takes it again.
-* No session tickets; keys are updated long before 2^24 records, and never with a write pending.
+* No session tickets; keys are updated long before 2^24 records.
 
 Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock. None of them is held while sleeping.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -31,9 +33,9 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN,
-    EPOLLOUT, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
+    EPOLLOUT, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
     epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, memfd_create, mlock, mmap, munmap, poll, pollfd,
-    shutdown)
+    send, shutdown)
 from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
@@ -44,7 +46,8 @@ from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
     store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
-    store_ship_commit, store_slot, store_slot_state, store_unseal, store_unseal_begin, store_unseal_context, memory_available)
+    store_ship_commit, store_slot, store_touch, store_slot_state, store_unseal, store_unseal_begin, store_unseal_context,
+    memory_available)
 
 import os
 
@@ -55,12 +58,15 @@ cdef enum:
     WIRE_VERSION = 2
     IMAGE_MAGIC = 0x4c455352
     RECORD_BYTES = 16384
+    SEND_BYTES = 65536              # encrypted bytes worth a system call
+    WIRE_BYTES = 65536 + 20480 + 4096   # one record more, and what a key update or an alert takes
+    RECORDS_PER_SEND_TURN = 4
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
-    REPLY_ROOM = 16384              # of a ring that segments must leave free: a reply that is dropped holds its segment up
+    ORDER_S = 2                     # an order waits so long without progress of its lender
     SHIP_ANSWER_S = 30              # eight segments at 1 Mbit/s take half of it
     GET_RING_BYTES = 1048576
-    BULK_RING_BYTES = 2097152
+    BULK_RING_BYTES = 262144
     NO_FRAME = 0xffffffff
     TICK_MS = 25
     SMALL_BODY_MAX = 16384
@@ -109,7 +115,7 @@ cdef void say(uint64_t *counter, uint64_t amount) noexcept nogil:
 
 
 cdef inline Peer *peer_at(Links_t *l, uint32_t number) noexcept nogil:
-    """A peer once it is known, else NULL; numbers beyond the table name nobody."""
+    """A peer is made once and stays until the links are freed; NULL before, and for numbers beyond the table."""
     return <Peer *> <size_t> load64(<uint64_t *> &l.peers[number & 255], ACQUIRE)
 
 
@@ -160,49 +166,141 @@ cdef void arm(Links_t *l, Channel *ch, bint writing) noexcept nogil:
     epoll_ctl(l.epolls[ch.kind], EPOLL_CTL_MOD, ch.fd, &event)
 
 
-cdef bint flush_record(Links_t *l, Channel *ch) noexcept nogil:
-    """Under the connection's lock: write at most one record from the ring. True when there may be more to write now."""
-    cdef uint32_t n
-    cdef int written, error
-    if ch.ssl == NULL or ch.out_used == 0:
-        return False
-    if ch.records >= KEY_UPDATE_RECORDS and ch.out_promised == 0:
+cdef int wire_write(BIO *bio, const char *data, int n) noexcept nogil:
+    cdef Channel *ch = <Channel *> BIO_get_data(bio)
+    BIO_clear_retry_flags(bio)
+    if n <= 0 or ch.wire_end + <uint32_t> n > WIRE_BYTES:
+        BIO_set_retry_write(bio)
+        return -1
+    memcpy(ch.wire + ch.wire_end, data, n)
+    ch.wire_end += <uint32_t> n
+    return n
+
+
+cdef long wire_control(BIO *bio, int command, long number, void *pointer) noexcept nogil:
+    return command == BIO_CTRL_FLUSH
+
+
+cdef BIO_METHOD *wire_method = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, b"ramster wire")
+BIO_meth_set_write(wire_method, wire_write)
+BIO_meth_set_ctrl(wire_method, wire_control)
+
+
+cdef inline bint plain_waits(Channel *ch) noexcept nogil:
+    return ch.out_used != 0 or ch.image_count != 0
+
+
+cdef bint encrypt_record(Links_t *l, Channel *ch) noexcept nogil:
+    """Under the connection's lock: one record from an image that has begun, else from the ring, else from the next image."""
+    cdef const uint8_t *plain
+    cdef uint32_t n, left = 0
+    if ch.records >= KEY_UPDATE_RECORDS:
         SSL_key_update(ch.ssl, SSL_KEY_UPDATE_NOT_REQUESTED)
         ch.records = 0
-    n = ch.out_promised
-    if n == 0:
+    if ch.image_count and (ch.image_done or ch.out_used == 0):
+        left = ch.image_bytes[ch.image_first] - ch.image_done
+        plain = ch.images[ch.image_first] + ch.image_done
+        n = min(<uint32_t> RECORD_BYTES, left)
+    else:
+        plain = ch.out + ch.out_head
         n = min(min(<uint32_t> RECORD_BYTES, ch.out_used), ch.out_bytes - ch.out_head)
     ERR_clear_error()
-    written = SSL_write(ch.ssl, ch.out + ch.out_head, <int> n)
-    if written > 0:
-        ch.out_promised = 0
-        ch.out_head = (ch.out_head + <uint32_t> written) % ch.out_bytes
-        ch.out_used -= <uint32_t> written
-        ch.records += 1
-        say(&ch.bytes_sent, <uint64_t> written)
+    if SSL_write(ch.ssl, plain, <int> n) != <int> n:
+        return False
+    ch.records += 1
+    say(&ch.bytes_sent, n)
+    if left == 0:
+        ch.out_head = (ch.out_head + n) % ch.out_bytes
+        ch.out_used -= n
         pthread_cond_broadcast(&ch.drained)
-        if ch.out_used == 0:
-            arm(l, ch, False)
-        return ch.out_used != 0
-    error = SSL_get_error(ch.ssl, written)
-    ch.out_promised = n
-    if error == SSL_ERROR_WANT_WRITE or error == SSL_ERROR_WANT_READ:
-        arm(l, ch, True)
+    elif n < left:
+        ch.image_done += n
     else:
-        shutdown(ch.fd, SHUT_RDWR)      # the reactor sees it and takes the connection down
-    return False
+        ch.image_done = 0
+        ch.image_first ^= 1
+        sub32(&ch.image_count, 1, RELEASE)
+        if load32(&l.orders_count, RELAXED):
+            eventfd_write(l.order_fd, 1)
+    return True
+
+
+cdef bint flush_record(Links_t *l, Channel *ch) noexcept nogil:
+    """Under the connection's lock: encrypt one record; send once that is worth a system call, or nothing is left to encrypt.
+    True when there is more to do now."""
+    cdef ssize_t sent
+    if ch.ssl == NULL:
+        return False
+    if ch.wire_end < SEND_BYTES and plain_waits(ch):
+        if not encrypt_record(l, ch):
+            shutdown(ch.fd, SHUT_RDWR)      # the reactor sees it and takes the connection down
+            return False
+        if ch.wire_end < SEND_BYTES and plain_waits(ch):
+            return True
+    if ch.wire_start == ch.wire_end:
+        return False
+    sent = send(ch.fd, ch.wire + ch.wire_start, ch.wire_end - ch.wire_start, MSG_NOSIGNAL)
+    if sent > 0:
+        ch.wire_start += <uint32_t> sent
+    elif errno != EAGAIN and errno != EINTR:
+        shutdown(ch.fd, SHUT_RDWR)
+        return False
+    if ch.wire_start != ch.wire_end:
+        arm(l, ch, True)
+        return False
+    ch.wire_start = ch.wire_end = 0
+    arm(l, ch, False)
+    return plain_waits(ch)
+
+
+cdef void wake_sender(Links_t *l) noexcept nogil:
+    pthread_mutex_lock(&l.send_lock)
+    l.sending = True
+    pthread_cond_signal(&l.send_wanted)
+    pthread_mutex_unlock(&l.send_lock)
 
 
 cdef void flush(Links_t *l, Channel *ch) noexcept nogil:
+    """Send what waits, or have the sender do it where segments wait."""
     cdef bint more = True
+    if load32(&ch.image_count, ACQUIRE):
+        wake_sender(l)
+        return
     while more:
         lock_to_write(ch)
         more = flush_record(l, ch)
         pthread_mutex_unlock(&ch.lock)
 
 
-cdef inline uint32_t room_for(const Frame *frame) noexcept nogil:
-    return FRAME_BYTES + frame.length + (REPLY_ROOM if frame.type == T_SHIP else 0)
+cdef void *sender_main(void *argument) noexcept nogil:
+    """Sends images, a few records for each lender in turn: one whose socket takes nothing holds up nobody."""
+    cdef Links_t *l = <Links_t *> argument
+    cdef Channel *ch
+    cdef Peer *peer
+    cdef uint32_t p, turns
+    cdef bint more, again
+    while not load32(&l.stopping, ACQUIRE):
+        pthread_mutex_lock(&l.send_lock)
+        if not l.sending:
+            cond_wait_until(&l.send_wanted, &l.send_lock, now_ns() + 500000000ull)
+        l.sending = False
+        pthread_mutex_unlock(&l.send_lock)
+        again = True
+        while again and not load32(&l.stopping, ACQUIRE):
+            again = False
+            for p in range(PEERS_MAX):
+                peer = peer_at(l, p)
+                if peer == NULL or load32(&peer.channels[BULK].image_count, ACQUIRE) == 0:
+                    continue
+                ch = &peer.channels[BULK]
+                more = True
+                turns = 0
+                while more and turns < RECORDS_PER_SEND_TURN:
+                    lock_to_write(ch)
+                    more = not ch.armed and flush_record(l, ch)
+                    pthread_mutex_unlock(&ch.lock)
+                    turns += 1
+                again |= more
+    return NULL
 
 
 cdef int queue_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) noexcept nogil:
@@ -212,7 +310,7 @@ cdef int queue_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) no
     lock_to_write(ch)
     if ch.ssl == NULL:
         result = DOWN
-    elif ch.out_bytes - ch.out_used < room_for(frame):
+    elif ch.out_bytes - ch.out_used < FRAME_BYTES + frame.length:
         result = AGAIN
     else:
         ring_append(ch, frame, FRAME_BYTES)
@@ -230,14 +328,14 @@ cdef int send_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) noe
 
 
 cdef int send_waiting(Links_t *l, Channel *ch, Frame *frame, const void *body, uint64_t deadline_ns) noexcept nogil:
-    """Like send_frame, but waits for room in the ring until the deadline (the shipper only)."""
+    """Like send_frame, but waits for room in the ring until the deadline."""
     cdef int result
     while True:
         result = send_frame(l, ch, frame, body)
         if result != AGAIN:
             return result
         pthread_mutex_lock(&ch.lock)
-        if ch.ssl != NULL and ch.out_bytes - ch.out_used < room_for(frame):
+        if ch.ssl != NULL and ch.out_bytes - ch.out_used < FRAME_BYTES + frame.length:
             cond_wait_until(&ch.drained, &ch.lock, min(deadline_ns, now_ns() + 100000000ull))
         pthread_mutex_unlock(&ch.lock)
         if now_ns() >= deadline_ns or load32(&l.stopping, ACQUIRE):
@@ -273,7 +371,8 @@ cdef int lent_commit(Links_t *l, Peer *peer, uint32_t frame, const Frame *f) noe
     base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7
     pthread_mutex_lock(&l.lender_lock)
     if image.magic != IMAGE_MAGIC or image.segment != f.segment or image.generation != f.generation or \
-            image.entries > ORDINALS_MAX or image.data_bytes > l.segment_bytes or base + image.data_bytes != f.length:
+            image.entries == 0 or image.entries > ORDINALS_MAX or \
+            image.data_bytes > l.segment_bytes or base + image.data_bytes != f.length:
         lent_release(l, frame)
         pthread_mutex_unlock(&l.lender_lock)
         return S_BAD
@@ -775,6 +874,13 @@ cdef void *worker_main(void *argument) noexcept nogil:
 
 # --- shipping ------------------------------------------------------------------------------------------------------
 
+cdef void ship_done(Links_t *l, Peer *peer, uint32_t i) noexcept nogil:
+    """Under ship_lock: this one is under way no more."""
+    l.ships[i].id = 0
+    sub32(&peer.shipping, 1, RELAXED)
+    peer.progress_ns = now_ns()
+
+
 cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     cdef uint32_t i
     cdef Ship ship
@@ -783,11 +889,11 @@ cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     for i in range(SHIPS_MAX):
         if l.ships[i].id == f.request and f.request != 0 and l.ships[i].peer == peer.number:
             ship = l.ships[i]
-            l.ships[i].id = 0
-            peer.shipping -= 1
-            pthread_cond_broadcast(&l.ship_room)
+            ship_done(l, peer, i)
             break
     pthread_mutex_unlock(&l.ship_lock)
+    if load32(&l.orders_count, RELAXED):
+        eventfd_write(l.order_fd, 1)
     if ship.id == 0:
         say(&l.late_replies, 1)
     elif f.status == S_OK and not peer.gone:    # it said goodbye: what it holds goes, so the segment stays here
@@ -834,13 +940,11 @@ cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
         pthread_mutex_lock(&l.ship_lock)
         if l.ships[i].id != 0 and l.ships[i].peer == peer.number:
             ship = l.ships[i]
-            l.ships[i].id = 0
-            peer.shipping -= 1
+            ship_done(l, peer, i)
             if peer.orphan_count < 64 and not is_orphan(peer, ship.segment, ship.generation):
                 peer.orphans[peer.orphan_count] = ship.segment
                 peer.orphan_generations[peer.orphan_count] = ship.generation
-                peer.orphan_count += 1
-        pthread_cond_broadcast(&l.ship_room)
+                store32(&peer.orphan_count, peer.orphan_count + 1, RELAXED)
         pthread_mutex_unlock(&l.ship_lock)
         if ship.id:
             free(ship.meta)
@@ -848,77 +952,134 @@ cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
             store_ship_abort(l.store, ship.segment)
 
 
+cdef bint queue_image(Links_t *l, Channel *ch, uint32_t bytes, uint32_t life) noexcept nogil:
+    """Hand the image that the shipper has just filled to the sender, unless that connection is gone."""
+    cdef bint queued
+    lock_to_write(ch)
+    queued = ch.ssl != NULL and ch.life == life
+    if queued:
+        ch.image_bytes[(ch.image_first + ch.image_count) & 1] = bytes
+        add32(&ch.image_count, 1, RELEASE)
+    pthread_mutex_unlock(&ch.lock)
+    if queued:
+        wake_sender(l)
+    return queued
+
+
 cdef void ship(Links_t *l, const Order *order) noexcept nogil:
-    """Seal one segment and send it. Whatever fails leaves the segment here, whole."""
-    cdef Peer *peer = l.peers[order.peer & 255]
-    cdef Frame frame
+    """Seal one segment into a free image of its lender's connection. Whatever fails leaves the segment here, whole."""
+    cdef Peer *peer = peer_at(l, order.peer)
+    cdef Channel *ch = &peer.channels[BULK]
     cdef RemoteMeta *meta = NULL
-    cdef uint32_t bytes, i, slot = SHIPS_MAX
-    cdef uint64_t id = 0, deadline = now_ns() + 2000000000ull
-    if peer == NULL or store_ship_begin(l.store, order.segment, order.generation) != OK:
+    cdef uint8_t *image
+    cdef Frame *frame
+    cdef uint32_t bytes, life, slot = 0
+    cdef uint64_t id
+    if store_ship_begin(l.store, order.segment, order.generation) != OK:
         return
-    bytes = store_seal_image(l.store, order.segment, l.image, &meta, l.seal_ctx)
+    pthread_mutex_lock(&ch.lock)
+    image = ch.images[(ch.image_first + ch.image_count) & 1]
+    life = ch.life
+    pthread_mutex_unlock(&ch.lock)
+    bytes = store_seal_image(l.store, order.segment, image + FRAME_BYTES, &meta, l.seal_ctx)
     if bytes == 0:
         say(&l.ships_failed, 1)
         store_ship_abort(l.store, order.segment)
         return
     pthread_mutex_lock(&l.ship_lock)
-    while True:
-        slot = SHIPS_MAX
-        if peer.gone or is_orphan(peer, order.segment, order.generation):
-            break                       # a FREE on its way there would take the new copy, too
-        if peer.shipping < l.bulk_in_flight:
-            for i in range(SHIPS_MAX):
-                if l.ships[i].id == 0:
-                    slot = i
-                    break
-        if slot < SHIPS_MAX or load32(&l.stopping, ACQUIRE) or now_ns() > deadline:
-            break
-        cond_wait_until(&l.ship_room, &l.ship_lock, min(deadline, now_ns() + 100000000ull))
-    if slot < SHIPS_MAX:
-        l.ship_sequence += 1
-        id = l.ship_sequence
-        l.ships[slot].id = id
-        l.ships[slot].segment = order.segment
-        l.ships[slot].generation = order.generation
-        l.ships[slot].peer = peer.number
-        l.ships[slot].meta = meta
-        l.ships[slot].sent_ns = now_ns()
-        peer.shipping += 1
+    while l.ships[slot].id != 0:        # next_order saw a free one, and nobody else takes any
+        slot += 1
+    l.ship_sequence += 1
+    id = l.ship_sequence
+    l.ships[slot].id = id
+    l.ships[slot].segment = order.segment
+    l.ships[slot].generation = order.generation
+    l.ships[slot].peer = peer.number
+    l.ships[slot].meta = meta
+    l.ships[slot].sent_ns = now_ns()
+    add32(&peer.shipping, 1, RELAXED)
     pthread_mutex_unlock(&l.ship_lock)
-    if slot == SHIPS_MAX:
-        free(meta)
-        say(&l.ships_failed, 1)
-        store_ship_abort(l.store, order.segment)
-        return
-    frame_init(l, &frame, T_SHIP, id)
+    frame = <Frame *> image
+    frame_init(l, frame, T_SHIP, id)
     frame.length = bytes
     frame.segment = order.segment
     frame.generation = order.generation
-    say(&l.bytes_shipped, bytes)
-    if send_waiting(l, &peer.channels[BULK], &frame, l.image, deadline) != SENT:
-        pthread_mutex_lock(&l.ship_lock)
-        if l.ships[slot].id != id:
-            slot = SHIPS_MAX            # the reactor took the connection down and has dealt with it
-        else:
-            l.ships[slot].id = 0
-            peer.shipping -= 1
-        pthread_mutex_unlock(&l.ship_lock)
-        if slot < SHIPS_MAX:
-            free(meta)
+    frame.crc = crc32_iscsi(image, FRAME_BYTES - 4, 0xffffffffu)
+    if queue_image(l, ch, FRAME_BYTES + bytes, life):
+        say(&l.bytes_shipped, bytes)
+        return
+    pthread_mutex_lock(&l.ship_lock)
+    if l.ships[slot].id != id:
+        slot = SHIPS_MAX                # the reactor took the connection down and has dealt with it
+    else:
+        ship_done(l, peer, slot)
+    pthread_mutex_unlock(&l.ship_lock)
+    if slot < SHIPS_MAX:
+        free(meta)
+        say(&l.ships_failed, 1)
+        store_ship_abort(l.store, order.segment)
+
+
+cdef uint32_t ring_room(Channel *ch) noexcept nogil:
+    cdef uint32_t room
+    pthread_mutex_lock(&ch.lock)
+    room = ch.out_bytes - ch.out_used
+    pthread_mutex_unlock(&ch.lock)
+    return room
+
+
+cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
+    """Take the oldest order whose lender can have a segment now. Orders for a lender that does not get any further are
+    given up one by one; those for others pass them."""
+    cdef uint32_t i, k, slot = 0, kept = 0
+    cdef uint64_t now = now_ns()
+    cdef bint found = False, expired
+    cdef Peer *peer
+    cdef Order *o
+    pthread_mutex_lock(&l.ship_lock)
+    while slot < SHIPS_MAX and l.ships[slot].id != 0:
+        slot += 1
+    for i in range(l.orders_count):
+        o = &l.orders[i]
+        peer = peer_at(l, o.peer)
+        expired = load32(&peer.gone, ACQUIRE) or load32(&peer.channels[BULK].up, ACQUIRE) == 0 or \
+            is_orphan(peer, o.segment, o.generation) or \
+            now > max(o.ordered_ns, peer.progress_ns) + ORDER_S * 1000000000ull
+        if not expired and (found or slot == SHIPS_MAX or peer.shipping >= l.bulk_in_flight or
+                            load32(&peer.channels[BULK].image_count, ACQUIRE) >= IMAGES):
+            l.orders[kept] = o[0]
+            kept += 1
+            continue
+        store32(&l.store.segments[o.segment].ordered, 0, RELAXED)
+        peer.ordered -= 1
+        if expired:
             say(&l.ships_failed, 1)
-            store_ship_abort(l.store, order.segment)
+            store_touch(l.store, o.segment, o.generation)
+        else:
+            found = True
+            order[0] = o[0]
+            peer.progress_ns = now
+            l.sealing = 1
+    store32(&l.orders_count, kept, RELAXED)
+    pthread_mutex_unlock(&l.ship_lock)
+    return found
 
 
 cdef void tell_freed(Links_t *l) noexcept nogil:
-    """Tell lenders what they may forget. Without a connection it is told after the next one comes up."""
+    """Tell lenders what they may forget. Without a connection, or room in it, it is told later."""
     cdef uint32_t segment = 0, generation = 0, number = 0, handle = 0, i
     cdef Peer *peer
     cdef Frame frame
     cdef bint found
+    cdef int sent
     for i in range(PEERS_MAX):
-        peer = l.peers[i]
-        while peer != NULL and peer.orphans_told < peer.orphan_count and peer.channels[BULK].ssl != NULL:
+        peer = peer_at(l, i)
+        if peer == NULL or load32(&peer.channels[BULK].up, ACQUIRE) == 0:
+            continue
+        if load32(&peer.retell, RELAXED) and ring_room(&peer.channels[BULK]) >= BULK_RING_BYTES // 2:
+            store32(&peer.retell, 0, RELAXED)
+            store_requeue_freed(l.store, i)
+        while load32(&peer.orphan_count, RELAXED):
             pthread_mutex_lock(&l.ship_lock)
             found = peer.orphans_told < peer.orphan_count
             if found:
@@ -932,21 +1093,24 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
             frame.segment = segment
             frame.generation = generation
             frame.handle = NO_FRAME
-            if send_waiting(l, &peer.channels[BULK], &frame, NULL, now_ns() + 1000000000ull) != SENT:
+            if send_frame(l, &peer.channels[BULK], &frame, NULL) != SENT:
                 pthread_mutex_lock(&l.ship_lock)
                 peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
                 break
     while store_next_freed(l.store, &segment, &generation, &number, &handle):
-        peer = l.peers[number & 255]
+        peer = peer_at(l, number)
         if peer == NULL:
             continue
         frame_init(l, &frame, T_FREE, segment + 1)      # 0 is the orphans'
         frame.segment = segment
         frame.generation = generation
         frame.handle = handle
-        if send_waiting(l, &peer.channels[BULK], &frame, NULL, now_ns() + 1000000000ull) == SENT:
+        sent = send_frame(l, &peer.channels[BULK], &frame, NULL)
+        if sent == SENT:
             say(&l.frees_sent, 1)
+        elif sent == AGAIN:
+            store32(&peer.retell, 1, RELAXED)
 
 
 cdef void *shipper_main(void *argument) noexcept nogil:
@@ -954,7 +1118,6 @@ cdef void *shipper_main(void *argument) noexcept nogil:
     cdef pollfd fds[2]
     cdef uint64_t value
     cdef Order order
-    cdef bint found
     fds[0].fd = l.order_fd
     fds[1].fd = l.store.freed_fd
     fds[0].events = fds[1].events = POLLIN
@@ -962,23 +1125,13 @@ cdef void *shipper_main(void *argument) noexcept nogil:
         poll(fds, 2, 500)
         eventfd_read(l.order_fd, &value)
         eventfd_read(l.store.freed_fd, &value)
-        while not load32(&l.stopping, ACQUIRE):
-            tell_freed(l)
-            pthread_mutex_lock(&l.ship_lock)
-            found = l.orders_count != 0
-            if found:
-                order = l.orders[l.orders_head]
-                l.orders_head = (l.orders_head + 1) % ORDERS_MAX
-                l.orders_count -= 1
-                l.sealing = 1
-                store32(&l.store.segments[order.segment].ordered, 0, RELAXED)
-            pthread_mutex_unlock(&l.ship_lock)
-            if not found:
-                break
+        tell_freed(l)
+        while not load32(&l.stopping, ACQUIRE) and next_order(l, &order):
             ship(l, &order)
             pthread_mutex_lock(&l.ship_lock)
             l.sealing = 0
             pthread_mutex_unlock(&l.ship_lock)
+            tell_freed(l)
     return NULL
 
 
@@ -1150,13 +1303,19 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         pthread_mutex_unlock(&ch.lock)
         return
     epoll_ctl(l.epolls[ch.kind], EPOLL_CTL_DEL, ch.fd, NULL)
-    store32(&ch.up, 0, RELEASE)
     SSL_free(ch.ssl)
     close(ch.fd)
     ch.ssl = NULL
+    store32(&ch.up, 0, RELEASE)
+    add32(&ch.life, 1, RELEASE)
     ch.fd = -1
     ch.closing = True               # attach() waits until everything below is settled
-    ch.out_used = ch.out_head = ch.out_promised = 0
+    ch.out_used = ch.out_head = 0
+    ch.wire_start = ch.wire_end = 0
+    if ch.image_count & 1:
+        ch.image_first ^= 1         # the shipper goes on with the image after the last
+    store32(&ch.image_count, 0, RELEASE)
+    ch.image_done = 0
     ch.armed = False
     ch.start = ch.end = 0
     if ch.kind == GET:
@@ -1244,6 +1403,11 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
         for i in range(n):
             if events[i].data.u32 < PEERS_MAX:
                 peer = peer_at(l, events[i].data.u32)
+                if events[i].events & EPOLLOUT:
+                    lock_to_write(&peer.channels[kind])
+                    if peer.channels[kind].ssl != NULL:
+                        arm(l, &peer.channels[kind], False)
+                    pthread_mutex_unlock(&peer.channels[kind].lock)
                 serve(l, peer, &peer.channels[kind])
                 continue
             eventfd_read(l.wakes[kind], &value)
@@ -1462,17 +1626,17 @@ cdef class Links:
         cond_init_monotonic(&l.jobs_there)
         pthread_mutex_init(&l.ship_lock, NULL)
         pthread_mutex_init(&l.lender_lock, NULL)
-        cond_init_monotonic(&l.ship_room)
+        pthread_mutex_init(&l.send_lock, NULL)
+        cond_init_monotonic(&l.send_wanted)
         for i in range(PENDING_MAX):
             l.pending_free[i] = PENDING_MAX - 1 - i
         l.pending_free_count = PENDING_MAX
         l.open_ctx = store_unseal_context()
         l.seal_ctx = EVP_CIPHER_CTX_new()
-        l.image = <uint8_t *> malloc(l.segment_bytes)
         self.grant(lend_bytes, lock)
         l.order_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         l.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
-        if l.open_ctx == NULL or l.seal_ctx == NULL or l.image == NULL or l.order_fd < 0 or l.event_fd < 0:
+        if l.open_ctx == NULL or l.seal_ctx == NULL or wire_method == NULL or l.order_fd < 0 or l.event_fd < 0:
             raise MemoryError
         for k in range(2):
             l.epolls[k] = epoll_create1(EPOLL_CLOEXEC)
@@ -1484,6 +1648,7 @@ cdef class Links:
                 raise OSError(errno, strerror(errno).decode())
         if start_thread(&l.reactors[GET], get_reactor, l, b"ramster-get") != 0 or \
                 start_thread(&l.reactors[BULK], bulk_reactor, l, b"ramster-bulk") != 0 or \
+                start_thread(&l.sender, sender_main, l, b"ramster-send") != 0 or \
                 start_thread(&l.shipper, shipper_main, l, b"ramster-ship") != 0:
             raise MemoryError("cannot start the threads of the links")
         for i in range(min(<uint32_t> WORKERS_MAX, max(1, len(os.sched_getaffinity(0)) // 2))):
@@ -1532,6 +1697,9 @@ cdef class Links:
             if l.peers[i] != NULL:
                 for k in range(2):
                     free(l.peers[i].channels[k].out)
+                    free(l.peers[i].channels[k].wire)
+                    free(l.peers[i].channels[k].images[0])
+                    free(l.peers[i].channels[k].images[1])
                     free(l.peers[i].channels[k].received)
                     free(l.peers[i].channels[k].asked)
                 free(l.peers[i])
@@ -1546,7 +1714,6 @@ cdef class Links:
             munmap(l.lent, <uint64_t> l.lent_frames * l.segment_bytes)
         EVP_CIPHER_CTX_free(l.open_ctx)
         EVP_CIPHER_CTX_free(l.seal_ctx)
-        free(l.image)
         free(l.rows)
         free(l.lent_free)
         free(l)
@@ -1572,7 +1739,9 @@ cdef class Links:
             eventfd_write(l.order_fd, 1)
             eventfd_write(l.wakes[GET], 1)
             eventfd_write(l.wakes[BULK], 1)
+            wake_sender(l)
             pthread_join(l.shipper, NULL)
+            pthread_join(l.sender, NULL)
             pthread_join(l.reactors[GET], NULL)
             pthread_join(l.reactors[BULK], NULL)
             pthread_mutex_lock(&l.jobs_lock)
@@ -1595,10 +1764,17 @@ cdef class Links:
         cdef uint64_t deadline = now_ns() + 2000000000ull
         cdef epoll_event event
         cdef bint old
+        cdef BIO *wire
         if number >= PEERS_MAX or kind > BULK or connection.ssl == NULL:
             raise errors.UsageError(f"cannot attach a connection of kind {kind} to node {number}")
         peer = self.peer(number)
         ch = &peer.channels[kind]
+        wire = BIO_new(wire_method)
+        if wire == NULL:
+            raise MemoryError
+        BIO_set_data(wire, ch)
+        BIO_set_init(wire, 1)
+        SSL_set0_wbio(connection.ssl, wire)     # what is not attached in the end is closed by its owner: nothing more is sent
         with nogil:
             pthread_mutex_lock(&peer.attach_lock)
             old = not channel_close(ch, deadline)
@@ -1675,8 +1851,13 @@ cdef class Links:
             peer.channels[k].received = <uint8_t *> malloc(RECEIVE_BYTES)
             if k == GET:
                 peer.channels[k].asked = <Asked *> malloc(ASKED_MAX * sizeof(Asked))
-            if peer.channels[k].out == NULL or peer.channels[k].received == NULL or \
+            peer.channels[k].wire = <uint8_t *> malloc(WIRE_BYTES)
+            if peer.channels[k].out == NULL or peer.channels[k].received == NULL or peer.channels[k].wire == NULL or \
                     (k == GET and peer.channels[k].asked == NULL):
+                raise MemoryError
+        for k in range(IMAGES):
+            peer.channels[BULK].images[k] = <uint8_t *> malloc(FRAME_BYTES + l.segment_bytes)
+            if peer.channels[BULK].images[k] == NULL:
                 raise MemoryError
         store64(<uint64_t *> &l.peers[number], <uint64_t> <size_t> peer, RELEASE)
         return peer
@@ -1698,21 +1879,24 @@ cdef class Links:
         return peer != NULL and is_up(&peer.channels[kind & 1])
 
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
-        """Queue one sealed segment for a lender; False when the queue is full. What fails stays here, whole."""
+        """Queue one sealed segment for a lender; False when too many wait. What fails stays here, whole."""
         cdef Links_t *l = self.live()
-        cdef uint32_t tail
+        cdef Peer *peer = peer_at(l, number)
+        cdef Order *order
         cdef bint queued = False
         pthread_mutex_lock(&l.ship_lock)
-        if segment >= l.store.segments_used:
+        if peer == NULL or segment >= load32(&l.store.segments_used, ACQUIRE):
             queued = False
         elif load32(&l.store.segments[segment].ordered, RELAXED):
             queued = True               # whoever decides looks again before it has left
-        elif l.orders_count < ORDERS_MAX:
-            tail = (l.orders_head + l.orders_count) % ORDERS_MAX
-            l.orders[tail].segment = segment
-            l.orders[tail].generation = generation
-            l.orders[tail].peer = number
-            l.orders_count += 1
+        elif l.orders_count < ORDERS_MAX and peer.ordered < ORDERS_PER_PEER:
+            order = &l.orders[l.orders_count]
+            order.segment = segment
+            order.generation = generation
+            order.peer = number
+            order.ordered_ns = now_ns()
+            store32(&l.orders_count, l.orders_count + 1, RELAXED)
+            peer.ordered += 1
             store32(&l.store.segments[segment].ordered, 1, RELAXED)
             queued = True
         pthread_mutex_unlock(&l.ship_lock)
@@ -1788,7 +1972,7 @@ cdef class Links:
         l.lent[<uint64_t> frame * l.segment_bytes + offset] ^= 0xff
 
     def lenders(self):
-        """What a decision needs of each peer: (number, up, credit, segments on their way to it)."""
+        """What a decision needs of each peer: (number, up, credit, segments ordered or on their way to it)."""
         cdef Links_t *l = self.live()
         cdef Peer *p
         cdef uint32_t i
@@ -1797,7 +1981,8 @@ cdef class Links:
             p = peer_at(l, i)
             if p != NULL:
                 up = is_up(&p.channels[GET]) and is_up(&p.channels[BULK])
-                result.append((i, up, load32(&p.credit, RELAXED), load32(&p.shipping, RELAXED)))
+                waiting = load32(&p.shipping, RELAXED) + load32(&p.ordered, RELAXED)
+                result.append((i, up, load32(&p.credit, RELAXED), waiting))
         return result
 
     def peers(self):

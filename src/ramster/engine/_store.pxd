@@ -247,6 +247,7 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
                                EVP_CIPHER_CTX *ctx) noexcept nogil
 cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil
 cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
+cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil
 cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil
 cdef uint32_t store_requeue_freed(Store_t *s, uint32_t peer) noexcept nogil

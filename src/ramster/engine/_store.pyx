@@ -1455,6 +1455,15 @@ cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil:
     give_back(s, segment)
 
 
+cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
+    """An order for it was given up before it was sealed: at the end of the queue as well."""
+    cdef Segment *row = &s.segments[segment]
+    spin_lock(&row.lock)
+    if row.generation == generation and row.state == SEG_SEALED:
+        row.touched_ms = coarse_ms()
+    spin_unlock(&row.lock)
+
+
 cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil:
     """Take the next remote segment that a lender must be told to forget."""
     cdef Segment *row

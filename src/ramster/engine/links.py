@@ -32,7 +32,8 @@ class Links(_link.Links):
         bulk_in_flight: segments on their way to one lender at a time.
 
     attach hands a connection over that has been through the handshake; after that only native threads use it.
-    ship queues a sealed segment for a lender (False: the queue is full). Whatever fails leaves it where it is, whole.
+    ship queues a sealed segment for a lender (False: too many wait, for it or in all). Whatever fails leaves it where
+    it is, whole.
     get reads a page wherever it is: bytes, None for a miss, PageLost when nobody has it or the lender does not answer.
     `event_fd` is an eventfd raised when a connection went up or down, or a peer said goodbye.
     stop closes everything; gets under way fail, segments under way stay here.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 # More than this in one decision would outlive the facts it was based on: 8 MiB, 0.07 s of traffic at 1 Gbit/s. Under
 # pressure the next decision comes within a tenth of a tick.
 SHIPS_PER_DECISION_MAX = 32
+# Ordered or on their way to one lender: 0.14 s of traffic at 1 Gbit/s. One that takes nothing must not attract all.
+BACKLOG_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Lender:
-    """A peer: `credit` segments is what it last said it has room for, `shipping` what is on its way to it."""
+    """A peer: `credit` segments is what it last said it has room for, `shipping` those ordered or on their way."""
 
     number: int
     up: bool
@@ -88,14 +90,17 @@ class Policy:
         )
         wanted = int(used - self.settings.low * now.frames_total) - now.under_way if self.draining else 0
         room = {lender.number: lender.credit - lender.shipping for lender in now.lenders if lender.up}
+        backlog = {lender.number: lender.shipping for lender in now.lenders}
         ships: list[Ship] = []
         for segment in now.coldest[:SHIPS_PER_DECISION_MAX]:
             cold = 0 < self.settings.cold_after_ms <= segment.age_ms
             if segment.live_pages == 0 or (len(ships) >= wanted and not cold):
                 continue
-            lender = max(room, key=lambda number: (room[number], -number), default=None)
-            if lender is None or room[lender] <= 0:
+            open_to = (number for number in room if room[number] > 0 and backlog[number] < BACKLOG_MAX)
+            lender = max(open_to, key=lambda number: (room[number], -number), default=None)
+            if lender is None:
                 break
             room[lender] -= 1
+            backlog[lender] += 1
             ships.append(Ship(segment.number, segment.generation, lender))
         return ships

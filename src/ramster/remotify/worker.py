@@ -59,9 +59,7 @@ class Worker:
         self.decisions += 1
         ordered = 0
         for ship in self.policy.decide(snapshot):
-            if not self.links.ship(ship.segment, ship.generation, ship.lender):
-                break
-            ordered += 1
+            ordered += self.links.ship(ship.segment, ship.generation, ship.lender)
         self.ordered += ordered
         return ordered
 

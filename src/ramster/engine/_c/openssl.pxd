@@ -1,4 +1,21 @@
 """libssl: TLS 1.3 over non-blocking sockets."""
+cdef extern from "<openssl/bio.h>" nogil:
+    ctypedef struct BIO:
+        pass
+    ctypedef struct BIO_METHOD:
+        pass
+    BIO_METHOD *BIO_meth_new(int type, const char *name) noexcept
+    int BIO_meth_set_write(BIO_METHOD *, int (*)(BIO *, const char *, int) noexcept nogil) noexcept
+    int BIO_meth_set_ctrl(BIO_METHOD *, long (*)(BIO *, int, long, void *) noexcept nogil) noexcept
+    int BIO_get_new_index() noexcept
+    BIO *BIO_new(const BIO_METHOD *) noexcept
+    void BIO_set_init(BIO *, int) noexcept
+    void BIO_set_data(BIO *, void *) noexcept
+    void *BIO_get_data(BIO *) noexcept
+    void BIO_set_retry_write(BIO *) noexcept
+    void BIO_clear_retry_flags(BIO *) noexcept
+    int BIO_TYPE_SOURCE_SINK, BIO_CTRL_FLUSH
+
 cdef extern from "<openssl/ssl.h>" nogil:
     ctypedef struct SSL_CTX:
         pass
@@ -38,6 +55,7 @@ cdef extern from "<openssl/ssl.h>" nogil:
     long SSL_get_verify_result(const SSL *) noexcept
     X509 *SSL_get1_peer_certificate(const SSL *) noexcept
     const char *SSL_get_version(const SSL *) noexcept
+    void SSL_set0_wbio(SSL *, BIO *) noexcept
     int OPENSSL_init_ssl(unsigned long long, const OPENSSL_INIT_SETTINGS *) noexcept
     int TLS1_3_VERSION
     long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
