@@ -202,7 +202,25 @@ def test_room_comes_back(make_store: Factory) -> None:
         store.put(pool, index, noise(index))
     assert all(store.get(pool, index) == noise(index) for index in range(1, 80, 2))
     assert all(store.get(pool, index) == noise(index) for index in range(80, 115))
-    assert store.statistics().cleaned_segments > 0
+    statistics = store.statistics()
+    assert statistics.puts_plugged > 0, "into the room of the flushed pages, without copying a byte"
+
+
+def test_room_that_fits_no_page_comes_back_by_cleaning(make_store: Factory) -> None:
+    store = make_store(8, cleaner=True, full_wait_ms=5000)
+    pool = store.create_pool(pages=1000)
+    small = 6 * (SEGMENT // 1304)  # two segments are the cleaner's
+    for index in range(small):
+        store.put(pool, index, text(index, 0.3))
+    for index in range(0, small, 2):
+        assert store.flush_page(pool, index)
+    for index in range(small, small + 35):
+        store.put(pool, index, noise(index))
+    assert all(store.get(pool, index) == text(index, 0.3) for index in range(1, small, 2))
+    assert all(store.get(pool, index) == noise(index) for index in range(small, small + 35))
+    statistics = store.statistics()
+    assert statistics.cleaned_segments > 0
+    assert statistics.puts_refused == 0
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4097, 8192])

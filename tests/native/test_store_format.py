@@ -73,8 +73,8 @@ def payload_page(header: layout.EntryHeader, payload: bytes) -> bytes:
     return decompress(payload) if header.codec == layout.CODEC_LZ4 else payload
 
 
-def first_bytes(frame: memoryview, entry: layout.Entry, offset: int) -> bytes:
-    return bytes(frame[offset : offset + 20]) + entry.body
+def checked_bytes(frame: memoryview, entry: layout.Entry) -> bytes:
+    return bytes(frame[entry.offset : entry.offset + 20]) + entry.body
 
 
 def test_every_live_page_is_found_in_the_arena_file(make_store: Factory, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_every_live_page_is_found_in_the_arena_file(make_store: Factory, tmp_pat
     newest: dict[tuple[int, tuple[int, int, int], int], tuple[int, bytes]] = {}
     for begin in range(0, len(arena), SEGMENT):
         frame = arena[begin : begin + SEGMENT]
-        offset = layout.IMAGE_HEADER.size
+        words = list(layout.walk_directory(frame))
         for entry in layout.walk_frame(frame):
             header = entry.header
-            assert crc32c(first_bytes(frame, entry, offset)) == header.crc
+            assert crc32c(checked_bytes(frame, entry)) == header.crc
             assert header.tag == bytes(16)
-            offset += layout.align(layout.ENTRY_HEADER.size + header.length)
+            assert words[entry.ordinal].size == layout.align(layout.ENTRY_HEADER.size + header.length)
             key = (header.pool, entry.oid, header.index)
-            if not entry.dead and header.version > newest.get(key, (0, b""))[0]:
+            if header.version > newest.get(key, (0, b""))[0]:
                 newest[key] = header.version, payload_page(header, entry.payload)
     assert {key: page for key, (_, page) in newest.items() if key in expected} == expected
 

@@ -34,10 +34,13 @@ contents = st.one_of(
 
 class StoreMachine(RuleBasedStateMachine):
     pools: Bundle[int] = Bundle("pools")
+    clean_low = 0.08
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = Store(8 * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False, full_wait_ms=0)
+        self.store = Store(
+            8 * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False, full_wait_ms=0, clean_low=self.clean_low
+        )
         self.model = Model()
         self.dense: set[int] = set()
 
@@ -85,6 +88,12 @@ class StoreMachine(RuleBasedStateMachine):
         """Enough pages at once that the arena fills within a short history."""
         for index in range(first, DENSE_PAGES):
             self._put(pool, index, self._oid(pool, oid), noise(seed + index))
+
+    @rule(pool=pools, first=indices, step=st.integers(1, 3), oid=objects, seed=st.integers(0, 40))
+    def put_run_of_all_sizes(self, pool: int, first: int, step: int, oid: ObjectId, seed: int) -> None:
+        """In a full arena these go into the room of dead entries: split, and joined again when neighbours die."""
+        for index in range(first, DENSE_PAGES, step):
+            self._put(pool, index, self._oid(pool, oid), text(seed + index, (seed + 7 * index) % 20 / 20))
 
     @rule(pool=pools, index=indices, oid=objects, mode=st.sampled_from(list(GetMode)))
     def get(self, pool: int, index: int, oid: ObjectId, mode: GetMode) -> None:
@@ -136,7 +145,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close()
 
 
+class PluggingMachine(StoreMachine):
+    """Always short of frames: every put looks for the room of dead entries first."""
+
+    clean_low = 1.0
+
+
+examples = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestStoreMachine.settings = examples
+TestPluggingMachine = PluggingMachine.TestCase
+TestPluggingMachine.settings = examples

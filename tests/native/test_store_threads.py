@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import select
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -43,11 +44,12 @@ def test_hammer(make_store: Factory, segments: int, shared: bool, sparse: bool, 
     assert not wrong(totals)
     assert totals["hits"] > 500
     statistics = store.statistics()
-    assert statistics.cleaned_segments > 0
+    assert statistics.cleaned_segments + statistics.puts_plugged > 0
     assert statistics.puts == totals["puts"]
     assert statistics.flushes_found == totals["flushed"]
     if segments == 12:
         assert totals["refused"] > 0 or statistics.ephemeral_dropped > 0
+        assert statistics.puts_plugged > 0
     store.destroy_pool(pool)
     store.seal_open()
     assert store.statistics().segments_local == 0
@@ -73,6 +75,66 @@ def test_two_cleaners_and_a_sealer_beside_the_writers(make_store: Factory) -> No
         for task in tasks:
             task.result()
     assert not wrong(totals)
+
+
+def test_everything_at_once_in_a_full_arena(make_store: Factory) -> None:
+    """Puts into the room of dead entries beside gets, flushes, cleaner, sealer, shipper, drops and dying pools."""
+    store = make_store(40, cleaner=True)
+    kinds = [(400, True, False), (400, False, False), (None, True, True), (None, False, True)]
+    pools = [store.create_pool(pages=pages, persistent=persistent) for pages, persistent, _ in kinds]
+    stop = threading.Event()
+
+    def clean_and_ship() -> None:
+        for n in itertools.count():
+            if stop.is_set():
+                return
+            store.seal_open()
+            store.clean(2)
+            for segment, generation, *_ in store.coldest(1):
+                _stress.ship(store, segment, generation, peer=1, commit=n % 4 == 0)
+
+    def pools_come_and_go() -> None:
+        while not stop.is_set():
+            pool = store.create_pool(pages=200)
+            for index in range(100):
+                with contextlib.suppress(StoreFull):
+                    store.put(pool, index, text(index, index % 10 / 10))
+            for index in range(100):
+                assert store.get(pool, index) in (None, text(index, index % 10 / 10))
+            store.destroy_pool(pool)
+
+    with ThreadPoolExecutor(6) as executor:
+        disturbers = [executor.submit(clean_and_ship), executor.submit(pools_come_and_go)]
+        hammers = [
+            executor.submit(
+                _stress.hammer,
+                store,
+                pool,
+                threads=2,
+                keys=400,
+                operations=8000,
+                seed=n,
+                mix=(55, 30, 0),  # an exclusive get leaves a page that is away where it is
+                sparse=sparse,
+                ephemeral=not persistent,
+                wait_ms=5,
+            )
+            for n, (pool, (_, persistent, sparse)) in enumerate(zip(pools, kinds, strict=True))
+        ]
+        try:
+            totals = [hammer.result() for hammer in hammers]
+        finally:
+            stop.set()
+        for task in disturbers:
+            with contextlib.suppress(UsageError):  # its page was shipped
+                task.result()
+    assert [wrong(total) for total in totals] == [{}] * 4
+    statistics = store.statistics()
+    assert statistics.puts_plugged > 0
+    assert statistics.cleaned_segments > 0
+    assert statistics.shipped_segments > 0
+    for pool in pools:
+        store.destroy_pool(pool)
 
 
 def test_an_exclusive_get_removes_what_the_cleaner_moves(make_store: Factory) -> None:

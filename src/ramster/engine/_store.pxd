@@ -17,6 +17,8 @@ cdef enum:
     READERS_MAX = 256           # threads inside the store at one moment
     COUNTER_STRIPES = 8
     HEAD_STRIPES_MAX = 4
+    DIRECTORY_HINTED = 0x80000000
+    ROOM_CLASSES = 521          # sizes in units of 8 bytes; the last class is for everything that fits any entry
 
 # Results of page operations. Negative would read as errno; these are outcomes.
 cdef enum Result:
@@ -64,6 +66,7 @@ cdef enum Counter:
     C_LOCAL_GETS
     C_SHIPPED_SEGMENTS
     C_LOST_SEGMENTS
+    C_PLUGGED                   # puts into room that dead entries had left in a sealed segment
     C_TABLE_BYTES               # page-table memory populated (goes up and down)
     COUNTERS
 
@@ -107,7 +110,9 @@ cdef struct Segment:
     uint32_t handle                 # the lender's hint where it lies
     uint32_t next                   # link in the queue of remote segments to free
     uint32_t damaged                # entries in it have lost their key: the cleaner leaves it alone
+    uint32_t writers                # puts that have taken room in it, sealed as it is, and have not published yet
     uint64_t touched_ms
+    uint64_t opened                 # epoch in which it was opened: a hint that is older is of an earlier use of the id
     RemoteMeta *meta
 
 cdef struct RemoteRef:              # everything that a request for a remote page needs, copied out of the tables
@@ -171,6 +176,23 @@ cdef struct Retired:
     uint32_t frame
     uint64_t epoch
 
+cdef struct Room:                   # a hint: where a dead entry left room
+    uint64_t epoch                  # readers that entered later cannot have seen it alive
+    uint32_t segment
+    uint32_t ordinal
+    uint32_t next
+
+cdef struct Rooms:                  # by kind (persistent, ephemeral) and size, oldest first
+    uint32_t lock
+    uint32_t unused
+    uint32_t spare                  # unused hints
+    uint32_t cursor                 # frame to look at next
+    uint64_t safe                   # hints with an older epoch may be used
+    uint64_t filled[2][9]           # bit per class that has a hint
+    uint32_t first[2][521]
+    uint32_t last[2][521]
+    Room *hints
+
 cdef struct Candidate:
     uint32_t segment
     uint32_t generation
@@ -207,6 +229,10 @@ cdef struct Store_t:
     uint32_t pressure_frames        # free frames below which 'pressure_fd' is raised
     int pressure_fd
     uint32_t pressure_raised
+    uint32_t plugging               # frames are short: puts go into the room of dead entries
+    uint32_t waiting                # puts that wait for a frame
+    Rooms rooms
+    uint32_t hints
     uint64_t full_wait_ns
     uint64_t epoch
     Reader readers[256]

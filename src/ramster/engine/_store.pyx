@@ -7,11 +7,18 @@ Rules that everything here keeps:
 
 * A slot is the only word that says where a page is. Publishing is one swap of it; who swaps a value out owns the entry
   that it named, and frees it exactly once.
-* Publishing happens under the lock of the open segment that the entry was appended to, so a segment is never sealed,
-  cleaned or shipped with an entry that is still to be published.
-* Lock order: clean_lock (one cleaner at a time), head, then pool, then segment (spin), then frame_lock or freed_lock. Nobody sleeps holding one of them.
-* A frame is used again only when every reader that could have found it has left its epoch.
-* Log-structured cleaning follows Rumble et al., Log-structured Memory for DRAM-based Storage (FAST'14).
+* A segment is never cleaned, shipped or freed with an entry in it that is still to be published. An append publishes under
+  the lock of its head, whose segment is open meanwhile; a put into the room of dead entries of a sealed segment raises the
+  row's `writers` until it has published, and take_local and free_local keep away from a row that has any.
+* Lock order: clean_lock (one cleaner at a time), head, then pool, then segment (spin), then frame_lock, freed_lock or
+  rooms.lock (spin). Nobody sleeps holding one of them.
+* A frame, and the room of a dead entry, is used again only when every reader that could have found it has left its epoch.
+* So a slot value names one entry within one epoch, and a compare-and-swap against a value read in the same epoch is
+  sound. Across epochs the same value may name a later entry in the same place; only values of remote segments, whose
+  ordinals are never used again, may be kept that long (an answer from a lender is compared with the slot it was asked for).
+* Log-structured cleaning follows Rumble et al., Log-structured Memory for DRAM-based Storage (FAST'14). Above a live share
+  of about a half it costs more than it gives, and puts go into the room that dead entries left: Matthews et al., Improving
+  the Performance of Log-Structured File Systems with Adaptive Methods (SOSP'97); F2FS calls it threaded logging (FAST'15).
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING
@@ -53,10 +60,18 @@ cdef enum:
     IMAGE_MAGIC = 0x4c455352        # "RSEL"
     SEGMENT_FRAMES_NONE = 0xffffffff
     DIRECTORY_DEAD = 0x8000
+    DIRECTORY_OFFSET = 0x7fff
+    DIRECTORY_SIZE_SHIFT = 16
     DIRECTORY_ABSENT = 0xffff
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
     STALE_LOOKS_MAX = 100000        # looks at one unchanged slot value before it counts as damaged
     CLEANER_RESERVE = 2             # frames only the cleaner may take, so that it can always make progress
+    ROOM_MIN = 8                    # units of 8 bytes: less than any page compresses to, with its header
+    ROOM_LOOKS = 16                 # hints, and segments, that one put looks at
+    ROOM_ORDINALS_MAX = 1024        # entries of a segment that is searched for room: bounds the time under its lock
+    ROOM_ARENA_SHARE = 32768        # one hint for so many bytes of arena
+    ROOM_HINTS_MIN = 256
+    ROOM_HINTS_SPARE = 64           # free hints that a search for room begins with
 
 cdef inline uint64_t slot_stored(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil:
     return (<uint64_t> KIND_STORED << KIND_SHIFT) | (<uint64_t> (generation & GENERATION_MASK) << 48) | \
@@ -110,6 +125,11 @@ cdef uint64_t total(Store_t *s, int counter) noexcept nogil:
     return result
 
 
+# The cleaner's bounds on the live share of a segment (worth_cleaning).
+cdef double CLEAN_CHEAP = 0.5
+cdef double CLEAN_FULLEST = 0.95
+
+
 # --- epochs --------------------------------------------------------------------------------------------------------
 
 cdef inline Reader *enter(Store_t *s) noexcept nogil:
@@ -131,13 +151,14 @@ cdef inline void leave(Reader *reader) noexcept nogil:
     store64(&reader.epoch, 0, RELEASE)
 
 
-cdef uint64_t oldest_reader(Store_t *s) noexcept nogil:
+cdef uint64_t oldest_reader(Store_t *s, const Reader *but) noexcept nogil:
+    """The oldest epoch that anybody is in, `but` for one who has seen no slot yet."""
     cdef uint64_t oldest = <uint64_t> -1, epoch
     cdef int i
     fence(SEQ_CST)
     for i in range(READERS_MAX):
         epoch = load64(&s.readers[i].epoch, ACQUIRE)
-        if epoch != 0 and epoch < oldest:
+        if epoch != 0 and epoch < oldest and &s.readers[i] != but:
             oldest = epoch
     return oldest
 
@@ -145,7 +166,7 @@ cdef uint64_t oldest_reader(Store_t *s) noexcept nogil:
 cdef void wait_for_readers(Store_t *s) noexcept nogil:
     """Return once every reader that is inside now has left. Bounded: nobody sleeps inside an epoch."""
     cdef uint64_t epoch = add64(&s.epoch, 1, SEQ_CST)
-    while oldest_reader(s) < epoch:
+    while oldest_reader(s, NULL) < epoch:
         sched_yield()
 
 
@@ -155,20 +176,20 @@ cdef inline uint8_t *frame_at(Store_t *s, uint32_t frame) noexcept nogil:
     return s.arena + <uint64_t> frame * s.segment_bytes
 
 
-cdef inline uint16_t *directory(Store_t *s, uint32_t frame) noexcept nogil:
-    """The ordinal -> offset table grows down from the end of the frame; entry i is directory()[-1 - i]."""
-    return <uint16_t *> (s.arena + <uint64_t> (frame + 1) * s.segment_bytes)
+cdef inline uint32_t *directory(Store_t *s, uint32_t frame) noexcept nogil:
+    """The table of entries grows down from the end of the frame; entry i is directory()[-1 - i]. A word: 14..0 offset and
+    30..16 size in units of 8 bytes, 15 dead, 31 hinted (the room of a dead entry that a hint names)."""
+    return <uint32_t *> (s.arena + <uint64_t> (frame + 1) * s.segment_bytes)
+
+
+cdef inline uint32_t word_bytes(uint32_t word) noexcept nogil:
+    return (word >> DIRECTORY_SIZE_SHIFT & DIRECTORY_OFFSET) * 8
 
 
 cdef inline uint32_t entry_bytes_at(Store_t *s, Segment *row, uint32_t ordinal) noexcept nogil:
     """Bytes that an entry of a local segment takes, padding included: from the directory, since a flipped bit in the
-    entry's own length must not reach accounting or copies. Under the row's lock while the segment is open."""
-    cdef uint16_t *offsets = directory(s, row.frame)
-    cdef uint32_t begin = <uint32_t> (offsets[-1 - <int64_t> ordinal] & 0x7fff) * 8
-    cdef uint32_t end = FRAME_HEADER_BYTES + row.used_bytes
-    if ordinal + 1 < row.entries:
-        end = <uint32_t> (offsets[-2 - <int64_t> ordinal] & 0x7fff) * 8
-    return end - begin
+    entry's own length must not reach accounting or copies. Under the row's lock unless it is being cleaned or shipped."""
+    return word_bytes(directory(s, row.frame)[-1 - <int64_t> ordinal])
 
 
 cdef void reclaim_retired(Store_t *s) noexcept nogil:
@@ -176,12 +197,13 @@ cdef void reclaim_retired(Store_t *s) noexcept nogil:
     cdef uint64_t oldest
     if s.retired_count == 0:
         return
-    oldest = oldest_reader(s)
+    oldest = oldest_reader(s, NULL)
     while s.retired_count and s.retired[s.retired_head].epoch < oldest:
         s.free_frames[s.free_count] = s.retired[s.retired_head].frame
         s.free_count += 1
         s.retired_head = (s.retired_head + 1) % s.frames
         s.retired_count -= 1
+    store32(&s.plugging, s.free_count <= s.clean_low_frames, RELAXED)
 
 
 cdef void retire_frame(Store_t *s, uint32_t frame) noexcept nogil:
@@ -214,10 +236,12 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
         pthread_cond_signal(&s.clean_wanted)
     if available == 0 or (not cleaner and available <= s.reserve_frames) or \
             (s.free_ids_count == 0 and s.segments_used == s.segments_max):
+        store32(&s.plugging, 1, RELAXED)
         pthread_mutex_unlock(&s.frame_lock)
         raise_pressure(s)
         return SEGMENT_FRAMES_NONE
     s.free_count -= 1
+    store32(&s.plugging, s.free_count <= s.clean_low_frames, RELAXED)
     frame = s.free_frames[s.free_count]
     # Fresh ids first, then the one that has rested longest: a stale slot must not match by chance.
     if s.free_ids_count > s.frames or (s.free_ids_count and s.segments_used == s.segments_max):
@@ -237,8 +261,10 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     header.magic = FRAME_MAGIC
     header.segment = segment
     header.generation = row.generation
+    directory(s, frame)[-1] = 0
     spin_lock(&row.lock)
-    ASSERT(row.state == SEG_FREE and row.live_entries == 0, b"an id that is handed out names nothing")
+    ASSERT(row.state == SEG_FREE and row.live_entries == 0 and row.writers == 0, b"an id that is handed out names nothing")
+    row.opened = load64(&s.epoch, SEQ_CST)
     row.frame = frame
     row.ephemeral = ephemeral
     row.ordered = 0
@@ -264,7 +290,7 @@ cdef void free_local(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a local segment without a live entry gives back its frame and its id."""
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t frame = row.frame
-    ASSERT(row.live_entries == 0 and row.live_bytes == 0, b"only a segment without live entries is freed")
+    ASSERT(row.live_entries == 0 and row.live_bytes == 0 and row.writers == 0, b"only a segment without live entries is freed")
     row.state = SEG_FREE
     row.generation = (row.generation + 1) & GENERATION_MASK
     row.frame = SEGMENT_FRAMES_NONE
@@ -303,35 +329,48 @@ cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
 
 
 cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
-    """Account for an entry whose slot value was just swapped out. Exactly once per published value."""
+    """Account for an entry whose slot value was just swapped out. Exactly once per published value. A value that names no
+    live entry was damaged in its page table: it is counted, and what it should have named stays as dead weight."""
     cdef Segment *row
+    cdef uint32_t *word
     cdef uint16_t *mark
-    cdef uint32_t size, ordinal = slot_ordinal(slot)
+    cdef uint32_t size = 0, segment = slot_segment(slot), ordinal = slot_ordinal(slot)
+    cdef bint found = False
+    if slot == 0:
+        return
     if slot_kind(slot) == KIND_FILLED:
         count(s, C_FILLED, <uint64_t> -1)
         return
-    if slot_kind(slot) != KIND_STORED:
+    if slot_kind(slot) != KIND_STORED or segment >= load32(&s.segments_used, ACQUIRE):
+        count(s, C_CORRUPT, 1)
         return
-    row = &s.segments[slot_segment(slot)]
+    row = &s.segments[segment]
     spin_lock(&row.lock)
-    ASSERT(row.generation == slot_generation(slot) and ordinal < row.entries and row.live_entries > 0, b"a slot names an entry of a live segment")
-    if row.state == SEG_REMOTE or row.state == SEG_LOST:
-        mark = &row.meta.sizes[ordinal]
-        size = <uint32_t> (mark[0] & 0x7fff) * 8
-    else:
-        mark = &directory(s, row.frame)[-1 - <int64_t> ordinal]
-        size = entry_bytes_at(s, row, ordinal)
-    ASSERT((mark[0] & DIRECTORY_DEAD) == 0 and row.live_bytes >= size, b"an entry dies once")
-    mark[0] |= DIRECTORY_DEAD
+    if row.generation == slot_generation(slot) and ordinal < row.entries and row.live_entries > 0:
+        if row.state == SEG_REMOTE or row.state == SEG_LOST:
+            mark = &row.meta.sizes[ordinal]
+            found = (mark[0] & DIRECTORY_DEAD) == 0
+            size = <uint32_t> (mark[0] & 0x7fff) * 8
+            mark[0] |= DIRECTORY_DEAD
+        elif row.frame != SEGMENT_FRAMES_NONE:
+            word = &directory(s, row.frame)[-1 - <int64_t> ordinal]
+            found = (word[0] & DIRECTORY_DEAD) == 0
+            size = word_bytes(word[0])
+            word[0] |= DIRECTORY_DEAD
+    if not found:
+        spin_unlock(&row.lock)
+        count(s, C_CORRUPT, 1)
+        return
+    ASSERT(row.live_bytes >= size, b"what dies was counted as live")
     row.live_entries -= 1
     row.live_bytes -= size
     if row.live_entries == 0:
-        if row.state == SEG_SEALED:
-            free_local(s, slot_segment(slot))
+        if row.state == SEG_SEALED and row.writers == 0:
+            free_local(s, segment)
         elif row.state == SEG_REMOTE:
-            queue_freed(s, slot_segment(slot))
+            queue_freed(s, segment)
         elif row.state == SEG_LOST:
-            free_row(s, slot_segment(slot))
+            free_row(s, segment)
     spin_unlock(&row.lock)
 
 
@@ -351,14 +390,21 @@ cdef void seal_head(Store_t *s, Head *head) noexcept nogil:
     head.segment = SEGMENT_FRAMES_NONE
 
 
+cdef inline void add_word(Store_t *s, Segment *row, uint32_t word) noexcept nogil:
+    """Under the row's lock: one more entry in the directory. A zero word ends it."""
+    cdef uint32_t *words = directory(s, row.frame)
+    words[-1 - <int64_t> row.entries] = word
+    row.entries += 1
+    words[-1 - <int64_t> row.entries] = 0
+
+
 cdef uint8_t *append(Store_t *s, Head *head, uint32_t entry_bytes, uint64_t *slot) noexcept nogil:
     """Under the head's lock: room for an entry in the open segment, counted as live; NULL when there is no frame."""
     cdef uint32_t need = align8(entry_bytes), offset
     cdef Segment *row
     if head.segment != SEGMENT_FRAMES_NONE:
         row = &s.segments[head.segment]
-        if row.entries == ORDINALS_MAX or \
-                FRAME_HEADER_BYTES + row.used_bytes + need + 2 * (row.entries + 1) + 8 > s.segment_bytes:
+        if row.entries == ORDINALS_MAX or FRAME_HEADER_BYTES + row.used_bytes + need + 4 * (row.entries + 2) > s.segment_bytes:
             seal_head(s, head)
     if head.segment == SEGMENT_FRAMES_NONE:
         head.segment = open_segment(s, head.ephemeral, head.cleaner)
@@ -367,9 +413,8 @@ cdef uint8_t *append(Store_t *s, Head *head, uint32_t entry_bytes, uint64_t *slo
     row = &s.segments[head.segment]
     offset = FRAME_HEADER_BYTES + row.used_bytes
     spin_lock(&row.lock)
-    directory(s, row.frame)[-1 - <int64_t> row.entries] = <uint16_t> (offset >> 3)
-    slot[0] = slot_stored(head.segment, row.generation, row.entries)
-    row.entries += 1
+    add_word(s, row, offset >> 3 | need >> 3 << DIRECTORY_SIZE_SHIFT)
+    slot[0] = slot_stored(head.segment, row.generation, row.entries - 1)
     row.used_bytes += need
     row.live_entries += 1
     row.live_bytes += need
@@ -382,9 +427,257 @@ cdef void unappend(Store_t *s, Head *head, uint32_t entry_bytes) noexcept nogil:
     cdef Segment *row = &s.segments[head.segment]
     spin_lock(&row.lock)
     row.entries -= 1
+    directory(s, row.frame)[-1 - <int64_t> row.entries] = 0
     row.used_bytes -= align8(entry_bytes)
     row.live_entries -= 1
     row.live_bytes -= align8(entry_bytes)
+    spin_unlock(&row.lock)
+
+
+# --- room in sealed segments ----------------------------------------------------------------------------------------
+# A hint names a dead entry whose room may be used. Hints are of bounded number and prove nothing: what a hint names is looked
+# at again under the row's lock. A word of the directory is named by one hint at most (its hinted bit), so the epoch that
+# a hint carries is not older than the death of what lies there.
+
+cdef void add_hint(Store_t *s, uint32_t kind, uint32_t units, uint32_t segment, uint32_t ordinal, uint64_t epoch,
+                   uint32_t *word) noexcept nogil:
+    """Under the row's lock."""
+    cdef Rooms *rooms = &s.rooms
+    cdef uint32_t n, c = min(units, <uint32_t> ROOM_CLASSES - 1)
+    cdef Room *room
+    spin_lock(&rooms.lock)
+    n = rooms.unused
+    if n != SEGMENT_FRAMES_NONE:
+        room = &rooms.hints[n]
+        rooms.unused = room.next
+        rooms.spare -= 1
+        room.segment = segment
+        room.ordinal = ordinal
+        room.epoch = epoch
+        room.next = SEGMENT_FRAMES_NONE
+        if rooms.filled[kind][c >> 6] >> (c & 63) & 1:
+            rooms.hints[rooms.last[kind][c]].next = n
+        else:
+            rooms.first[kind][c] = n
+            rooms.filled[kind][c >> 6] |= <uint64_t> 1 << (c & 63)
+        rooms.last[kind][c] = n
+        word[0] |= DIRECTORY_HINTED
+    spin_unlock(&rooms.lock)
+
+
+cdef inline void unlink_hint(Rooms *rooms, uint32_t kind, uint32_t c, Room *out) noexcept nogil:
+    """Under rooms.lock: the oldest hint of a class, which has one."""
+    cdef uint32_t n = rooms.first[kind][c]
+    out[0] = rooms.hints[n]
+    if n == rooms.last[kind][c]:
+        rooms.filled[kind][c >> 6] &= ~(<uint64_t> 1 << (c & 63))
+    else:
+        rooms.first[kind][c] = out.next
+    rooms.hints[n].next = rooms.unused
+    rooms.unused = n
+    rooms.spare += 1
+
+
+cdef inline uint32_t next_class(Rooms *rooms, uint32_t kind, uint32_t c) noexcept nogil:
+    """The first class from c on that has a hint; ROOM_CLASSES when none has."""
+    cdef uint64_t bits
+    while c < ROOM_CLASSES:
+        bits = rooms.filled[kind][c >> 6] >> (c & 63)
+        if bits:
+            return c + <uint32_t> ctz64(bits)
+        c = (c | 63) + 1
+    return ROOM_CLASSES
+
+
+cdef bint take_hint(Store_t *s, const Reader *reader, uint32_t kind, uint32_t units, Room *out) noexcept nogil:
+    """The smallest room of at least this size that no reader can be in any more."""
+    cdef Rooms *rooms = &s.rooms
+    cdef uint32_t c
+    cdef bint fresh = False
+    cdef uint64_t safe = load64(&rooms.safe, ACQUIRE), oldest
+    spin_lock(&rooms.lock)
+    c = next_class(rooms, kind, units)
+    while c < ROOM_CLASSES:
+        if rooms.hints[rooms.first[kind][c]].epoch < safe:
+            unlink_hint(rooms, kind, c, out)
+            spin_unlock(&rooms.lock)
+            return True
+        if fresh:
+            c = next_class(rooms, kind, c + 1)
+            continue
+        # Looked at only now and then: it walks all reader records, and it moves the epoch on.
+        spin_unlock(&rooms.lock)
+        oldest = min(add64(&s.epoch, 1, SEQ_CST), oldest_reader(s, reader))
+        fresh = True
+        spin_lock(&rooms.lock)
+        if oldest > rooms.safe:
+            store64(&rooms.safe, oldest, RELEASE)
+        safe = rooms.safe
+        c = next_class(rooms, kind, units)
+    spin_unlock(&rooms.lock)
+    return False
+
+
+cdef bint same_life(Segment *row, const Room *room) noexcept nogil:
+    """Under the row's lock: the hint was given in this use of the segment id, and the entries still lie here."""
+    return row.opened <= room.epoch and SEG_OPEN <= row.state <= SEG_SHIPPING
+
+
+cdef void drop_hints(Store_t *s, uint32_t kind) noexcept nogil:
+    """Forget the smallest rooms until there are hints to give: the cleaner will find their bytes."""
+    cdef Rooms *rooms = &s.rooms
+    cdef Room room
+    cdef Segment *row
+    cdef uint32_t c
+    while True:
+        spin_lock(&rooms.lock)
+        if rooms.spare >= ROOM_HINTS_SPARE:
+            spin_unlock(&rooms.lock)
+            return
+        c = next_class(rooms, kind, 0)
+        if c == ROOM_CLASSES:
+            kind = 1 - kind
+            c = next_class(rooms, kind, 0)
+        unlink_hint(rooms, kind, c, &room)
+        spin_unlock(&rooms.lock)
+        row = &s.segments[room.segment]
+        spin_lock(&row.lock)
+        if same_life(row, &room):
+            directory(s, row.frame)[-1 - <int64_t> room.ordinal] &= ~<uint32_t> DIRECTORY_HINTED
+        spin_unlock(&row.lock)
+
+
+cdef uint32_t hint_rooms(Store_t *s, uint32_t segment, uint32_t least) noexcept nogil:
+    """Under the row's lock: make one room of each run of dead entries, and hints for those of at least so many units that
+    have none. Returns the units of the largest of these."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t *words = directory(s, row.frame)
+    cdef uint64_t epoch = load64(&s.epoch, SEQ_CST)
+    cdef uint32_t i, k, word, begin, end, low, high, other, largest = 0
+    cdef uint32_t bottom = FRAME_HEADER_BYTES // 8, top = (FRAME_HEADER_BYTES + row.used_bytes) // 8
+    for i in range(row.entries):
+        word = words[-1 - <int64_t> i]
+        if (word & DIRECTORY_DEAD) == 0 or word & DIRECTORY_HINTED or word >> DIRECTORY_SIZE_SHIFT == 0:
+            continue
+        begin = word & DIRECTORY_OFFSET
+        end = begin + (word >> DIRECTORY_SIZE_SHIFT)
+        low = bottom
+        high = top
+        for k in range(row.entries):
+            word = words[-1 - <int64_t> k]
+            if word & DIRECTORY_DEAD:
+                continue
+            other = word & DIRECTORY_OFFSET
+            if other >= end:
+                high = min(high, other)
+            else:
+                low = max(low, other + (word >> DIRECTORY_SIZE_SHIFT))
+        if low > begin or high < end:
+            continue            # a damaged directory: nothing may be written there
+        if high - low < least:
+            continue
+        for k in range(row.entries):
+            word = words[-1 - <int64_t> k]
+            if word & DIRECTORY_DEAD and low <= word & DIRECTORY_OFFSET < high:
+                words[-1 - <int64_t> k] = word & (DIRECTORY_DEAD | DIRECTORY_HINTED | DIRECTORY_OFFSET)
+        words[-1 - <int64_t> i] = low | DIRECTORY_DEAD | (high - low) << DIRECTORY_SIZE_SHIFT
+        add_hint(s, row.ephemeral, high - low, segment, i, epoch, &words[-1 - <int64_t> i])
+        largest = max(largest, high - low)
+    return largest
+
+
+cdef bint search_rooms(Store_t *s, uint32_t kind, uint32_t units) noexcept nogil:
+    """Look for room in the next sealed segments; True when one that is large enough was found."""
+    cdef uint32_t looks, frame, segment, largest = 0
+    cdef Segment *row
+    if load32(&s.rooms.spare, RELAXED) < ROOM_HINTS_SPARE:
+        drop_hints(s, kind)
+    for looks in range(ROOM_LOOKS):
+        frame = add32(&s.rooms.cursor, 1, RELAXED) % s.frames
+        segment = load32(&s.frame_segment[frame], ACQUIRE)
+        if segment == SEGMENT_FRAMES_NONE:
+            continue
+        row = &s.segments[segment]
+        if load32(&row.state, RELAXED) != SEG_SEALED:
+            continue
+        spin_lock(&row.lock)
+        if row.state == SEG_SEALED and row.frame == frame and row.ephemeral == kind and not row.damaged and \
+                row.used_bytes - row.live_bytes >= 8 * units and row.entries <= ROOM_ORDINALS_MAX:
+            largest = hint_rooms(s, segment, max(<uint32_t> ROOM_MIN, units // 4))
+        spin_unlock(&row.lock)
+        if largest >= units:
+            return True
+    return False
+
+
+cdef uint8_t *plug(Store_t *s, const Reader *reader, uint32_t kind, uint32_t entry_bytes, uint64_t *slot) noexcept nogil:
+    """Room in a sealed segment where entries died, counted as live; NULL when none was found. The caller writes, publishes and
+    calls plugged(): until then nobody cleans, ships or frees the segment."""
+    cdef uint32_t need = align8(entry_bytes), units = need >> 3, looks, word, rest, spare
+    cdef uint32_t *words
+    cdef uint8_t *place = NULL
+    cdef Segment *row
+    cdef Room room
+    cdef bint searched = False
+    for looks in range(ROOM_LOOKS):
+        if not take_hint(s, reader, kind, units, &room):
+            if searched or not search_rooms(s, kind, units):
+                return NULL
+            searched = True
+            continue
+        row = &s.segments[room.segment]
+        spin_lock(&row.lock)
+        if not same_life(row, &room):
+            spin_unlock(&row.lock)
+            continue
+        words = directory(s, row.frame)
+        words[-1 - <int64_t> room.ordinal] &= ~<uint32_t> DIRECTORY_HINTED
+        word = words[-1 - <int64_t> room.ordinal]
+        if row.state != SEG_SEALED or row.damaged or load32(&row.ordered, RELAXED) or not word & DIRECTORY_DEAD or \
+                word >> DIRECTORY_SIZE_SHIFT < units:
+            spin_unlock(&row.lock)
+            continue
+        rest = (word >> DIRECTORY_SIZE_SHIFT) - units
+        if rest >= ROOM_MIN:
+            spare = spare_ordinal(s, row)
+            if spare != SEGMENT_FRAMES_NONE:
+                words[-1 - <int64_t> spare] = ((word & DIRECTORY_OFFSET) + units) | DIRECTORY_DEAD | rest << DIRECTORY_SIZE_SHIFT
+                add_hint(s, kind, rest, room.segment, spare, room.epoch, &words[-1 - <int64_t> spare])
+        # What is left without a word of its own joins the room of a neighbour that dies.
+        words[-1 - <int64_t> room.ordinal] = (word & DIRECTORY_OFFSET) | units << DIRECTORY_SIZE_SHIFT
+        row.live_entries += 1
+        row.live_bytes += need
+        row.writers += 1
+        row.touched_ms = coarse_ms()
+        slot[0] = slot_stored(room.segment, row.generation, room.ordinal)
+        place = frame_at(s, row.frame) + (word & DIRECTORY_OFFSET) * 8
+        spin_unlock(&row.lock)
+        return place
+    return NULL
+
+
+cdef uint32_t spare_ordinal(Store_t *s, Segment *row) noexcept nogil:
+    """Under the row's lock: a word of the directory that names nothing, or a new one where the frame has room for it."""
+    cdef uint32_t *words = directory(s, row.frame)
+    cdef uint32_t i
+    for i in range(row.entries):
+        if (words[-1 - <int64_t> i] & ~<uint32_t> DIRECTORY_OFFSET) == DIRECTORY_DEAD:
+            return i
+    if row.entries == ORDINALS_MAX or FRAME_HEADER_BYTES + row.used_bytes + 4 * (row.entries + 2) > s.segment_bytes:
+        return SEGMENT_FRAMES_NONE
+    add_word(s, row, DIRECTORY_DEAD)
+    return row.entries - 1
+
+
+cdef void plugged(Store_t *s, uint64_t slot, bint published) noexcept nogil:
+    """The end of what plug() began."""
+    cdef Segment *row = &s.segments[slot_segment(slot)]
+    if not published:
+        free_entry(s, slot)
+    spin_lock(&row.lock)
+    row.writers -= 1
+    if row.live_entries == 0 and row.writers == 0:
+        free_local(s, slot_segment(slot))
     spin_unlock(&row.lock)
 
 
@@ -556,13 +849,16 @@ cdef uint64_t read_slot(Pool *pool, const uint64_t *oid, uint32_t index) noexcep
     return value
 
 
+# A slot is changed with SEQ_CST: whoever sees an entry dead and then reads the epoch must not read one that is older than
+# that of a reader who saw it alive.
+
 cdef int publish(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t index, uint64_t value, uint64_t *old) noexcept nogil:
     """Swap a new value in; the caller frees the old one. A value of zero is for clear() only."""
     cdef Leaf *leaf
     if pool.dense:
         if not load8(&pool.populated[index // SLOTS_PER_CHUNK], ACQUIRE) and populate(s, pool, index) != 0:
             return NO_MEMORY
-        old[0] = swap64(&pool.slots[index], value, ACQ_REL)
+        old[0] = swap64(&pool.slots[index], value, SEQ_CST)
         return OK
     pthread_mutex_lock(&pool.lock)
     leaf = make_leaf(pool, oid, index >> 3)
@@ -585,7 +881,7 @@ cdef bint replace(Pool *pool, const uint64_t *oid, uint32_t index, uint64_t expe
     cdef bint done = False
     if pool.dense:
         slot = dense_slot(pool, index)
-        return slot != NULL and cas64(slot, &expected, value, False, ACQ_REL, ACQUIRE)
+        return slot != NULL and cas64(slot, &expected, value, False, SEQ_CST, ACQUIRE)
     pthread_mutex_lock(&pool.lock)
     thing = find_object(pool, oid)
     if thing != NULL:
@@ -609,7 +905,7 @@ cdef uint64_t clear(Pool *pool, const uint64_t *oid, uint32_t index) noexcept no
         slot = dense_slot(pool, index)
         if slot == NULL or load64(slot, RELAXED) == 0:
             return 0
-        return swap64(slot, 0, ACQ_REL)
+        return swap64(slot, 0, SEQ_CST)
     while True:
         value = read_slot(pool, oid, index)
         if value == 0 or replace(pool, oid, index, value, 0):
@@ -690,10 +986,12 @@ cdef bint wait_for_room(Store_t *s, uint64_t deadline_ns) noexcept nogil:
     pthread_mutex_lock(&s.frame_lock)
     reclaim_retired(s)
     if s.free_count <= s.reserve_frames:
+        s.waiting += 1
         pthread_cond_signal(&s.clean_wanted)
         # A retired frame becomes free when a reader leaves, which signals nobody: look again soon.
         until = now + 2000000
         cond_wait_until(&s.room, &s.frame_lock, until if until < deadline_ns else deadline_ns)
+        s.waiting -= 1
         reclaim_retired(s)
     pthread_mutex_unlock(&s.frame_lock)
     return True
@@ -713,6 +1011,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     cdef Pool *pool
     cdef Head *head
     cdef bint filled = same_filled(page, &pattern)
+    cdef bint short_of_frames = False
 
     reader = enter(s)
     pool = pool_at(s, pool_id)
@@ -759,6 +1058,14 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         if pool == NULL or pool.serial != serial:
             leave(reader)       # destroyed meanwhile; its id may already name another pool
             return NO_POOL
+        if short_of_frames or load32(&s.plugging, RELAXED):
+            place = plug(s, reader, pool.ephemeral, HEADER_BYTES + header.length, &slot)
+            if place != NULL:
+                memcpy(place, buffer, HEADER_BYTES + header.length)
+                result = publish(s, pool, oid, index, slot, &old)
+                plugged(s, slot, result == OK)
+                count(s, C_PLUGGED, result == OK)
+                break
         head = &s.heads[(HEAD_STRIPES_MAX if pool.ephemeral else 0) + sched_getcpu() % s.head_stripes]
         pthread_mutex_lock(&head.lock)
         place = append(s, head, HEADER_BYTES + header.length, &slot)
@@ -771,6 +1078,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         if place != NULL:
             break
         leave(reader)
+        short_of_frames = True
         if deadline == 0:
             deadline = now_ns() + wait_ns
         if drop_ephemeral(s) != 0 and not wait_for_room(s, deadline):
@@ -795,11 +1103,12 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
 # --- get -----------------------------------------------------------------------------------------------------------
 
 cdef inline EntryHeader *entry_at(Store_t *s, Segment *row, uint32_t ordinal) noexcept nogil:
-    """An entry of a local segment, or NULL when it is marked dead."""
-    cdef uint16_t mark = directory(s, row.frame)[-1 - <int64_t> ordinal]
-    if mark & DIRECTORY_DEAD:
+    """An entry of a local segment, or NULL when it is marked dead or its word in the directory is damaged."""
+    cdef uint32_t word = directory(s, row.frame)[-1 - <int64_t> ordinal]
+    cdef uint32_t offset = (word & DIRECTORY_OFFSET) * 8
+    if word & DIRECTORY_DEAD or word_bytes(word) < HEADER_BYTES or offset + word_bytes(word) > s.segment_bytes:
         return NULL
-    return <EntryHeader *> (frame_at(s, row.frame) + <uint32_t> mark * 8)
+    return <EntryHeader *> (frame_at(s, row.frame) + offset)
 
 
 cdef inline void entry_oid(EntryHeader *header, uint64_t *oid) noexcept nogil:
@@ -923,10 +1232,13 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         if state == SEG_FREE or state >= SEG_FREEING:
             spin_unlock(&row.lock)
             continue
-        place = frame_at(s, row.frame) + <uint32_t> (directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)] & 0x7fff) * 8
+        if directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)] & DIRECTORY_DEAD:
+            spin_unlock(&row.lock)      # swapped out since the look; its room may be part of a larger one by now
+            continue
+        place = <uint8_t *> entry_at(s, row, slot_ordinal(slot))
         room = entry_bytes_at(s, row, slot_ordinal(slot))
         spin_unlock(&row.lock)
-        result = decode_local(place, room, ref, page)
+        result = decode_local(place, room, ref, page) if place != NULL else CORRUPT
         if result == CORRUPT:
             count(s, C_CORRUPT, 1)
             if forget_ephemeral(s, pool, oid, index, slot):
@@ -1167,7 +1479,7 @@ cdef bint take_local(Store_t *s, uint32_t segment, uint32_t state) noexcept nogi
     cdef Segment *row = &s.segments[segment]
     cdef bint taken
     spin_lock(&row.lock)
-    taken = row.state == SEG_SEALED
+    taken = row.state == SEG_SEALED and row.writers == 0
     if taken:
         row.state = state
     spin_unlock(&row.lock)
@@ -1184,8 +1496,9 @@ cdef void give_back(Store_t *s, uint32_t segment) noexcept nogil:
     spin_unlock(&row.lock)
 
 
-cdef uint32_t choose_victim(Store_t *s, bint any_gain) noexcept nogil:
-    """Cost-benefit: (1 - u) * age / (1 + u), u being the live share. Only segments that would give something back."""
+cdef uint32_t choose_victim(Store_t *s, double fullest) noexcept nogil:
+    """Cost-benefit: (1 - u) * age / (1 + u), u being the live share. Only segments that would give something back, and
+    whose live share is not above `fullest`."""
     cdef uint32_t f, segment, best = SEGMENT_FRAMES_NONE
     cdef Segment *row
     cdef double u, score, best_score = -1.0
@@ -1196,13 +1509,13 @@ cdef uint32_t choose_victim(Store_t *s, bint any_gain) noexcept nogil:
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if load32(&row.state, RELAXED) != SEG_SEALED or row.damaged:
+        if load32(&row.state, RELAXED) != SEG_SEALED or row.damaged or load32(&row.writers, RELAXED):
             continue
         # Less than the largest entry to win: the copy would end as full as this one, and be copied again.
-        if row.live_bytes + 2 * row.live_entries + ENTRY_BYTES_MAX + 16 > s.segment_bytes - FRAME_HEADER_BYTES:
+        if row.live_bytes + 4 * row.live_entries + ENTRY_BYTES_MAX + 16 > s.segment_bytes - FRAME_HEADER_BYTES:
             continue
         u = row.live_bytes / capacity
-        if not any_gain and u > 0.9:
+        if u > fullest:
             continue
         score = (1.0 - u) * <double> (now - min(now, row.touched_ms) + 1) / (1.0 + u)
         if score > best_score:
@@ -1268,30 +1581,45 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
     return result
 
 
-cdef uint32_t clean(Store_t *s, uint32_t most, bint any_gain) noexcept nogil:
+cdef uint32_t clean(Store_t *s, uint32_t most, double fullest) noexcept nogil:
     cdef uint32_t done = 0, victim
     cdef bint moved = True
     while moved and done < most and not load32(&s.stopping, ACQUIRE):
         pthread_mutex_lock(&s.clean_lock)
-        victim = choose_victim(s, any_gain)
+        victim = choose_victim(s, fullest)
         moved = victim != SEGMENT_FRAMES_NONE and clean_segment(s, victim) == 0
         pthread_mutex_unlock(&s.clean_lock)
         done += moved
     return done
 
 
+cdef double worth_cleaning(Store_t *s) noexcept nogil:
+    """Under frame_lock: the live share up to which the cleaner copies a segment. A half is cheap: a byte copied for a byte won.
+    Above it puts go into the room of dead entries, which copies nothing; only where that fails are frames used up, and
+    the shorter they are the more a free one is worth. Any gain counts only while a put waits."""
+    cdef double left
+    if s.free_count > s.clean_low_frames:
+        return 0.0
+    if s.waiting:
+        return 1.0
+    if s.free_count <= s.reserve_frames:
+        return CLEAN_FULLEST
+    left = <double> (s.free_count - s.reserve_frames) / (s.clean_low_frames - s.reserve_frames)
+    return CLEAN_FULLEST + (CLEAN_CHEAP - CLEAN_FULLEST) * left
+
+
 cdef void *cleaner_main(void *argument) noexcept nogil:
     cdef Store_t *s = <Store_t *> argument
-    cdef bint wanted
+    cdef double fullest
     while not load32(&s.stopping, ACQUIRE):
         pthread_mutex_lock(&s.frame_lock)
         if s.free_count > s.clean_low_frames:
             cond_wait_until(&s.clean_wanted, &s.frame_lock, now_ns() + 200000000ull)
         reclaim_retired(s)
-        wanted = s.free_count <= s.clean_low_frames
+        fullest = worth_cleaning(s)
         pthread_mutex_unlock(&s.frame_lock)
-        if wanted and clean(s, 4, s.free_count <= s.reserve_frames) == 0:
-            # Nothing worth copying: what is here is live, and room must come from remotify.
+        if fullest > 0.0 and clean(s, 1, fullest) == 0:
+            # Nothing worth copying: puts find room beside what is live, or room must come from remotify.
             pthread_mutex_lock(&s.frame_lock)
             cond_wait_until(&s.clean_wanted, &s.frame_lock, now_ns() + 20000000ull)
             pthread_mutex_unlock(&s.frame_lock)
@@ -1625,7 +1953,7 @@ cdef uint32_t store_seal_open(Store_t *s) noexcept nogil:
 cdef int recount_slot(Store_t *s, uint64_t slot, uint32_t *entries, uint64_t *size, uint64_t *filled) noexcept nogil:
     """One live slot: it must name a live entry of the generation it says. Adds to the recount."""
     cdef Segment *row
-    cdef uint16_t mark
+    cdef uint32_t mark
     cdef uint32_t segment = slot_segment(slot)
     if slot_kind(slot) == KIND_FILLED:
         filled[0] += 1
@@ -1645,6 +1973,27 @@ cdef int recount_slot(Store_t *s, uint64_t slot, uint32_t *entries, uint64_t *si
         return -1
     entries[segment] += 1
     return -1 if mark & DIRECTORY_DEAD else 0
+
+
+cdef int64_t find_overlap(Store_t *s, Segment *row) except -2:
+    """The first live entry of a local segment that shares bytes with an earlier one or does not lie within the used
+    bytes; -1 for none."""
+    cdef uint32_t *words = directory(s, row.frame)
+    cdef uint32_t i, k, word, top = (FRAME_HEADER_BYTES + row.used_bytes) // 8
+    taken = bytearray(top)
+    cdef uint8_t[:] units = taken
+    for i in range(row.entries):
+        word = words[-1 - <int64_t> i]
+        if word & DIRECTORY_DEAD:
+            continue
+        if word_bytes(word) < HEADER_BYTES or (word & DIRECTORY_OFFSET) < FRAME_HEADER_BYTES // 8 or \
+                (word & DIRECTORY_OFFSET) + (word >> DIRECTORY_SIZE_SHIFT) > top:
+            return i
+        for k in range(word & DIRECTORY_OFFSET, (word & DIRECTORY_OFFSET) + (word >> DIRECTORY_SIZE_SHIFT)):
+            if units[k]:
+                return i
+            units[k] = 1
+    return -1
 
 
 cdef class Store:
@@ -1700,9 +2049,14 @@ cdef class Store:
         s.frame_segment = <uint32_t *> malloc(4 * <size_t> s.frames)
         s.free_frames = <uint32_t *> malloc(4 * <size_t> s.frames)
         s.retired = <Retired *> malloc(sizeof(Retired) * s.frames)
+        s.hints = max(<uint32_t> ROOM_HINTS_MIN, <uint32_t> (s.arena_bytes // ROOM_ARENA_SHARE))
+        s.rooms.hints = <Room *> malloc(sizeof(Room) * s.hints)
         if <void *> s.segments == MAP_FAILED or <void *> s.free_ids == MAP_FAILED or s.frame_segment == NULL or \
-                s.free_frames == NULL or s.retired == NULL:
+                s.free_frames == NULL or s.retired == NULL or s.rooms.hints == NULL:
             raise MemoryError
+        s.rooms.spare = s.hints
+        for i in range(s.hints):
+            s.rooms.hints[i].next = i + 1 if i + 1 < s.hints else SEGMENT_FRAMES_NONE
         s.arena = <uint8_t *> map_file("ramster-arena", s.arena_bytes, &s.arena_fd, path)
         with nogil:
             result = fallocate(s.arena_fd, 0, 0, <long> s.arena_bytes)
@@ -1751,6 +2105,7 @@ cdef class Store:
         free(s.frame_segment)
         free(s.free_frames)
         free(s.retired)
+        free(s.rooms.hints)
         OPENSSL_cleanse(s.node_key, 32)
         free(s)
         self.s = NULL
@@ -1905,7 +2260,7 @@ cdef class Store:
         cdef Store_t *s = self.live()
         cdef uint32_t cleaned
         with nogil:
-            cleaned = clean(s, segments, True)
+            cleaned = clean(s, segments, 1.0)
         return cleaned
 
     def coldest(self, uint32_t most):
@@ -1972,6 +2327,7 @@ cdef class Store:
         cdef Leaf *leaf
         cdef Segment *row
         cdef uint32_t frames = 0, frames_idle
+        cdef int64_t overlap
         wrong = []
         if entries == NULL or sizes == NULL:
             free(entries)
@@ -2000,6 +2356,11 @@ cdef class Store:
             row = &s.segments[k]
             if SEG_OPEN <= row.state <= SEG_SHIPPING:
                 frames += 1
+                if row.writers:
+                    wrong.append(f"segment {k} has {row.writers} writers")
+                overlap = find_overlap(s, row)
+                if overlap >= 0:
+                    wrong.append(f"segment {k}: entry {overlap} lies outside, or on another one")
                 if s.frame_segment[row.frame] != k:
                     wrong.append(f"segment {k} lies in frame {row.frame}, which belongs to segment {s.frame_segment[row.frame]}")
             if row.state == SEG_FREE or row.state >= SEG_FREEING:
@@ -2061,7 +2422,7 @@ cdef class Store:
             local_gets=total(s, C_LOCAL_GETS), gets_missed=total(s, C_GETS_MISSED), flushes=total(s, C_FLUSHES),
             flushes_found=total(s, C_FLUSHES_FOUND), puts_refused=total(s, C_PUTS_REFUSED),
             cleaned_segments=total(s, C_CLEANED_SEGMENTS), cleaned_bytes=total(s, C_CLEANED_BYTES),
-            shipped_segments=total(s, C_SHIPPED_SEGMENTS), bytes_in=total(s, C_BYTES_IN),
+            puts_plugged=total(s, C_PLUGGED), shipped_segments=total(s, C_SHIPPED_SEGMENTS), bytes_in=total(s, C_BYTES_IN),
             bytes_compressed=total(s, C_BYTES_COMPRESSED), ephemeral_dropped=total(s, C_EPHEMERAL_DROPPED),
             corrupt_pages=total(s, C_CORRUPT), locked=bool(s.locked))
 

@@ -22,6 +22,9 @@ DIRECTORY_ABSENT = 0xFFFF
 OBJECT_ID_BYTES = 24
 ALIGNMENT = 8
 SEAL_LABEL = b"ramster seal v1\0"
+DIRECTORY_HINTED = 0x80000000
+DIRECTORY_OFFSET_MASK = 0x7FFF
+DIRECTORY_SIZE_SHIFT = 16
 #: a segment is at most as large as a 15-bit offset in units of 8 bytes can say
 SEGMENT_BYTES_LIMIT = 0x8000 * ALIGNMENT
 
@@ -133,7 +136,7 @@ class Slot(NamedTuple):
 
 class Entry(NamedTuple):
     ordinal: int
-    dead: bool
+    offset: int  # of the header in the frame or image
     header: EntryHeader
     oid: tuple[int, int, int]
     payload: bytes  # compressed, or sealed
@@ -172,7 +175,7 @@ def align(size: int) -> int:
     return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-def read_entry(data: bytes | memoryview, offset: int, ordinal: int, dead: bool = False) -> Entry:
+def read_entry(data: bytes | memoryview, offset: int, ordinal: int) -> Entry:
     """The entry at a byte offset. ValueError where it does not fit in the data."""
     header = decode_entry_header(data, offset)
     begin = offset + ENTRY_HEADER.size
@@ -180,32 +183,46 @@ def read_entry(data: bytes | memoryview, offset: int, ordinal: int, dead: bool =
         raise ValueError(f"entry {ordinal} at {offset}: length {header.length} does not fit")
     body = bytes(data[begin : begin + header.length])
     oid = struct.unpack("<QQQ", body[:OBJECT_ID_BYTES]) if header.prefix else (0, 0, 0)
-    return Entry(ordinal, dead, header, oid, body[header.prefix :], body)
+    return Entry(ordinal, offset, header, oid, body[header.prefix :], body)
+
+
+class Word(NamedTuple):
+    """One word of a frame's directory, in bytes. A dead one with a size is room, without one it names nothing."""
+
+    offset: int
+    size: int
+    dead: bool
+    hinted: bool
+
+
+def decode_word(word: int) -> Word:
+    return Word(
+        (word & DIRECTORY_OFFSET_MASK) * ALIGNMENT,
+        (word >> DIRECTORY_SIZE_SHIFT & DIRECTORY_OFFSET_MASK) * ALIGNMENT,
+        bool(word & DIRECTORY_DEAD),
+        bool(word & DIRECTORY_HINTED),
+    )
+
+
+def walk_directory(frame: bytes | memoryview) -> Iterator[Word]:
+    """The words of a frame's directory, by ordinal; none for a frame that was never used."""
+    if decode_image_header(frame).magic != FRAME_MAGIC:
+        return
+    for place in range(len(frame) - 4, IMAGE_HEADER.size, -4):
+        (word,) = struct.unpack_from("<I", frame, place)
+        if word == 0:
+            return
+        yield decode_word(word)
 
 
 def walk_frame(frame: bytes | memoryview) -> Iterator[Entry]:
-    """Entries of one frame of an arena, in order, dead ones included.
+    """Live entries of one frame of an arena, by ordinal. ValueError where one does not fit in it.
 
-    A frame does not say how many entries it holds (the segment table does), so the walk ends where the directory stops
-    being a chain of adjoining entries; entries of the frame's earlier life may follow, with lower versions.
+    A frame that is free now may still show the entries of its last segment: the segment table knows.
     """
-    if decode_image_header(frame).magic != FRAME_MAGIC:
-        return
-    expected, ordinal = IMAGE_HEADER.size, 0
-    while True:
-        place = len(frame) - 2 * (ordinal + 1)
-        if place < expected + ENTRY_HEADER.size:
-            return
-        (mark,) = struct.unpack_from("<H", frame, place)
-        if (mark & ~DIRECTORY_DEAD) * ALIGNMENT != expected:
-            return
-        try:
-            entry = read_entry(frame, expected, ordinal, bool(mark & DIRECTORY_DEAD))
-        except ValueError:
-            return
-        yield entry
-        expected += align(ENTRY_HEADER.size + entry.header.length)
-        ordinal += 1
+    for ordinal, word in enumerate(walk_directory(frame)):
+        if not word.dead:
+            yield read_entry(frame, word.offset, ordinal)
 
 
 def walk_image(image: bytes | memoryview) -> Iterator[Entry]:

@@ -48,6 +48,7 @@ class StoreStatistics:
     puts_refused: int
     cleaned_segments: int
     cleaned_bytes: int
+    puts_plugged: int
     shipped_segments: int
     bytes_in: int
     bytes_compressed: int

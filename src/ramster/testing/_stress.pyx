@@ -69,9 +69,10 @@ cdef inline uint64_t draw(Worker *w) noexcept nogil:
 
 
 cdef void make_page(uint64_t *words, uint32_t key, uint64_t version) noexcept nogil:
-    """A third same-filled, a third that compresses well, a third that does not at all; by key and version alone."""
+    """A third same-filled, a third that compresses to 128 to 2048 bytes, a third that does not at all; by key and version
+    alone."""
     cdef uint64_t seed = mix((<uint64_t> key << 44) ^ version)
-    cdef uint32_t kind = <uint32_t> (seed % 3), i
+    cdef uint32_t kind = <uint32_t> (seed % 3), i, period
     cdef uint64_t pattern
     if kind == 0:
         pattern = FILL | (<uint64_t> key << 14) | (version & 0x3fff)
@@ -79,8 +80,9 @@ cdef void make_page(uint64_t *words, uint32_t key, uint64_t version) noexcept no
         for i in range(PAGE_WORDS):
             words[i] = pattern
         return
+    period = PAGE_WORDS if kind == 1 else 16 << (seed >> 32) % 5
     for i in range(PAGE_WORDS):
-        words[i] = mix(seed + (i if kind == 1 else i & 15))
+        words[i] = mix(seed + i) if i < period else words[i - period]
     words[0] = (<uint64_t> MARK << 32) | key
     words[1] = version
     words[PAGE_WORDS - 1] = version ^ key
