@@ -3,7 +3,7 @@
 PYTHON_SOURCES := $(wildcard src tests bench scripts)
 VENV := .venv/bin
 
-.PHONY: help setup demo test lint bench asan docs clean
+.PHONY: help setup demo test lint bench asan tsan docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,6 +27,9 @@ bench: setup ## Measure put, get, fault and remotify beside their floors
 
 asan: setup ## Run the tests of the native code under AddressSanitizer and UBSan (own build in build/asan)
 	@scripts/asan.sh
+
+tsan: setup ## Run the threaded tests of the native code under ThreadSanitizer (own build in build/tsan)
+	@scripts/tsan.sh
 
 docs: setup ## Write docs/configuration.md and docs/errors.md from the code
 	@$(VENV)/python scripts/docs.py
