@@ -31,6 +31,7 @@ COMPARED = {
         "random pass beside a mapped file",
         "sequential pass beside a mapped file",
     ],
+    "hog": ["verifying"],
     "remote": [
         "remotify",
         "remote get, one at a time, p50",

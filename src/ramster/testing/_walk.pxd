@@ -1,0 +1,1 @@
+"""Nothing of the walk extension is for other extensions."""
