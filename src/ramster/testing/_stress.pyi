@@ -1,5 +1,6 @@
 from typing import TypedDict
 
+from ramster.engine.links import Links
 from ramster.engine.store import Store
 
 class Totals(TypedDict):
@@ -35,6 +36,7 @@ def hammer(
     sparse: bool = False,
     ephemeral: bool = False,
     wait_ms: int = 50,
+    links: Links | None = None,
 ) -> Totals: ...
 def native_layout() -> dict[str, tuple[int, dict[str, tuple[int, int]]]]: ...
 def reference(

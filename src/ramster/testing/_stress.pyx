@@ -15,6 +15,7 @@ from libc.string cimport memcmp, memcpy, memset
 from ramster.engine._c.atomic cimport ACQUIRE, ACQ_REL, RELEASE, RELAXED, add64, load32, load64, sched_yield, store32, store64
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new, EVP_CIPHER_CTX
 from ramster.engine._c.pthread cimport now_ns, pthread_join, pthread_t, start_thread
+from ramster.engine._link cimport Links, Links_t, get_page
 from ramster.engine._store cimport (
     CORRUPT, FULL, LOST, MISS, OK, PAGE, POOLS_MAX, REMOTE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t,
     store_flush, store_get, store_put, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
@@ -30,6 +31,7 @@ cdef enum:
 
 cdef struct Shared:
     Store_t *store
+    Links_t *links              # or NULL: what is on a lender is not fetched
     uint32_t pool
     uint32_t threads
     uint32_t keys
@@ -152,9 +154,15 @@ cdef void judge(Worker *w, uint32_t key, int result, const uint64_t *words, uint
         w.stale += 1
 
 
+cdef inline int look_up(Shared *s, const uint64_t *oid, uint32_t index, uint64_t *words, int mode) noexcept nogil:
+    cdef RemoteRef ref
+    if s.links != NULL:
+        return get_page(s.links, s.pool, oid, index, <uint8_t *> words, mode)
+    return store_get(s.store, s.pool, oid, index, <uint8_t *> words, mode, &ref)
+
+
 cdef void step(Worker *w, uint64_t *words) noexcept nogil:
     cdef Shared *s = w.shared
-    cdef RemoteRef ref
     cdef uint64_t oid[3]
     cdef uint64_t r = draw(w), before, version
     cdef uint32_t dice = <uint32_t> (r % 100), key = <uint32_t> ((r >> 32) % s.keys), index
@@ -169,7 +177,7 @@ cdef void step(Worker *w, uint64_t *words) noexcept nogil:
     key_oid(s, key, oid)
     if reads:
         before = 0 if s.shared_keys else load64(&s.done[key], ACQUIRE)
-        result = store_get(s.store, s.pool, oid, index, <uint8_t *> words, -1, &ref)
+        result = look_up(s, oid, index, words, -1)
         w.gets += 1
         judge(w, key, result, words, before, 0 if s.shared_keys else load64(&s.begun[key], ACQUIRE))
         return
@@ -192,7 +200,7 @@ cdef void step(Worker *w, uint64_t *words) noexcept nogil:
         else:
             w.failed += 1
     elif removes:
-        result = store_get(s.store, s.pool, oid, index, <uint8_t *> words, 1, &ref)
+        result = look_up(s, oid, index, words, 1)
         w.removes += 1
         judge(w, key, result, words, before, version if s.shared_keys else version - 1)
     else:
@@ -220,12 +228,14 @@ cdef void *work(void *argument) noexcept nogil:
 
 
 def hammer(Store store, uint32_t pool, *, uint32_t threads, uint32_t keys, uint64_t operations, double seconds=60.0,
-           uint64_t seed=1, mix=(50, 35, 5), bint shared=False, bint sparse=False, bint ephemeral=False, int wait_ms=50):
+           uint64_t seed=1, mix=(50, 35, 5), bint shared=False, bint sparse=False, bint ephemeral=False, int wait_ms=50,
+           Links links=None):
     """Run `operations` per thread, or until `seconds` have passed, on an empty pool; native threads, no GIL.
 
     mix: per cent of puts, gets and exclusive gets; the rest flushes. shared=False: each key has one writer (everybody
     reads), and a get must return what a linearisable register would. shared=True: everybody does everything to every key, and
-    a get must return a whole page that somebody put under that key. wait_ms: how long a put waits for room.
+    a get must return a whole page that somebody put under that key. wait_ms: how long a put waits for room. links: of this
+    store; gets fetch what is on a lender.
     UsageError for counts that make no sense.
     """
     cdef Store_t *s = store.live()
@@ -236,6 +246,7 @@ def hammer(Store store, uint32_t pool, *, uint32_t threads, uint32_t keys, uint6
         raise errors.UsageError(f"{threads} threads on {keys} keys: 1 to 64 threads, at least as many keys, at most {KEYS_MAX}")
     memset(&common, 0, sizeof(common))
     common.store = s
+    common.links = links.live() if links is not None else NULL
     common.pool = pool
     common.threads = threads
     common.keys = keys
