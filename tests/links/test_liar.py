@@ -275,8 +275,8 @@ def test_whatever_shape_the_reply_has_a_page_is_right_or_reported(liar: Liar, da
 def test_requests_that_find_the_lenders_buffer_full_wait_for_room(
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More is asked for at once than the send buffer of the lender holds, while the borrower does not read. Nothing would
-    be asked twice in this test: what the lender dropped would be out of reach."""
+    """More is asked for at once than the send buffer of the lender holds, while the borrower does not read.
+    Nothing would be asked twice in this test: what the lender dropped would be out of reach."""
     pair: Pair = make_pair(segments=64, lend=48, give_up_ms=10_000, request_deadline_ms=60_000)
     per_segment = 24
     for first in range(0, 40 * per_segment, per_segment):
