@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from ramster.engine._histogram cimport Histogram
 from ramster.engine._link cimport Links, Links_t, Wanted
+from ramster.engine._resident cimport Resident
 from ramster.engine._store cimport Store_t
 
 cdef enum:
@@ -26,7 +27,7 @@ cdef enum:
     FLAG_PINNED = 0x10
     FLAG_WAITERS = 0x20             # somebody faulted while it was in other hands: wake when it is not
     FLAG_REFUSED = 0x40             # poisoned for want of room; nothing of it is lost
-    FLAG_QUEUED = 0x80              # has an entry in the queue of residents
+    FLAG_AHEAD = 0x80               # being fetched though nobody has asked for it
 
 cdef struct Stream:
     uint32_t next_up                # a fault here goes on upwards ...
@@ -68,9 +69,7 @@ cdef struct Region_t:
     bint attached
     uint8_t *states
     uint16_t *pins                  # pins nest
-    uint32_t *fifo                  # resident pages in the order in which they came; a ring of 'pages' entries
-    uint64_t fifo_head
-    uint64_t fifo_count
+    Resident set                    # which of the resident pages leaves next
     uint32_t *parked                # faults that wait for room
     uint64_t parked_count
     uint64_t parked_since_ns

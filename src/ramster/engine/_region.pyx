@@ -18,7 +18,7 @@ Every event that finds its page in other hands (fetching, evicting) leaves FLAG_
 wakes it when done: the thread faults again and meets the new state. No event is ever just dropped.
 """
 from libc.errno cimport EAGAIN, EEXIST, ESRCH, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strerror
 
@@ -40,6 +40,9 @@ from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
     GET_PAGES_MAX, Links, Reply, links_flush, links_get, links_later, links_peer_lost, links_peer_reachable, reply_bytes,
     reply_next)
+from ramster.engine._resident cimport (
+    HINT_AHEAD, HINT_FAULT, NOBODY, resident_add, resident_free, resident_gone, resident_init, resident_pin, resident_unpin,
+    resident_victim)
 from ramster.engine._store cimport (
     BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
     store_destroy_pool, store_flush, store_get, store_put, store_where)
@@ -49,6 +52,8 @@ from ramster import errors
 cdef enum:
     PARKED_MAX = 1024
     RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
+    RESIDENT_PAGES_MAX = 1 << 30
+    OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
     SLACK = 8                       # a fault this close behind the end of a stream still belongs to it
     AHEAD_LOCAL = 1                 # windows read ahead of a sequential stream: here the decoder runs beside the reader,
     AHEAD_REMOTE = 3                # there a round trip is hidden too
@@ -201,17 +206,8 @@ cdef inline int state_of(Region_t *r, uint64_t page) noexcept nogil:
 cdef inline bint set_state(Region_t *r, uint64_t page, int state) noexcept nogil:
     """Under the lock: the new state; True when somebody waits for the page and must be woken."""
     cdef bint waiters = r.states[page] & FLAG_WAITERS
-    r.states[page] = <uint8_t> ((r.states[page] & (FLAG_PINNED | FLAG_QUEUED)) | state)
+    r.states[page] = <uint8_t> ((r.states[page] & FLAG_PINNED) | state)
     return waiters
-
-
-cdef inline void enqueue(Region_t *r, uint64_t page) noexcept nogil:
-    """Under the lock: a resident page joins the queue that evictors take from, once."""
-    if r.states[page] & FLAG_QUEUED:
-        return
-    r.states[page] |= FLAG_QUEUED
-    r.fifo[(r.fifo_head + r.fifo_count) % r.pages] = <uint32_t> page
-    r.fifo_count += 1
 
 
 cdef inline bint has_room(Region_t *r) noexcept nogil:
@@ -235,8 +231,8 @@ cdef void arrived(Region_t *r, uint64_t first, uint64_t count, int state) noexce
     cdef bint waiters = False
     pthread_mutex_lock(&r.lock)
     for page in range(first, first + count):
+        resident_add(&r.set, <uint32_t> page, HINT_AHEAD if r.states[page] & FLAG_AHEAD else HINT_FAULT)
         waiters |= set_state(r, page, state)
-        enqueue(r, page)
     want_room(r)
     pthread_cond_broadcast(&r.changed)
     pthread_mutex_unlock(&r.lock)
@@ -537,17 +533,17 @@ cdef void bring_in_later(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
 cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, Batch *b) noexcept nogil:
     """Under the lock, with room for a page: put the wanted page and the neighbours that are away too into state fetching."""
     cdef uint64_t end = page + 1, room = r.budget - r.resident
-    cdef uint64_t first = page
-    while end < high and end - page < room and r.states[end] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY:
+    cdef uint64_t first = page, at
+    while end < high and end - page < room and r.states[end] & ~FLAG_PINNED == PAGE_AWAY:
         end += 1
-    while first > low and end - first < room and r.states[first - 1] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY:
+    while first > low and end - first < room and r.states[first - 1] & ~FLAG_PINNED == PAGE_AWAY:
         first -= 1
     b.first = first
     b.count = <uint32_t> (end - first)
     b.wanted = <uint32_t> (page - first)
-    for page in range(first, end):
-        r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
-    r.resident += end - first
+    for at in range(first, end):
+        r.states[at] = <uint8_t> ((r.states[at] & ~STATE_MASK) | PAGE_FETCHING | (FLAG_AHEAD if at != page and b.fault else 0))
+    r.resident += b.count
     want_room(r)
 
 
@@ -564,13 +560,14 @@ cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, i
     """The thread that faulted runs again; what it will ask for next comes in meanwhile, window by window. Takes room only
     while evictors keep up."""
     cdef Batch *b
+    cdef uint64_t at
     cdef int i
     for i in range(windows):
         if page >= r.pages:
             return
         pthread_mutex_lock(&r.lock)
         b = NULL
-        if r.states[page] & ~(FLAG_QUEUED | FLAG_PINNED) == PAGE_AWAY and \
+        if r.states[page] & ~FLAG_PINNED == PAGE_AWAY and \
                 r.resident + r.reserve // 4 + WINDOW_MAX <= r.budget and r.batches_used < BATCHES_MAX // 2:
             b = take_batch(r)
         if b == NULL:
@@ -585,6 +582,8 @@ cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, i
             claim(r, page, page + 1 - min(page + 1, <uint64_t> WINDOW_MAX), page + 1, b)
             stream.next_down = <uint32_t> b.first
             page = b.first - 1          # below page 0 this is beyond the end
+        for at in range(b.first, b.first + b.count):
+            r.states[at] |= FLAG_AHEAD
         b.wanted = WINDOW_MAX           # nobody waits
         b.write_all = write
         pthread_mutex_unlock(&r.lock)
@@ -687,7 +686,11 @@ cdef void on_minor(Region_t *r, uint64_t page) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
         return
     if state != PAGE_CLEAN and state != PAGE_DIRTY:
-        r.resident += 1             # over the budget by one at most per faulting thread; evictors see to it
+        if r.resident >= r.budget + OVERDRAFT:
+            park(r, page)
+            pthread_mutex_unlock(&r.lock)
+            return
+        r.resident += 1             # over the budget by one per faulting thread; evictors see to it
     if (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.states[page] & FLAG_REFUSED:
         r.lost -= 1
     r.states[page] = <uint8_t> ((r.states[page] & ~(STATE_MASK | FLAG_REFUSED)) | PAGE_FETCHING)
@@ -809,6 +812,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     for i in range(n):
         waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_FETCHING)
         if gone[i]:
+            resident_gone(&r.set, pages[i])
             r.resident -= 1
             evicted += 1
             r.evictions += 1
@@ -854,8 +858,9 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef uint32_t pages[BATCH]
     cdef uint8_t clean[BATCH]
     cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
-    cdef uint32_t n, page, evicted
+    cdef uint32_t n, evicted
     cdef uint64_t looked
+    cdef int64_t page
     cdef int state
     ASSERT(buffer != NULL, b"no memory for an evictor's buffer")
     memset(buffer, 0, BATCH * PAGE)
@@ -864,20 +869,21 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         if not is_short(r):
             cond_wait_until(&r.work, &r.lock, now_ns() + 200000000ull)
         n = 0
-        looked = r.fifo_count if is_short(r) else 0
+        looked = 2 * BATCH if is_short(r) else 0
         while n < BATCH and looked > 0 and r.resident + r.reserve > r.budget + n:
             looked -= 1
-            page = r.fifo[r.fifo_head]
-            r.fifo_head = (r.fifo_head + 1) % r.pages
-            r.fifo_count -= 1
-            r.states[page] &= ~FLAG_QUEUED
+            page = resident_victim(&r.set)
+            if page == NOBODY:
+                break
             state = state_of(r, page)
-            if state == PAGE_FETCHING or state == PAGE_EVICTING or \
-                    (r.states[page] & FLAG_PINNED and (state == PAGE_CLEAN or state == PAGE_DIRTY)):
-                enqueue(r, page)
+            if r.states[page] & FLAG_PINNED:
+                resident_pin(&r.set, <uint32_t> page)
             elif state == PAGE_CLEAN or state == PAGE_DIRTY:
-                pages[n] = page
+                pages[n] = <uint32_t> page
                 n += 1
+            else:
+                ASSERT(state == PAGE_FETCHING or state == PAGE_EVICTING, b"only what is resident can be chosen to leave")
+                resident_add(&r.set, <uint32_t> page, HINT_FAULT)
         sort_pages(pages, n)
         for looked in range(n):
             clean[looked] = state_of(r, pages[looked]) == PAGE_CLEAN
@@ -966,6 +972,18 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
             return GONE_FULL
 
 
+cdef void await_evictors(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
+    """Until nobody else is writing pages of this run out either; bounded as each eviction is."""
+    cdef uint64_t deadline = now_ns() + r.full_wait_ns + 1000000000ull
+    pthread_mutex_lock(&r.lock)
+    while first < end and now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
+        if state_of(r, first) == PAGE_EVICTING:
+            cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
+        else:
+            first += 1
+    pthread_mutex_unlock(&r.lock)
+
+
 cdef class Region:
     """One region of one application. See the stub for its contract."""
 
@@ -979,6 +997,8 @@ cdef class Region:
             raise errors.UsageError(f"a region of {pages} pages: must be 1 to 2^32")
         if resident_pages < RESIDENT_PAGES_MIN and resident_pages < pages:
             raise errors.UsageError(f"{resident_pages} resident pages: a region needs at least {RESIDENT_PAGES_MIN}")
+        if min(resident_pages, pages) > RESIDENT_PAGES_MAX:
+            raise errors.UsageError(f"{resident_pages} resident pages: a region has at most {RESIDENT_PAGES_MAX}")
         if not 1 <= fault_threads <= THREADS_MAX or not 1 <= evictor_threads <= THREADS_MAX:
             raise errors.UsageError(f"a region has 1 to {THREADS_MAX} threads of each kind")
         r = <Region_t *> calloc(1, sizeof(Region_t))
@@ -1004,11 +1024,11 @@ cdef class Region:
         cond_init_monotonic(&r.work)
         r.states = <uint8_t *> calloc(pages, 1)
         r.pins = <uint16_t *> calloc(pages, 2)      # virtual until something is pinned
-        r.fifo = <uint32_t *> malloc(4 * pages)
         r.parked = <uint32_t *> malloc(4 * PARKED_MAX)
         r.stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         r.memfd = memfd_create(b"ramster-region", MFD_CLOEXEC | MFD_ALLOW_SEALING)
-        if r.states == NULL or r.pins == NULL or r.fifo == NULL or r.parked == NULL or r.stop_fd < 0 or r.memfd < 0 or \
+        if r.states == NULL or r.pins == NULL or r.parked == NULL or r.stop_fd < 0 or r.memfd < 0 or \
+                resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + OVERDRAFT) != 0 or \
                 ftruncate(r.memfd, <long> (pages * PAGE)) != 0 or \
                 fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
@@ -1036,7 +1056,7 @@ cdef class Region:
             free(r.batches[i].bytes)
         free(r.states)
         free(r.pins)
-        free(r.fifo)
+        resident_free(&r.set)
         free(r.parked)
         pthread_cond_destroy(&r.changed)
         pthread_cond_destroy(&r.work)
@@ -1169,6 +1189,7 @@ cdef class Region:
                 r.pins[page] -= 1
                 if r.pins[page] == 0:
                     r.states[page] &= ~FLAG_PINNED
+                    resident_unpin(&r.set, <uint32_t> page)
                     r.pinned -= 1
         pthread_cond_signal(&r.work)
         pthread_mutex_unlock(&r.lock)
@@ -1236,6 +1257,7 @@ cdef class Region:
                         evicted += left
                         full = left < n
                         unpark(r)
+                await_evictors(r, first, first + count)
             if full and not r.dead:
                 raise errors.RegionFull(f"no room for more pages: {evicted} were written out, the rest stays resident")
             return evicted

@@ -1,0 +1,49 @@
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+CAPACITY_MAX: int
+
+class ResidentSet:
+    """A region's replacement policy by itself, for tests and for replaying traces; not for several threads at once.
+
+    Raises UsageError for a capacity that is not 1 to CAPACITY_MAX and pages that are not 0 to 2^32 - 1.
+    """
+
+    def __new__(cls, capacity: int) -> Self: ...
+    def __len__(self) -> int:
+        """Resident pages, also those that are pinned or leaving."""
+
+    def add(self, page: int, *, ahead: bool = ..., behind: bool = ..., keep: bool = ...) -> str:
+        """The page has come in: "new", "returned" (its ghost was known) or "missed" (and it had come by read-ahead
+        and left before it was used). A page that is leaving stays; one that is resident was used.
+
+        Raises UsageError for a page more than capacity + spare.
+        """
+
+    def victim(self) -> int | None:
+        """The page that should go; it is leaving until `gone`, `add` or `pin`."""
+
+    def pin(self, page: int) -> None: ...
+    def unpin(self, page: int) -> None: ...
+    def gone(self, page: int) -> None:
+        """It is no longer resident; its ghost is kept where `victim` chose it. Raises UsageError where it was not."""
+
+    def queues(self) -> dict[str, list[int]]:
+        """Pages by queue, the youngest first; aborts where a link is wrong."""
+
+    @property
+    def spare(self) -> int: ...
+    @property
+    def main_rate(self) -> float: ...
+    @property
+    def duels(self) -> tuple[int, int]:
+        """Won by main, won by probation."""
+
+    @property
+    def bytes_used(self) -> int:
+        """Of memory that has been touched."""
+
+    def replay(self, trace: NDArray[np.int64]) -> int:
+        """Misses of a trace of page accesses; of a hit the policy learns nothing."""
