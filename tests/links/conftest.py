@@ -48,7 +48,7 @@ class Relay:
 class Side:
     """One node's engine. `generation` is that of its process; `restart` gives it an empty store and a new one."""
 
-    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: int) -> None:
+    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: float) -> None:
         self.number = number
         self.context = context
         self.generation = 1000 + number
@@ -74,8 +74,8 @@ class Side:
         self._make()
 
     def lent_used(self) -> int:
-        counters = self.links.counters()
-        return int(counters["lent_frames"]) - int(counters["lent_free"])
+        """Segments held for others."""
+        return int(self.links.counters()["lent_images"])
 
     def up(self, other: Side) -> bool:
         return self.links.up(other.number, GET) and self.links.up(other.number, BULK)
@@ -102,7 +102,7 @@ class Pair:
             greeting.start()
             client.handshake(HANDSHAKE_S)
             greeting.join()
-            credit = int(self.b.links.counters()["lent_frames"])
+            credit = int(self.b.links.counters()["lent_free"])
             self.a.links.attach(client, self.b.number, kind, self.b.generation, credit)
             self.b.links.attach(server, self.a.number, kind, self.a.generation, 0)
 
@@ -198,7 +198,7 @@ MakePair = Callable[..., Pair]
 def make_pair(contexts: dict[int, TlsContext]) -> Iterator[MakePair]:
     pairs: list[Pair] = []
 
-    def make(*, segments: int = 24, lend: int = 16, connected: bool = True, **options: int) -> Pair:
+    def make(*, segments: int = 24, lend: int = 16, connected: bool = True, **options: float) -> Pair:
         cleaner = options.pop("cleaner", 0)
         times = {"request_deadline_ms": 5000, "give_up_ms": 10_000} | options
         pair = Pair(

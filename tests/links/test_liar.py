@@ -20,14 +20,16 @@ from ramster.testing.proxy import wait_until
 from ramster.wire import frames
 from ramster.wire.frames import HEADER_BYTES, FrameType
 
-HEADER = struct.Struct("<IBBHQIIIIIQI")
+HEADER = struct.Struct("<IBBHQIIIIIIII")
 GIVE_UP_MS = 300
 PAGES = 24
 Answer = Callable[[int, list[int]], list[bytes]]
 
 
 def frame(kind: int, status: int, request: int, body: bytes = b"", segment: int = 0, generation: int = 0) -> bytes:
-    head = HEADER.pack(frames.MAGIC, frames.VERSION, kind, status, request, len(body), 9, segment, generation, 0, 0, 0)
+    head = HEADER.pack(
+        frames.MAGIC, frames.VERSION, kind, status, request, len(body), 9, segment, generation, 0, 0, 0, 0
+    )
     return head[:-4] + struct.pack("<I", frames.crc32c(head[:-4])) + body
 
 

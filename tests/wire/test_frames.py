@@ -75,7 +75,7 @@ def test_noise_is_refused(header: bytes) -> None:
 def _header(**changed: int) -> bytes:
     values = dict.fromkeys((field.name for field in HEADER), 0)
     values |= {"magic": frames.MAGIC, "version": frames.VERSION, "type": 1} | changed
-    packed = struct.pack("<IBBHQIIIIIQ", *[values[field.name] for field in HEADER[:-1]])
+    packed = struct.pack("<IBBHQIIIIIII", *[values[field.name] for field in HEADER[:-1]])
     return packed + struct.pack("<I", frames.crc32c(packed))
 
 

@@ -36,7 +36,7 @@ def header(**changed: int) -> bytes:
     """A header with a right checksum, whatever it says."""
     values = dict.fromkeys((field.name for field in HEADER), 0)
     values |= {"magic": frames.MAGIC, "version": frames.VERSION} | changed
-    packed = struct.pack("<IBBHQIIIIIQ", *[values[field.name] for field in HEADER[:-1]])
+    packed = struct.pack("<IBBHQIIIIIII", *[values[field.name] for field in HEADER[:-1]])
     return packed + struct.pack("<I", frames.crc32c(packed))
 
 
@@ -196,7 +196,7 @@ def test_a_known_peer_that_breaks_the_protocol(
         spoilt[bit // 8] ^= 1 << bit % 8
         bad = bytes(spoilt)
     elif what == "type":
-        allowed = {3, 4, 5, 6} if kind == "get" else {3, 4, 7, 8, 9, 10, 11}
+        allowed = {3, 4, 5, 6} if kind == "get" else {3, 4, 7, 8, 9, 10, 11, 13}
         wrong = data.draw(st.integers(0, 255).filter(lambda n: n not in allowed))
         bad = header(type=wrong, segment=data.draw(small))
     else:
@@ -216,7 +216,7 @@ def test_a_known_peer_that_breaks_the_protocol(
     sense = []
     for _ in range(data.draw(st.integers(0, 4))):
         request, segment, generation = data.draw(numbers), data.draw(small), data.draw(small)
-        allowed_type = data.draw(st.sampled_from([3, 4, 5] if kind == "get" else [3, 4, 8, 9, 10]))
+        allowed_type = data.draw(st.sampled_from([3, 4, 5] if kind == "get" else [3, 4, 8, 9, 10, 13]))
         ordinals = data.draw(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=64)) if allowed_type == 5 else []
         body = struct.pack(f"<{len(ordinals)}H", *ordinals)
         sense.append(
@@ -273,3 +273,139 @@ def test_a_silent_stranger_is_shown_out(served: Served, good: Connection) -> Non
         strangers = [served.dial() for _ in range(4)]
         served.still_serves(good)
         assert all(pool.map(closed, strangers))
+
+
+# --- what a lender makes of orders to compact -------------------------------------------------------------------------
+
+
+def image_of(sizes: list[int], generation: int, swap: bool = False) -> tuple[bytes, list[bytes]]:
+    """An image with one entry for each size of payload, and the entries."""
+    entries = [
+        struct.pack("<HBBI", size, 1, 0, n) + random.Random(n).randbytes(32 + size) for n, size in enumerate(sizes)
+    ]
+    padded = [entry + bytes(-len(entry) % 8) for entry in entries]
+    offsets = [sum(map(len, padded[:n])) // 8 for n in range(len(padded))]
+    if swap:
+        offsets[0], offsets[1] = offsets[1], offsets[0]
+    directory = struct.pack(f"<{len(offsets)}H", *offsets)
+    body = directory + bytes(-len(directory) % 8) + b"".join(padded)
+    size = sum(map(len, padded))
+    return struct.pack("<IIIII44x", 0x4C455352, 5, generation, len(sizes), size) + body, entries
+
+
+def reply_of(entries: list[bytes]) -> bytes:
+    """The body of a PAGE with these entries; an empty one cannot be had."""
+    table = struct.pack(f"<{len(entries)}H", *(len(entry) for entry in entries))
+    return b"".join(piece + bytes(-len(piece) % 8) for piece in (table, *entries))
+
+
+def ask(connection: Connection, kind: FrameType, body: bytes = b"", **fields: int) -> tuple[int, dict[str, int], bytes]:
+    """(type of the answer, its fields, its body)."""
+    connection.send(header(type=kind, length=len(body), **fields) + body, TIMEOUT_S)
+    answer = struct.unpack("<IBBHQIIIIIIII", connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
+    values = dict(zip((field.name for field in HEADER), answer, strict=True))
+    return values["type"], values, connection.receive(values["length"], TIMEOUT_S) if values["length"] else b""
+
+
+def bitmap(live: list[bool]) -> bytes:
+    return bytes(sum(1 << i for i in range(8) if n + i < len(live) and live[n + i]) for n in range(0, len(live), 8))
+
+
+@pytest.fixture(scope="module")
+def good_get(served: Served) -> Iterator[Connection]:
+    connection = served.attached(2, "get")
+    yield connection
+    connection.close()
+    wait_until(lambda: not served.links.up(2, GET), "gone")
+
+
+@FEW
+@given(
+    entries=st.lists(st.tuples(st.integers(0, 4120), st.booleans(), st.booleans()), min_size=1, max_size=14),
+    generation=st.integers(1, 2**14 - 1),
+)
+def test_compacting_keeps_what_is_live_and_nothing_else(
+    served: Served, good: Connection, good_get: Connection, entries: list[tuple[int, bool, bool]], generation: int
+) -> None:
+    """Two orders in a row, the second with fewer live ones, then the second one again."""
+    image, wanted = image_of([size for size, _, _ in entries], generation)
+    name = {"segment": 5, "generation": generation}
+    free = served.links.counters()["lend_bytes"]
+    wait_until(lambda: served.links.counters()["lent_bytes_free"] == free, "nothing is held for those before")
+    _, answer, _ = ask(good, FrameType.SHIP, image, request=1, **name)
+    assert answer["status"] == 0
+    first = [live for _, live, _ in entries]
+    second = [live and again for _, live, again in entries]
+    base = (64 + 2 * len(entries) + 7) // 8 * 8
+    for live in (first, second, second):
+        kind, compacted, _ = ask(good, FrameType.COMPACT, bitmap(live), request=3, **name)
+        left = base + sum((len(entry) + 7) // 8 * 8 for entry, keep in zip(wanted, live, strict=True) if keep)
+        assert (kind, compacted["status"], compacted["request"]) == (FrameType.COMPACTED, 0, 3)
+        assert compacted["left"] == left == served.links.counters()["lent_bytes"]
+        assert free - served.links.counters()["lent_bytes_free"] == (left + 8191) // 8192 * 8192
+        for begin in range(0, len(live), 64):
+            asked = range(begin, min(begin + 64, len(live)))
+            ordinals = struct.pack(f"<{len(asked)}H", *asked)
+            _, page, body = ask(good_get, FrameType.GET, ordinals, request=2, handle=answer["handle"], **name)
+            assert (page["status"], body) == (0, reply_of([wanted[each] if live[each] else b"" for each in asked]))
+    ask(good, FrameType.FREE, b"", request=6, **name)
+    assert served.links.counters()["lent_bytes_free"] == free
+    assert served.links.foreign() == {}
+
+
+def test_orders_that_name_nothing_or_are_wrong_change_nothing(
+    served: Served, good: Connection, good_get: Connection
+) -> None:
+    """Another generation, another owner, a bitmap of another length, an image whose entries are out of order."""
+    image, wanted = image_of([100, 5000, 4000], 7)
+    assert len(wanted[1]) > 4160, "one that cannot be sent, but must not do any harm"
+    name = {"segment": 5, "generation": 7}
+    _, answer, _ = ask(good, FrameType.SHIP, image, **name)
+    bad = served.attached(3, "bulk")
+    for connection, generation, body, status in (
+        (good, 6, b"\0", 1),
+        (good, 8, b"\0", 1),
+        (bad, 7, b"\0", 1),
+        (good, 7, b"\0\0", 3),
+    ):
+        _, compacted, _ = ask(connection, FrameType.COMPACT, body, segment=5, generation=generation)
+        assert (compacted["type"], compacted["status"], compacted["left"]) == (FrameType.COMPACTED, status, 0)
+    bad.close()
+    wait_until(lambda: not served.links.up(3, BULK), "gone")
+    assert served.links.counters()["lent_bytes"] == len(image)
+    for ordinal in (0, 2):
+        _, page, body = ask(good_get, FrameType.GET, struct.pack("<H", ordinal), handle=answer["handle"], **name)
+        assert (page["status"], body) == (0, reply_of([wanted[ordinal]]))
+    swapped, _ = image_of([100, 200], 7, swap=True)
+    ask(good, FrameType.SHIP, swapped, **name)
+    _, compacted, _ = ask(good, FrameType.COMPACT, b"\1", **name)
+    assert compacted["status"] == 3 and served.links.counters()["lent_bytes"] == len(swapped)
+    ask(good, FrameType.FREE, b"", **name)
+    assert served.links.foreign() == {}
+
+
+@FEW
+@given(data=st.data())
+def test_an_image_of_noise_can_be_compacted_without_harm(served: Served, good: Connection, data: st.DataObject) -> None:
+    """Lengths and offsets in it are anything: the answer is done or bad, and every block comes back."""
+    free = served.links.counters()["lend_bytes"]
+    wait_until(lambda: served.links.counters()["lent_bytes_free"] == free, "nothing is held for those before")
+    count = data.draw(st.integers(1, 200))
+    base = (64 + 2 * count + 7) // 8 * 8
+    length = data.draw(st.integers(base, 40_000))
+    image = bytearray(random.Random(data.draw(st.integers())).randbytes(length))
+    struct.pack_into("<IIIII", image, 0, 0x4C455352, 5, 9, count, length - base)
+    if data.draw(st.booleans()):
+        offsets = sorted(random.Random(length).sample(range((length - base) // 8 + count), count))
+        struct.pack_into(f"<{count}H", image, 64, *offsets)
+        for offset in offsets:
+            if base + offset * 8 + 2 <= length:
+                struct.pack_into("<H", image, base + offset * 8, data.draw(st.integers(0, 30)))
+    _, answer, _ = ask(good, FrameType.SHIP, bytes(image), segment=5, generation=9)
+    assert answer["status"] == 0
+    body = data.draw(st.binary(min_size=(count + 7) // 8, max_size=(count + 7) // 8))
+    _, compacted, _ = ask(good, FrameType.COMPACT, body, segment=5, generation=9)
+    assert compacted["status"] in (0, 3)
+    assert served.links.counters()["lent_bytes"] == (compacted["left"] if compacted["status"] == 0 else length)
+    ask(good, FrameType.FREE, segment=5, generation=9)
+    assert served.links.counters()["lent_bytes_free"] == free

@@ -20,6 +20,7 @@ cdef enum:
     ASKED_MAX = 256                 # requests of one peer that wait for room in the ring
     JOBS_MAX = 8192
     WORKERS_MAX = 8
+    BLOCK_BYTES = 8192              # of what is lent: half of one is lost per image, 2 % of a full segment
 
 cdef enum:                          # kinds of connection
     GET = 0
@@ -36,7 +37,8 @@ cdef packed struct Frame:           # little-endian, docs/wire-protocol.md
     uint32_t segment
     uint32_t generation
     uint32_t handle
-    uint64_t reserved
+    uint32_t left
+    uint32_t reserved
     uint32_t crc
 
 cdef struct Wanted:                 # one page of a request
@@ -79,9 +81,9 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     uint32_t start
     uint32_t end
     Frame frame                     # of the body that is being received straight to where it belongs
-    uint8_t *body                   # there; NULL throws it away
+    uint8_t *body                   # the staging memory of a reply
     uint32_t body_got
-    uint32_t body_frame             # the lender's frame for a segment, else NO_FRAME
+    uint32_t body_frame             # the lender's row for a segment. Neither: the body is thrown away
     bint in_body
     Asked *asked                    # of a get channel: a queue
     uint32_t asked_head
@@ -164,13 +166,17 @@ cdef struct Order:
     uint32_t peer
     uint64_t ordered_ns
 
-cdef struct Lent:                   # one frame of the lender
+cdef struct Lent:                   # one image that the lender holds or receives; its number is the handle
     uint32_t state
     uint32_t owner
     uint32_t segment
     uint32_t generation
-    uint32_t bytes
+    uint32_t entries
+    uint32_t bytes                  # of the image
+    uint32_t next                   # in its bucket, or among the free rows
+    uint32_t block_count
     uint64_t owner_generation
+    uint32_t blocks[32]
 
 cdef struct Links_t:
     Store_t *store
@@ -225,10 +231,19 @@ cdef struct Links_t:
     pthread_mutex_t lender_lock
     uint8_t *lent
     int lent_fd
-    uint32_t lent_frames
+    uint32_t lent_blocks
+    uint32_t *lent_free             # a stack of blocks
+    uint32_t lent_free_count        # atomic
+    uint32_t lent_rows
     Lent *rows
-    uint32_t *lent_free
-    uint32_t lent_free_count
+    uint32_t rows_free
+    uint32_t rows_free_count        # atomic
+    uint32_t *lent_buckets          # rows by (owner, segment, generation)
+    uint32_t lent_mask
+    uint32_t lent_images
+    uint64_t lent_bytes             # of the images held
+    uint32_t owner_blocks[256]      # atomic
+    uint32_t owner_blocks_max
     bint lent_locked
     # counters
     uint64_t remote_gets
@@ -242,6 +257,8 @@ cdef struct Links_t:
     uint64_t unreachable
     uint64_t corrupt_replies
     uint64_t bytes_shipped
+    uint64_t compacts_sent
+    uint64_t segments_compacted     # of others, here
 
 
 cdef inline uint32_t reply_bytes(uint32_t pages) noexcept nogil:
@@ -263,5 +280,5 @@ cdef class Links:
     cdef readonly Store store
     cdef bint stopped
     cdef Links_t *live(self) except NULL
-    cdef grant(self, uint64_t lend_bytes, bint lock)
+    cdef grant(self, uint64_t lend_bytes, bint lock, double borrower_share)
     cdef Peer *peer(self, uint32_t number) except NULL

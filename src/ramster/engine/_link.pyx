@@ -43,11 +43,11 @@ from ramster.engine._c.pthread cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
 from ramster.engine._histogram cimport Histogram, quantile, record
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LOST, MISS, OK, ORDINALS_MAX, PAGE,
+    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
-    store_get, store_next_freed, store_peer_lost, store_requeue_freed, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
-    store_ship_commit, store_slot, store_touch, store_slot_state, store_unseal, store_unseal_begin, store_unseal_context,
-    memory_available)
+    store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
+    store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
+    store_unseal_begin, store_unseal_context, memory_available)
 
 import os
 
@@ -84,6 +84,8 @@ cdef enum FrameType:
     T_FREE = 9
     T_FREED = 10
     T_GOODBYE = 11
+    T_COMPACT = 12
+    T_COMPACTED = 13
 
 cdef enum Status:
     S_OK = 0
@@ -131,7 +133,6 @@ cdef void frame_init(Links_t *l, Frame *frame, uint8_t type, uint64_t request) n
     frame.version = WIRE_VERSION
     frame.type = type
     frame.request = request
-    frame.credit = load32(&l.lent_free_count, RELAXED)
 
 
 cdef inline void lock_to_write(Channel *ch) noexcept nogil:
@@ -306,6 +307,7 @@ cdef void *sender_main(void *argument) noexcept nogil:
 cdef int queue_frame(Links_t *l, Channel *ch, Frame *frame, const void *body) noexcept nogil:
     """Put a whole frame into the ring, to be flushed later; AGAIN when it does not fit."""
     cdef int result = SENT
+    frame.credit = lent_credit(l, ch.peer)
     frame.crc = crc32_iscsi(<unsigned char *> frame, FRAME_BYTES - 4, 0xffffffffu)
     lock_to_write(ch)
     if ch.ssl == NULL:
@@ -344,49 +346,139 @@ cdef int send_waiting(Links_t *l, Channel *ch, Frame *frame, const void *body, u
 
 # --- the lender ----------------------------------------------------------------------------------------------------
 
-cdef uint32_t lent_take(Links_t *l) noexcept nogil:
-    """A granted frame to receive into, or NO_FRAME: receiving never allocates."""
-    cdef uint32_t frame = NO_FRAME
-    pthread_mutex_lock(&l.lender_lock)
-    if l.lent_free_count:
-        l.lent_free_count -= 1
-        frame = l.lent_free[l.lent_free_count]
-        l.rows[frame].state = LENT_RECEIVING
-    pthread_mutex_unlock(&l.lender_lock)
-    return frame
+cdef inline uint8_t *lent_at(Links_t *l, const Lent *row, uint32_t offset) noexcept nogil:
+    return l.lent + <uint64_t> row.blocks[offset // BLOCK_BYTES] * BLOCK_BYTES + offset % BLOCK_BYTES
 
 
-cdef void lent_release(Links_t *l, uint32_t frame) noexcept nogil:
-    """Under lender_lock."""
-    l.rows[frame].state = LENT_FREE
-    l.lent_free[l.lent_free_count] = frame
-    l.lent_free_count += 1
+cdef inline uint16_t *lent_directory(Links_t *l, const Lent *row, uint32_t ordinal) noexcept nogil:
+    return <uint16_t *> lent_at(l, row, FRAME_HEADER_BYTES + 2 * ordinal)
 
 
-cdef int lent_commit(Links_t *l, Peer *peer, uint32_t frame, const Frame *f) noexcept nogil:
-    """A whole image has arrived: check its shape and hold it. An older copy under the same name goes."""
-    cdef ImageHeader *image = <ImageHeader *> (l.lent + <uint64_t> frame * l.segment_bytes)
-    cdef uint32_t base, i
+cdef inline uint32_t image_base(uint32_t entries) noexcept nogil:
+    """Where the entries of an image begin: after its header and its directory."""
+    return (FRAME_HEADER_BYTES + 2 * entries + 7) & ~<uint32_t> 7
+
+
+cdef void lent_read(Links_t *l, const Lent *row, uint32_t offset, uint32_t bytes, uint8_t *out) noexcept nogil:
+    """Copy out of an image; what is read may lie in several blocks."""
+    cdef uint32_t n
+    while bytes:
+        n = min(bytes, BLOCK_BYTES - offset % BLOCK_BYTES)
+        memcpy(out, lent_at(l, row, offset), n)
+        out += n
+        offset += n
+        bytes -= n
+
+
+cdef void lent_move_down(Links_t *l, const Lent *row, uint32_t to, uint32_t offset, uint32_t bytes) noexcept nogil:
+    """Move bytes towards the beginning of their image."""
+    cdef uint32_t n
+    while bytes:
+        n = min(bytes, min(BLOCK_BYTES - to % BLOCK_BYTES, BLOCK_BYTES - offset % BLOCK_BYTES))
+        memmove(lent_at(l, row, to), lent_at(l, row, offset), n)
+        to += n
+        offset += n
+        bytes -= n
+
+
+cdef inline uint32_t *lent_bucket(Links_t *l, uint32_t owner, uint32_t segment, uint32_t generation) noexcept nogil:
+    cdef uint64_t h = (<uint64_t> owner << 46 ^ <uint64_t> generation << 32 ^ segment) * 0x9e3779b97f4a7c15ull
+    return &l.lent_buckets[(h >> 32) & l.lent_mask]
+
+
+cdef uint32_t lent_find(Links_t *l, uint32_t owner, uint32_t segment, uint32_t generation) noexcept nogil:
+    """Under lender_lock: the row of an image that is held, or NO_FRAME."""
+    cdef uint32_t i = lent_bucket(l, owner, segment, generation)[0]
+    while i != NO_FRAME and (l.rows[i].owner != owner or l.rows[i].segment != segment or l.rows[i].generation != generation):
+        i = l.rows[i].next
+    return i
+
+
+cdef uint32_t lent_credit(Links_t *l, uint32_t owner) noexcept nogil:
+    """Segments that this owner may still bring, one by one."""
+    cdef uint32_t held = load32(&l.owner_blocks[owner & 255], RELAXED)
+    cdef uint32_t blocks = min(load32(&l.lent_free_count, RELAXED), l.owner_blocks_max - min(held, l.owner_blocks_max))
+    return min(blocks // (l.segment_bytes // BLOCK_BYTES), load32(&l.rows_free_count, RELAXED))
+
+
+cdef uint32_t lent_take(Links_t *l, uint32_t owner, uint32_t bytes) noexcept nogil:
+    """A row with granted blocks to receive an image into, or NO_FRAME: receiving never allocates."""
+    cdef uint32_t i = NO_FRAME, k, need = (bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
     cdef Lent *row
-    base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7
+    pthread_mutex_lock(&l.lender_lock)
+    if need <= l.lent_free_count and l.rows_free_count and l.owner_blocks[owner] + need <= l.owner_blocks_max:
+        i = l.rows_free
+        row = &l.rows[i]
+        l.rows_free = row.next
+        store32(&l.rows_free_count, l.rows_free_count - 1, RELAXED)
+        store32(&l.lent_free_count, l.lent_free_count - need, RELAXED)
+        store32(&l.owner_blocks[owner], l.owner_blocks[owner] + need, RELAXED)
+        for k in range(need):       # from the top: freed in descending order, so that neighbours stay neighbours
+            row.blocks[k] = l.lent_free[l.lent_free_count + need - 1 - k]
+        row.block_count = need
+        row.state = LENT_RECEIVING
+        row.owner = owner
+        row.bytes = bytes
+    pthread_mutex_unlock(&l.lender_lock)
+    return i
+
+
+cdef void lent_give_back(Links_t *l, Lent *row, uint32_t keep) noexcept nogil:
+    """Under lender_lock: free the blocks of an image after the first so many."""
+    cdef uint32_t freed = row.block_count - keep, free_count = l.lent_free_count
+    while row.block_count > keep:
+        row.block_count -= 1
+        l.lent_free[free_count] = row.blocks[row.block_count]
+        free_count += 1
+    store32(&l.lent_free_count, free_count, RELAXED)
+    store32(&l.owner_blocks[row.owner], l.owner_blocks[row.owner] - freed, RELAXED)
+
+
+cdef void lent_release(Links_t *l, uint32_t i) noexcept nogil:
+    """Under lender_lock."""
+    cdef Lent *row = &l.rows[i]
+    cdef uint32_t *link
+    if row.state == LENT_HELD:
+        link = lent_bucket(l, row.owner, row.segment, row.generation)
+        while link[0] != i:
+            link = &l.rows[link[0]].next
+        link[0] = row.next
+        l.lent_images -= 1
+        l.lent_bytes -= row.bytes
+    lent_give_back(l, row, 0)
+    row.state = LENT_FREE
+    row.next = l.rows_free
+    l.rows_free = i
+    store32(&l.rows_free_count, l.rows_free_count + 1, RELAXED)
+
+
+cdef int lent_commit(Links_t *l, Peer *peer, uint32_t i, const Frame *f) noexcept nogil:
+    """A whole image has arrived: check its shape and hold it. An older copy under the same name goes. What is checked here
+    is kept in the row: nothing that lies in the blocks is trusted later."""
+    cdef Lent *row = &l.rows[i]
+    cdef ImageHeader *image = <ImageHeader *> lent_at(l, row, 0)
+    cdef uint32_t older
+    cdef uint32_t *bucket
     pthread_mutex_lock(&l.lender_lock)
     if image.magic != IMAGE_MAGIC or image.segment != f.segment or image.generation != f.generation or \
-            image.entries == 0 or image.entries > ORDINALS_MAX or \
-            image.data_bytes > l.segment_bytes or base + image.data_bytes != f.length:
-        lent_release(l, frame)
+            image.entries == 0 or image.entries > ORDINALS_MAX or image.data_bytes > l.segment_bytes or \
+            image_base(image.entries) + image.data_bytes != f.length:
+        lent_release(l, i)
         pthread_mutex_unlock(&l.lender_lock)
         return S_BAD
-    for i in range(l.lent_frames):
-        row = &l.rows[i]
-        if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
-            lent_release(l, i)
-    row = &l.rows[frame]
+    older = lent_find(l, peer.number, f.segment, f.generation)
+    if older != NO_FRAME:
+        lent_release(l, older)
     row.state = LENT_HELD
-    row.owner = peer.number
     row.owner_generation = peer.generation
     row.segment = f.segment
     row.generation = f.generation
-    row.bytes = f.length
+    row.entries = image.entries
+    bucket = lent_bucket(l, row.owner, row.segment, row.generation)
+    row.next = bucket[0]
+    bucket[0] = i
+    l.lent_images += 1
+    l.lent_bytes += row.bytes
     pthread_mutex_unlock(&l.lender_lock)
     say(&l.segments_received, 1)
     return S_OK
@@ -395,13 +487,10 @@ cdef int lent_commit(Links_t *l, Peer *peer, uint32_t frame, const Frame *f) noe
 cdef void lent_forget(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     """Free what the owner no longer needs; freeing what is not there is fine, so an owner may say it twice."""
     cdef uint32_t i
-    cdef Lent *row
     pthread_mutex_lock(&l.lender_lock)
-    for i in range(f.handle if f.handle < l.lent_frames else 0, l.lent_frames):
-        row = &l.rows[i]
-        if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
-            lent_release(l, i)
-            break
+    i = lent_find(l, peer.number, f.segment, f.generation)
+    if i != NO_FRAME:
+        lent_release(l, i)
     pthread_mutex_unlock(&l.lender_lock)
 
 
@@ -410,7 +499,7 @@ cdef uint32_t lent_drop(Links_t *l, uint32_t owner, uint64_t keep_generation) no
     cdef uint32_t i, dropped = 0
     cdef Lent *row
     pthread_mutex_lock(&l.lender_lock)
-    for i in range(l.lent_frames):
+    for i in range(l.lent_rows):
         row = &l.rows[i]
         if row.state == LENT_HELD and row.owner == owner and row.owner_generation != keep_generation:
             lent_release(l, i)
@@ -419,46 +508,104 @@ cdef uint32_t lent_drop(Links_t *l, uint32_t owner, uint64_t keep_generation) no
     return dropped
 
 
-cdef const EntryHeader *lent_entry(Links_t *l, uint32_t frame, uint32_t ordinal, uint32_t *length) noexcept nogil:
-    """Under lender_lock: a sealed entry of a held segment and its length; NULL when there is none that can be sent."""
-    cdef ImageHeader *image = <ImageHeader *> (l.lent + <uint64_t> frame * l.segment_bytes)
-    cdef uint32_t base = (FRAME_HEADER_BYTES + 2 * image.entries + 7) & ~<uint32_t> 7, offset
-    cdef EntryHeader *entry
-    if ordinal >= image.entries:
-        return NULL
-    offset = (<uint16_t *> (<uint8_t *> image + FRAME_HEADER_BYTES))[ordinal]
-    if offset == 0xffff or offset * 8 + HEADER_BYTES > image.data_bytes:
-        return NULL
-    entry = <EntryHeader *> (<uint8_t *> image + base + offset * 8)
-    length[0] = HEADER_BYTES + entry.length
-    if offset * 8 + ((length[0] + 7) & ~<uint32_t> 7) > image.data_bytes or length[0] > ENTRY_BYTES_MAX:
-        return NULL
-    return entry
+cdef bint lent_pack(Links_t *l, Lent *row, const uint8_t *live, bint moving) noexcept nogil:
+    """Under lender_lock: look through an image's entries, which must follow each other in the order of their ordinals; moving:
+    drop those that are not live and close the gaps. False when the image is not what it should be."""
+    cdef uint32_t base = image_base(row.entries), ordinal, at, end = base, to = base, size
+    cdef uint16_t *offset
+    for ordinal in range(row.entries):
+        offset = lent_directory(l, row, ordinal)
+        if offset[0] == 0xffff:
+            continue
+        at = base + <uint32_t> offset[0] * 8
+        if at < end or at + HEADER_BYTES > row.bytes:
+            return False
+        size = (HEADER_BYTES + (<uint16_t *> lent_at(l, row, at))[0] + 7) & ~<uint32_t> 7     # an entry begins with its length
+        if at + size > row.bytes:
+            return False
+        end = at + size
+        if not moving:
+            continue
+        if live[ordinal >> 3] >> (ordinal & 7) & 1:
+            lent_move_down(l, row, to, at, size)
+            offset[0] = <uint16_t> ((to - base) >> 3)
+            to += size
+        else:
+            offset[0] = 0xffff
+    if moving:
+        (<ImageHeader *> lent_at(l, row, 0)).data_bytes = to - base
+        l.lent_bytes -= row.bytes - to
+        row.bytes = to
+        lent_give_back(l, row, (to + BLOCK_BYTES - 1) // BLOCK_BYTES)
+    return True
+
+
+cdef int lent_compact(Links_t *l, Peer *peer, const Frame *f, const uint8_t *live, uint32_t *left) noexcept nogil:
+    """Drop what is not live in the owner's bitmap; gets are answered before or after it, never meanwhile. Twice is fine."""
+    cdef Lent *row
+    cdef uint32_t i
+    cdef int status = S_ABSENT
+    pthread_mutex_lock(&l.lender_lock)
+    i = lent_find(l, peer.number, f.segment, f.generation)
+    if i != NO_FRAME:
+        row = &l.rows[i]
+        status = S_BAD
+        if f.length == (row.entries + 7) >> 3 and lent_pack(l, row, live, False):
+            lent_pack(l, row, live, True)
+            left[0] = row.bytes
+            status = S_OK
+    pthread_mutex_unlock(&l.lender_lock)
+    if status == S_OK:
+        say(&l.segments_compacted, 1)
+    return status
+
+
+cdef uint32_t lent_entry(Links_t *l, const Lent *row, uint32_t ordinal, uint32_t *at) noexcept nogil:
+    """Under lender_lock: where a sealed entry lies in its image, and its bytes; 0 when there is none that can be sent."""
+    cdef uint32_t length
+    if ordinal >= row.entries or lent_directory(l, row, ordinal)[0] == 0xffff:
+        return 0
+    at[0] = image_base(row.entries) + <uint32_t> lent_directory(l, row, ordinal)[0] * 8
+    if at[0] + HEADER_BYTES > row.bytes:
+        return 0
+    length = HEADER_BYTES + (<uint16_t *> lent_at(l, row, at[0]))[0]
+    if at[0] + ((length + 7) & ~<uint32_t> 7) > row.bytes or length > ENTRY_BYTES_MAX:
+        return 0
+    return length
+
+
+cdef void ring_append_lent(Links_t *l, Channel *ch, const Lent *row, uint32_t at, uint32_t bytes) noexcept nogil:
+    """Under lender_lock and the connection's: what is sent may lie in several blocks."""
+    cdef uint32_t n
+    while bytes:
+        n = min(bytes, BLOCK_BYTES - at % BLOCK_BYTES)
+        ring_append(ch, lent_at(l, row, at), n)
+        at += n
+        bytes -= n
 
 
 cdef int lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals) noexcept nogil:
     """Answer a get with the sealed entries; AGAIN when the ring has no room for them now. Only the owner's own certificate
     gets here with its number."""
     cdef Frame reply
-    cdef const EntryHeader *entries[GET_PAGES_MAX]
+    cdef uint32_t places[GET_PAGES_MAX]
     cdef uint16_t sizes[GET_PAGES_MAX]
-    cdef uint32_t pages = f.length // 2, i, length, table = (2 * pages + 7) & ~<uint32_t> 7
+    cdef uint32_t pages = f.length // 2, i, table = (2 * pages + 7) & ~<uint32_t> 7
     cdef Lent *row
     cdef int result = SENT
     frame_init(l, &reply, T_PAGE, f.request)
     reply.status = S_ABSENT
     memset(sizes, 0, sizeof(sizes))
     pthread_mutex_lock(&l.lender_lock)
-    if f.handle < l.lent_frames:
+    if f.handle < l.lent_rows:
         row = &l.rows[f.handle]
         if row.state == LENT_HELD and row.owner == peer.number and row.segment == f.segment and row.generation == f.generation:
             reply.status = S_OK
             reply.length = table
             for i in range(pages):
-                entries[i] = lent_entry(l, f.handle, ordinals[i], &length)
-                if entries[i] != NULL:
-                    sizes[i] = <uint16_t> length
-                    reply.length += (length + 7) & ~<uint32_t> 7
+                sizes[i] = <uint16_t> lent_entry(l, row, ordinals[i], &places[i])
+                reply.length += (<uint32_t> sizes[i] + 7) & ~<uint32_t> 7
+    reply.credit = lent_credit(l, ch.peer)
     reply.crc = crc32_iscsi(<unsigned char *> &reply, FRAME_BYTES - 4, 0xffffffffu)
     lock_to_write(ch)
     if ch.ssl == NULL:
@@ -471,7 +618,7 @@ cdef int lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const 
             ring_append(ch, sizes, table)
             for i in range(pages):
                 if sizes[i]:
-                    ring_append(ch, entries[i], (<uint32_t> sizes[i] + 7) & ~<uint32_t> 7)
+                    ring_append_lent(l, ch, row, places[i], (<uint32_t> sizes[i] + 7) & ~<uint32_t> 7)
     pthread_mutex_unlock(&ch.lock)
     pthread_mutex_unlock(&l.lender_lock)
     if result == SENT:
@@ -1078,7 +1225,7 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
             continue
         if load32(&peer.retell, RELAXED) and ring_room(&peer.channels[BULK]) >= BULK_RING_BYTES // 2:
             store32(&peer.retell, 0, RELAXED)
-            store_requeue_freed(l.store, i)
+            store_retell(l.store, i)
         while load32(&peer.orphan_count, RELAXED):
             pthread_mutex_lock(&l.ship_lock)
             found = peer.orphans_told < peer.orphan_count
@@ -1113,6 +1260,32 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
             store32(&peer.retell, 1, RELAXED)
 
 
+cdef void tell_compact(Links_t *l) noexcept nogil:
+    """Order lenders to drop the dead entries of segments that are mostly dead. What finds no room or no answer is ordered
+    again like a FREE."""
+    cdef uint8_t live[LIVE_BYTES_MAX]
+    cdef uint32_t segment = 0, generation = 0, number = 0, bytes = 0
+    cdef Peer *peer
+    cdef Frame frame
+    cdef int sent
+    while True:
+        bytes = store_next_compact(l.store, &segment, &generation, &number, live)
+        if bytes == 0:
+            return
+        peer = peer_at(l, number)
+        if peer == NULL:
+            continue
+        frame_init(l, &frame, T_COMPACT, segment)
+        frame.segment = segment
+        frame.generation = generation
+        frame.length = bytes
+        sent = send_frame(l, &peer.channels[BULK], &frame, live)
+        if sent == SENT:
+            say(&l.compacts_sent, 1)
+        elif sent == AGAIN:
+            store32(&peer.retell, 1, RELAXED)
+
+
 cdef void *shipper_main(void *argument) noexcept nogil:
     cdef Links_t *l = <Links_t *> argument
     cdef pollfd fds[2]
@@ -1126,12 +1299,14 @@ cdef void *shipper_main(void *argument) noexcept nogil:
         eventfd_read(l.order_fd, &value)
         eventfd_read(l.store.freed_fd, &value)
         tell_freed(l)
+        tell_compact(l)
         while not load32(&l.stopping, ACQUIRE) and next_order(l, &order):
             ship(l, &order)
             pthread_mutex_lock(&l.ship_lock)
             l.sealing = 0
             pthread_mutex_unlock(&l.ship_lock)
             tell_freed(l)
+            tell_compact(l)
     return NULL
 
 
@@ -1149,11 +1324,14 @@ cdef bint frame_allowed(Links_t *l, const Frame *f, uint32_t kind) noexcept nogi
             (f.type == T_PAGE and f.length <= reply_bytes(GET_PAGES_MAX))
     if f.type == T_SHIP:
         return FRAME_HEADER_BYTES <= f.length <= l.segment_bytes
-    return f.length == 0 and (f.type == T_SHIPPED or f.type == T_FREE or f.type == T_FREED or f.type == T_GOODBYE)
+    if f.type == T_COMPACT:
+        return 1 <= f.length <= LIVE_BYTES_MAX
+    return f.length == 0 and (f.type == T_COMPACTED or f.type == T_SHIPPED or f.type == T_FREE or f.type == T_FREED or f.type == T_GOODBYE)
 
 
 cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint8_t *body) noexcept nogil:
     cdef Frame reply
+    cdef uint32_t left = 0
     if f.type == T_PAGE:
         pending_answered(l, peer, f, body)
     elif f.type == T_GET:
@@ -1174,6 +1352,16 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
         elif f.request == <uint64_t> f.segment + 1 and f.segment < l.store.segments_used and \
                 l.store.segments[f.segment].peer == peer.number and l.store.segments[f.segment].generation == f.generation:
             store_freed_told(l.store, f.segment)
+    elif f.type == T_COMPACT:
+        frame_init(l, &reply, T_COMPACTED, f.request)
+        reply.segment = f.segment
+        reply.generation = f.generation
+        reply.status = lent_compact(l, peer, f, body, &left)
+        reply.left = left
+        queue_frame(l, ch, &reply, NULL)
+    elif f.type == T_COMPACTED:
+        store32(&peer.credit, f.credit, RELAXED)
+        store_compacted(l.store, f.segment, f.generation, peer.number, f.left if f.status == S_OK else 0)
     elif f.type == T_PING:
         frame_init(l, &reply, T_PONG, f.request)
         queue_frame(l, ch, &reply, NULL)
@@ -1186,8 +1374,24 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
         eventfd_write(l.event_fd, 1)
 
 
+cdef uint8_t *body_place(Links_t *l, Channel *ch, uint32_t *room) noexcept nogil:
+    """Where the next bytes of a body go, and how many may go there in one piece; NULL when they are thrown away."""
+    cdef Lent *row
+    cdef uint32_t i = ch.body_got // BLOCK_BYTES
+    if ch.body_frame == NO_FRAME:
+        room[0] = ch.frame.length - ch.body_got
+        return ch.body + ch.body_got if ch.body != NULL else NULL
+    row = &l.rows[ch.body_frame]
+    room[0] = BLOCK_BYTES - ch.body_got % BLOCK_BYTES
+    while room[0] < RECORD_BYTES and i + 1 < row.block_count and row.blocks[i + 1] == row.blocks[i] + 1:
+        room[0] += BLOCK_BYTES
+        i += 1
+    room[0] = min(room[0], ch.frame.length - ch.body_got)
+    return lent_at(l, row, ch.body_got)
+
+
 cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """A reply has arrived whole in its staging memory, or a segment in a granted frame, or either in nothing."""
+    """A reply has arrived whole in its staging memory, or a segment in granted blocks, or either in nothing."""
     cdef Frame reply
     ch.in_body = False
     if ch.frame.type == T_PAGE:
@@ -1201,24 +1405,27 @@ cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         reply.status = S_FULL
     else:
         reply.status = lent_commit(l, peer, ch.body_frame, &ch.frame)
-    reply.credit = load32(&l.lent_free_count, RELAXED)
     queue_frame(l, ch, &reply, NULL)
 
 
 cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     """Handle every whole frame in the receive buffer; -1 when the peer broke the protocol."""
     cdef Frame *f
-    cdef uint32_t n
+    cdef uint8_t *place
+    cdef uint32_t n, room = 0
     while True:
         if ch.in_body:
             n = min(ch.end - ch.start, ch.frame.length - ch.body_got)
-            if ch.body != NULL:
-                memcpy(ch.body + ch.body_got, ch.received + ch.start, n)
+            place = body_place(l, ch, &room)
+            n = min(n, room)
+            if place != NULL:
+                memcpy(place, ch.received + ch.start, n)
             ch.start += n
             ch.body_got += n
-            if ch.body_got < ch.frame.length:
+            if ch.body_got == ch.frame.length:
+                body_done(l, peer, ch)
+            elif ch.start == ch.end:
                 break
-            body_done(l, peer, ch)
             continue
         if ch.end - ch.start < FRAME_BYTES:
             break
@@ -1229,8 +1436,8 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         if f.type == T_SHIP:
             ch.frame = f[0]
             ch.start += FRAME_BYTES
-            ch.body_frame = lent_take(l)
-            ch.body = l.lent + <uint64_t> ch.body_frame * l.segment_bytes if ch.body_frame != NO_FRAME else NULL
+            ch.body_frame = lent_take(l, peer.number, f.length)
+            ch.body = NULL
             ch.body_got = 0
             ch.in_body = True
             continue
@@ -1259,14 +1466,12 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     """Read and handle up to RECORDS_PER_TURN records. 0: nothing more now, 1: more waits, -1: the connection is done for."""
     cdef int turn, n, error
     cdef uint8_t *target
-    cdef uint32_t room
+    cdef uint32_t room = 0
     cdef bint direct
     for turn in range(RECORDS_PER_TURN):
-        direct = ch.in_body and ch.body != NULL and ch.start == ch.end
-        if direct:
-            target = ch.body + ch.body_got
-            room = ch.frame.length - ch.body_got
-        else:
+        target = body_place(l, ch, &room) if ch.in_body and ch.start == ch.end else NULL
+        direct = target != NULL
+        if not direct:
             target = ch.received + ch.end
             room = RECEIVE_BYTES - ch.end
         lock_to_read(ch)
@@ -1602,7 +1807,8 @@ cdef class Links:
     """Every link of a node and the memory that it lends. ramster.engine.links documents it."""
 
     def __cinit__(self, Store store not None, uint32_t number, uint64_t lend_bytes, bint lock, uint64_t request_deadline_ms,
-                  uint64_t give_up_ms, uint64_t idle_ms, uint64_t keepalive_ms, uint32_t bulk_in_flight):
+                  uint64_t give_up_ms, uint64_t idle_ms, uint64_t keepalive_ms, uint32_t bulk_in_flight,
+                  double borrower_share, double compact_below):
         cdef Links_t *l = <Links_t *> calloc(1, sizeof(Links_t))
         cdef uint32_t i
         cdef int k
@@ -1633,7 +1839,8 @@ cdef class Links:
         l.pending_free_count = PENDING_MAX
         l.open_ctx = store_unseal_context()
         l.seal_ctx = EVP_CIPHER_CTX_new()
-        self.grant(lend_bytes, lock)
+        self.grant(lend_bytes, lock, borrower_share)
+        store32(&l.store.compact_below, <uint32_t> (compact_below * 1024), RELAXED)
         l.order_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         l.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if l.open_ctx == NULL or l.seal_ctx == NULL or wire_method == NULL or l.order_fd < 0 or l.event_fd < 0:
@@ -1657,7 +1864,7 @@ cdef class Links:
             l.workers_started += 1
         l.running = True
 
-    cdef grant(self, uint64_t lend_bytes, bint lock):
+    cdef grant(self, uint64_t lend_bytes, bint lock, double borrower_share):
         """Reserve and touch what may be lent: a full arena refuses, it never grows."""
         cdef Links_t *l = self.l
         cdef uint32_t i
@@ -1666,14 +1873,20 @@ cdef class Links:
             # A memfd grows until the kernel kills somebody: fallocate alone would not refuse.
             raise errors.StoreFull(
                 f"cannot lend {lend_bytes >> 20} MiB: this machine has {memory_available() >> 20} MiB to spare")
-        l.lent_frames = <uint32_t> (lend_bytes // l.segment_bytes)
-        if l.lent_frames == 0:
+        lend_bytes -= lend_bytes % l.segment_bytes
+        l.lent_blocks = <uint32_t> (lend_bytes // BLOCK_BYTES)
+        if l.lent_blocks == 0:
             return
-        lend_bytes = <uint64_t> l.lent_frames * l.segment_bytes
-        l.rows = <Lent *> calloc(l.lent_frames, sizeof(Lent))
-        l.lent_free = <uint32_t *> malloc(4 * <size_t> l.lent_frames)
+        # A row for each quarter of a segment: enough until segments are compacted to less than that on average.
+        l.lent_rows = <uint32_t> (4 * lend_bytes // l.segment_bytes)
+        l.lent_mask = 1
+        while l.lent_mask < l.lent_rows:
+            l.lent_mask = 2 * l.lent_mask + 1
+        l.rows = <Lent *> calloc(l.lent_rows, sizeof(Lent))
+        l.lent_free = <uint32_t *> malloc(4 * <size_t> l.lent_blocks)
+        l.lent_buckets = <uint32_t *> malloc(4 * (<size_t> l.lent_mask + 1))
         l.lent_fd = memfd_create(b"ramster-lent", MFD_CLOEXEC)
-        if l.rows == NULL or l.lent_free == NULL or l.lent_fd < 0 or fallocate(l.lent_fd, 0, 0, <long> lend_bytes) != 0:
+        if l.rows == NULL or l.lent_free == NULL or l.lent_buckets == NULL or l.lent_fd < 0 or fallocate(l.lent_fd, 0, 0, <long> lend_bytes) != 0:
             raise errors.StoreFull(f"cannot reserve {lend_bytes >> 20} MiB to lend ({strerror(errno).decode()}): lend less")
         base = mmap(NULL, lend_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l.lent_fd, 0)
         if base == MAP_FAILED:
@@ -1682,9 +1895,14 @@ cdef class Links:
         with nogil:
             memset(l.lent, 0, lend_bytes)
             l.lent_locked = lock and mlock(l.lent, lend_bytes) == 0
-        for i in range(l.lent_frames):
-            l.lent_free[i] = l.lent_frames - 1 - i
-        l.lent_free_count = l.lent_frames
+        for i in range(l.lent_blocks):
+            l.lent_free[i] = l.lent_blocks - 1 - i
+        l.lent_free_count = l.lent_blocks
+        l.owner_blocks_max = max(<uint32_t> (borrower_share * l.lent_blocks), l.segment_bytes // BLOCK_BYTES)
+        memset(l.lent_buckets, 0xff, 4 * (<size_t> l.lent_mask + 1))
+        for i in range(l.lent_rows):
+            l.rows[i].next = i + 1
+        l.rows_free_count = l.lent_rows
 
     def __dealloc__(self):
         cdef Links_t *l = self.l
@@ -1711,11 +1929,12 @@ cdef class Links:
             if fd > 0:
                 close(fd)
         if l.lent != NULL:
-            munmap(l.lent, <uint64_t> l.lent_frames * l.segment_bytes)
+            munmap(l.lent, <uint64_t> l.lent_blocks * BLOCK_BYTES)
         EVP_CIPHER_CTX_free(l.open_ctx)
         EVP_CIPHER_CTX_free(l.seal_ctx)
         free(l.rows)
         free(l.lent_free)
+        free(l.lent_buckets)
         free(l)
         self.l = NULL
 
@@ -1819,7 +2038,7 @@ cdef class Links:
                 pthread_mutex_lock(&l.ship_lock)
                 peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
-                store_requeue_freed(l.store, number)
+                store_retell(l.store, number)
                 eventfd_write(l.order_fd, 1)
             pthread_mutex_unlock(&peer.attach_lock)
             eventfd_write(l.event_fd, 1)
@@ -1958,18 +2177,18 @@ cdef class Links:
         cdef uint32_t held[256]
         memset(held, 0, sizeof(held))
         pthread_mutex_lock(&l.lender_lock)      # no Python below: the GIL must not come between a get and this lock
-        for i in range(l.lent_frames):
+        for i in range(l.lent_rows):
             if l.rows[i].state == LENT_HELD:
                 held[l.rows[i].owner & 255] += 1
         pthread_mutex_unlock(&l.lender_lock)
         return {i: held[i] for i in range(256) if held[i]}
 
-    def tamper(self, uint32_t frame, uint32_t offset):
-        """Flip a byte of a lent frame: how tests play the hostile lender."""
+    def tamper(self, uint32_t handle, uint32_t offset):
+        """Flip a byte of an image that is held: how tests play the hostile lender."""
         cdef Links_t *l = self.live()
-        if frame >= l.lent_frames or offset >= l.segment_bytes:
-            raise errors.UsageError(f"there is no byte {offset} in lent frame {frame}")
-        l.lent[<uint64_t> frame * l.segment_bytes + offset] ^= 0xff
+        if handle >= l.lent_rows or l.rows[handle].state != LENT_HELD or offset >= l.rows[handle].bytes:
+            raise errors.UsageError(f"there is no byte {offset} in image {handle}")
+        lent_at(l, &l.rows[handle], offset)[0] ^= 0xff
 
     def lenders(self):
         """What a decision needs of each peer: (number, up, credit, segments ordered or on their way to it)."""
@@ -2017,12 +2236,16 @@ cdef class Links:
 
     def counters(self):
         cdef Links_t *l = self.live()
+        cdef uint32_t blocks = l.segment_bytes // BLOCK_BYTES
         return dict(
             remote_gets=load64(&l.remote_gets, RELAXED), late_replies=load64(&l.late_replies, RELAXED),
             protocol_errors=load64(&l.protocol_errors, RELAXED), frees_sent=load64(&l.frees_sent, RELAXED),
             ships_refused=load64(&l.ships_refused, RELAXED), ships_failed=load64(&l.ships_failed, RELAXED),
             segments_received=load64(&l.segments_received, RELAXED), gets_served=load64(&l.gets_served, RELAXED),
             unreachable=load64(&l.unreachable, RELAXED), corrupt_replies=load64(&l.corrupt_replies, RELAXED),
-            bytes_shipped=load64(&l.bytes_shipped, RELAXED), lend_bytes=<uint64_t> l.lent_frames * l.segment_bytes,
-            lent_frames=l.lent_frames, lent_free=load32(&l.lent_free_count, RELAXED), lent_locked=bool(l.lent_locked),
-            gets_pending=PENDING_MAX - load32(&l.pending_free_count, RELAXED))
+            bytes_shipped=load64(&l.bytes_shipped, RELAXED), compacts_sent=load64(&l.compacts_sent, RELAXED),
+            segments_compacted=load64(&l.segments_compacted, RELAXED), lend_bytes=<uint64_t> l.lent_blocks * BLOCK_BYTES,
+            lent_frames=l.lent_blocks // blocks, lent_free=load32(&l.lent_free_count, RELAXED) // blocks,
+            lent_bytes_free=<uint64_t> load32(&l.lent_free_count, RELAXED) * BLOCK_BYTES,
+            lent_bytes=load64(&l.lent_bytes, RELAXED), lent_images=load32(&l.lent_images, RELAXED),
+            lent_locked=bool(l.lent_locked), gets_pending=PENDING_MAX - load32(&l.pending_free_count, RELAXED))

@@ -13,6 +13,7 @@ cdef enum:
     TAG_BYTES = 16
     ENTRY_BYTES_MAX = 40 + 24 + 4096
     ORDINALS_MAX = 4096         # entries of one segment; keeps a directory below 8 KiB
+    LIVE_BYTES_MAX = 512        # bitmap of a segment's ordinals
     POOLS_MAX = 4096
     READERS_MAX = 256           # threads inside the store at one moment
     COUNTER_STRIPES = 8
@@ -48,6 +49,10 @@ cdef enum SegmentState:
     SEG_LOST = 6
     SEG_FREEING = 7             # nothing live; waits in the queue for the lender to be told
     SEG_FREE_SENT = 8           # the lender was told, or is to be told again once it is back
+
+cdef enum:                          # Segment.compacting
+    COMPACT_QUEUED = 1
+    COMPACT_SENT = 2
 
 cdef enum Counter:
     C_PUTS = 0
@@ -109,6 +114,9 @@ cdef struct Segment:
     uint32_t peer
     uint32_t handle                 # the lender's hint where it lies
     uint32_t next                   # link in the queue of remote segments to free
+    uint32_t held_bytes             # of entries, dead ones included, that the lender still has
+    uint32_t compacting             # COMPACT_QUEUED, COMPACT_SENT
+    uint32_t compact_next           # link in the queue of remote segments to compact
     uint32_t damaged                # entries in it have lost their key: the cleaner leaves it alone
     uint32_t writers                # puts that have taken room in it, sealed as it is, and have not published yet
     uint64_t touched_ms
@@ -245,7 +253,11 @@ cdef struct Store_t:
     uint32_t freed_first            # queue of SEG_FREEING segments
     uint32_t freed_last
     uint32_t freed_count
-    int freed_fd                    # eventfd: something is in the queue
+    uint32_t compact_below          # live share of a remote segment, in 1024ths, below which it is compacted; 0: never
+    uint32_t compact_first          # queue, under freed_lock too; a segment is in it at most once
+    uint32_t compact_last
+    uint32_t compact_count
+    int freed_fd                    # eventfd: something is in one of the two queues
     uint8_t node_key[32]
     pthread_t cleaner
     bint cleaner_running
@@ -276,7 +288,9 @@ cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
 cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil
 cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil
-cdef uint32_t store_requeue_freed(Store_t *s, uint32_t peer) noexcept nogil
+cdef uint32_t store_retell(Store_t *s, uint32_t peer) noexcept nogil
+cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint8_t *live) noexcept nogil
+cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t image_bytes) noexcept nogil
 cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
 cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil

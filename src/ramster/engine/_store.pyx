@@ -314,6 +314,24 @@ cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
     eventfd_write(s.freed_fd, 1)
 
 
+cdef void queue_compact(Store_t *s, uint32_t segment) noexcept nogil:
+    """Under the row's lock: a remote segment that is mostly dead waits for the order to compact it."""
+    cdef Segment *row = &s.segments[segment]
+    if row.compacting or <uint64_t> row.live_bytes * 1024 >= <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
+        return
+    row.compacting = COMPACT_QUEUED
+    row.compact_next = SEGMENT_FRAMES_NONE
+    pthread_mutex_lock(&s.freed_lock)
+    if s.compact_count == 0:
+        s.compact_first = segment
+    else:
+        s.segments[s.compact_last].compact_next = segment
+    s.compact_last = segment
+    s.compact_count += 1
+    pthread_mutex_unlock(&s.freed_lock)
+    eventfd_write(s.freed_fd, 1)
+
+
 cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a segment that lies nowhere any more."""
     cdef Segment *row = &s.segments[segment]
@@ -371,6 +389,8 @@ cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
             queue_freed(s, segment)
         elif row.state == SEG_LOST:
             free_row(s, segment)
+    elif row.state == SEG_REMOTE:
+        queue_compact(s, segment)
     spin_unlock(&row.lock)
 
 
@@ -1752,11 +1772,12 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
 cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil:
     """The lender has it: from here on the segment is remote. Entries that died on the way are dead there too."""
     cdef Segment *row = &s.segments[segment]
-    cdef uint32_t ordinal, frame, live = 0, live_bytes = 0
+    cdef uint32_t ordinal, frame, live = 0, live_bytes = 0, held_bytes = 0
     spin_lock(&row.lock)
     ASSERT(row.state == SEG_SHIPPING, b"only what is under way is committed")
     frame = row.frame
     for ordinal in range(row.entries):
+        held_bytes += <uint32_t> meta.sizes[ordinal] * 8
         if directory(s, frame)[-1 - <int64_t> ordinal] & DIRECTORY_DEAD:
             meta.sizes[ordinal] |= DIRECTORY_DEAD
         else:
@@ -1768,9 +1789,13 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
     row.peer = peer
     row.handle = handle
     row.frame = SEGMENT_FRAMES_NONE
+    row.held_bytes = held_bytes
+    row.compacting &= COMPACT_QUEUED        # it may still be in the queue from its former life
     row.state = SEG_REMOTE
     if live == 0:
         queue_freed(s, segment)
+    else:
+        queue_compact(s, segment)
     retire_frame(s, frame)
     spin_unlock(&row.lock)
     count(s, C_SHIPPED_SEGMENTS, 1)
@@ -1813,15 +1838,71 @@ cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, 
     return True
 
 
-cdef uint32_t store_requeue_freed(Store_t *s, uint32_t peer) noexcept nogil:
-    """After a reconnect: whatever this lender was told to forget without an answer is told again. Returns segments."""
+cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint8_t *live) noexcept nogil:
+    """Take the next remote segment that its lender is to compact, and the bitmap of its live ordinals (LIVE_BYTES_MAX
+    bytes at most). Returns the bitmap's bytes; 0 when there is none."""
+    cdef Segment *row
+    cdef uint32_t ordinal, bytes = 0
+    while bytes == 0:
+        pthread_mutex_lock(&s.freed_lock)
+        if s.compact_count == 0:
+            pthread_mutex_unlock(&s.freed_lock)
+            return 0
+        segment[0] = s.compact_first
+        row = &s.segments[s.compact_first]
+        s.compact_first = row.compact_next
+        s.compact_count -= 1
+        pthread_mutex_unlock(&s.freed_lock)
+        spin_lock(&row.lock)
+        row.compacting = 0
+        # It may have been freed meanwhile, and its number even be in use again.
+        if row.state == SEG_REMOTE and \
+                <uint64_t> row.live_bytes * 1024 < <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
+            row.compacting = COMPACT_SENT
+            generation[0] = row.generation
+            peer[0] = row.peer
+            bytes = (row.entries + 7) >> 3
+            memset(live, 0, bytes)
+            for ordinal in range(row.entries):
+                if row.meta.sizes[ordinal] & DIRECTORY_DEAD == 0:
+                    live[ordinal >> 3] |= 1 << (ordinal & 7)
+        spin_unlock(&row.lock)
+    return bytes
+
+
+cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t image_bytes) noexcept nogil:
+    """The lender's answer: its image has so many bytes left; 0: it did not do it, and is not asked again before more of the
+    segment dies. What it says is believed only between what is live and what it had."""
+    cdef Segment *row
+    cdef uint32_t base, held
+    if segment >= load32(&s.segments_used, ACQUIRE):
+        return
+    row = &s.segments[segment]
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.peer == peer and row.compacting & COMPACT_SENT:
+        row.compacting = 0
+        base = align8(FRAME_HEADER_BYTES + 2 * row.entries)
+        if image_bytes >= base:
+            held = max(image_bytes - base, row.live_bytes)
+            if held < row.held_bytes:
+                row.held_bytes = held
+                queue_compact(s, segment)
+    spin_unlock(&row.lock)
+
+
+cdef uint32_t store_retell(Store_t *s, uint32_t peer) noexcept nogil:
+    """After a reconnect: what this lender was told to forget or to compact without an answer is told again. Returns segments."""
     cdef uint32_t segment, queued = 0
     cdef Segment *row
-    for segment in range(s.segments_used):
+    for segment in range(load32(&s.segments_used, ACQUIRE)):
         row = &s.segments[segment]
         spin_lock(&row.lock)
         if row.state == SEG_FREE_SENT and row.peer == peer:
             queue_freed(s, segment)
+            queued += 1
+        elif row.state == SEG_REMOTE and row.peer == peer and row.compacting & COMPACT_SENT:
+            row.compacting = 0
+            queue_compact(s, segment)
             queued += 1
         spin_unlock(&row.lock)
     return queued
@@ -2366,6 +2447,8 @@ cdef class Store:
             if row.state == SEG_FREE or row.state >= SEG_FREEING:
                 if entries[k]:
                     wrong.append(f"segment {k} is free but {entries[k]} slots name it")
+            elif row.state == SEG_REMOTE and row.held_bytes < row.live_bytes:
+                wrong.append(f"segment {k}: its lender holds {row.held_bytes} bytes, of which {row.live_bytes} are live")
             elif row.live_entries != entries[k] or row.live_bytes != sizes[k]:
                 wrong.append(f"segment {k} (state {row.state}) counts {row.live_entries} live entries of {row.live_bytes} bytes, "
                              f"the page tables {entries[k]} of {sizes[k]}")
@@ -2389,7 +2472,6 @@ cdef class Store:
         cdef Segment *row
         cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
         cdef uint64_t used_r = 0
-        cdef uint32_t k
         for i in range(s.segments_used):
             row = &s.segments[i]
             spin_lock(&row.lock)
@@ -2397,8 +2479,7 @@ cdef class Store:
                 remote += 1
                 live_r += row.live_bytes
                 pages_r += row.live_entries
-                for k in range(row.entries):
-                    used_r += <uint64_t> (row.meta.sizes[k] & 0x7fff) * 8
+                used_r += row.held_bytes
             elif row.state == SEG_LOST:
                 lost += 1
                 pages_x += row.live_entries

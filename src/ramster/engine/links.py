@@ -19,7 +19,7 @@ BULK: Final = 1
 
 
 class Links(_link.Links):
-    """All links of a node: remote gets, shipping, and the frames lent to others.
+    """All links of a node: remote gets, shipping, and the memory lent to others.
 
     Args:
         store: whose segments travel.
@@ -30,6 +30,8 @@ class Links(_link.Links):
         give_up_ms: after this time it fails, and so does at once every get to a lender that has been away for longer.
         idle_ms, keepalive_ms: a connection that was silent for so long is closed, or asked for a sign of life.
         bulk_in_flight: segments on their way to one lender at a time.
+        borrower_share: part of lend_bytes that one borrower may fill; at least one segment.
+        compact_below: live share of what a lender holds of a segment below which it is told to compact it; 0 never.
 
     attach hands a connection over that has been through the handshake; after that only native threads use it.
     ship queues a sealed segment for a lender (False: too many wait, for it or in all). Whatever fails leaves it where
@@ -51,6 +53,8 @@ class Links(_link.Links):
         idle_ms: int = 5000,
         keepalive_ms: int = 1000,
         bulk_in_flight: int = 8,
+        borrower_share: float = 1.0,
+        compact_below: float = 0.5,
     ) -> Self:
         return super().__new__(
             cls,
@@ -63,4 +67,6 @@ class Links(_link.Links):
             idle_ms,
             keepalive_ms,
             bulk_in_flight,
+            borrower_share,
+            compact_below,
         )

@@ -19,6 +19,7 @@ def frame_layout():
         "segment": (<char *> &f.segment - base, sizeof(f.segment)),
         "generation": (<char *> &f.generation - base, sizeof(f.generation)),
         "handle": (<char *> &f.handle - base, sizeof(f.handle)),
+        "left": (<char *> &f.left - base, sizeof(f.left)),
         "reserved": (<char *> &f.reserved - base, sizeof(f.reserved)),
         "crc": (<char *> &f.crc - base, sizeof(f.crc)),
     }

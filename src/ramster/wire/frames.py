@@ -38,11 +38,12 @@ HEADER: Final = (
     Field(24, 4, "segment", "the owner's number of the segment"),
     Field(28, 4, "generation", "how often the owner has used that number before, modulo 2^14"),
     Field(32, 4, "handle", "the lender's hint where the segment lies; 0xFFFFFFFF none"),
-    Field(36, 8, "reserved", "zero"),
+    Field(36, 4, "left", "of COMPACTED: bytes of the image that are left"),
+    Field(40, 4, "reserved", "zero"),
     Field(44, 4, "crc", "CRC32C of the 44 bytes before"),
 )
 HEADER_BYTES: Final = 48
-_HEADER: Final = struct.Struct("<IBBHQIIIIIQI")
+_HEADER: Final = struct.Struct("<IBBHQIIIIIIII")
 assert _HEADER.size == HEADER_BYTES == HEADER[-1].offset + HEADER[-1].size
 
 
@@ -60,6 +61,8 @@ class FrameType(IntEnum):
     FREE = 9
     FREED = 10
     GOODBYE = 11
+    COMPACT = 12
+    COMPACTED = 13
 
 
 def _crc_table() -> tuple[int, ...]:
@@ -87,7 +90,7 @@ def pack(kind: FrameType, body: bytes) -> bytes:
     """A whole frame of the handshake. ValueError for a body larger than SMALL_BODY_MAX."""
     if len(body) > SMALL_BODY_MAX:
         raise ValueError(f"a body of {len(body)} bytes: at most {SMALL_BODY_MAX}")
-    header = _HEADER.pack(MAGIC, VERSION, kind, 0, 0, len(body), 0, 0, 0, 0, 0, 0)[:-4]
+    header = _HEADER.pack(MAGIC, VERSION, kind, 0, 0, len(body), 0, 0, 0, 0, 0, 0, 0)[:-4]
     return header + struct.pack("<I", crc32c(header)) + body
 
 
