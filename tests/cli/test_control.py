@@ -41,7 +41,7 @@ STATUS: dict[str, Any] = {
         "bytes_compressed": 100,
         "locked": True,
     },
-    "lend": {"bytes": 1 << 20, "frames_total": 4, "frames_used": 2, "owners": {"beta": 2}},
+    "lend": {"bytes": 1 << 20, "frames_total": 4, "frames_used": 2, "bytes_used": 1 << 19, "owners": {"beta": 2}},
     "peers": [
         {"name": "beta", "number": 2, "address": "192.0.2.2:7777", "state": "up", "reason": "", "credit": 12,
          "bytes_sent": 5 << 20, "bytes_received": 100, "gets": 3, "round_trip_p50_us": 88},

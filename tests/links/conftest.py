@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ class Relay:
 class Side:
     """One node's engine. `generation` is that of its process; `restart` gives it an empty store and a new one."""
 
-    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: float) -> None:
+    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: Any) -> None:
         self.number = number
         self.context = context
         self.generation = 1000 + number
@@ -156,12 +157,14 @@ class Pair:
     def wait_for_frees(self, frames: int) -> None:
         wait_until(lambda: self.b.lent_used() == frames, f"{frames} frames at the lender, not {self.b.lent_used()}")
 
-    def close(self, *, shared: bool = False) -> None:
-        """`shared`: the borrower belongs to another pair, too, which closes it."""
+    def close(self, keep: Side | None = None) -> None:
+        """`keep`: a side that belongs to another pair, too, which closes it."""
         self.get.release()
         self.bulk.release()
         self._tasks.shutdown()
-        for side in (self.b,) if shared else (self.a, self.b):
+        for side in (self.a, self.b):
+            if side is keep:
+                continue
             side.links.stop()
             side.store.verify()
             side.store.close()
@@ -198,7 +201,7 @@ MakePair = Callable[..., Pair]
 def make_pair(contexts: dict[int, TlsContext]) -> Iterator[MakePair]:
     pairs: list[Pair] = []
 
-    def make(*, segments: int = 24, lend: int = 16, connected: bool = True, **options: float) -> Pair:
+    def make(*, segments: int = 24, lend: int = 16, connected: bool = True, **options: Any) -> Pair:
         cleaner = options.pop("cleaner", 0)
         times = {"request_deadline_ms": 5000, "give_up_ms": 10_000} | options
         pair = Pair(

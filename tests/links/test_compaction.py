@@ -194,7 +194,7 @@ def test_slots_stay_valid(pair: Pair) -> None:
     rounds=st.integers(1, 3),
 )
 def test_stored_is_live_at_the_lender(pair: Pair, seed: int, overwritten: float, flushed: float, rounds: int) -> None:
-    """Whatever is put and flushed: what the lender holds is at most twice what is live, and directories."""
+    """Whatever is put, overwritten and flushed: the lender holds at most twice what is live, plus directories."""
     dice = random.Random(seed)
     live: dict[int, bytes] = {}
 

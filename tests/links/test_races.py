@@ -9,6 +9,8 @@ from tests.links.conftest import LENDER, OTHER_LENDER, SEGMENT, MakePair, Pair, 
 
 from ramster.engine.links import BULK, GET, TlsContext
 from ramster.errors import PageLost, StoreFull
+from ramster.remotify.policy import Policy, Settings
+from ramster.remotify.worker import Worker
 from ramster.testing import _stress
 from ramster.testing.proxy import wait_until
 
@@ -88,6 +90,33 @@ def test_a_node_that_lends_nothing_refuses_everything(make_pair: MakePair) -> No
     pair.ship()
     assert pair.a.store.statistics().segments_remote == 0
     pair.expect(PAGES)
+
+
+def test_a_borrower_fills_no_more_than_its_share(make_pair: MakePair, contexts: dict[int, TlsContext]) -> None:
+    pair = make_pair(borrower_share=0.25)
+    second = Side(OTHER_LENDER, contexts[OTHER_LENDER], 24, 0)
+    other = Pair(second, pair.b)
+    other.connect()
+    try:
+        pair.put(*PAGES)
+        shipped = pair.ship()
+        assert shipped > 4 == pair.b.links.foreign()[1], "a quarter of 16 segments"
+        assert _row(pair, LENDER)["credit"] == 0 and pair.a.store.statistics().segments_remote == 4
+        other.put(*PAGES)
+        other.ship()
+        assert pair.b.links.foreign() == {1: 4, OTHER_LENDER: 4}
+        pair.expect(PAGES)
+        other.expect(PAGES)
+    finally:
+        other.close(keep=pair.b)
+
+
+def test_cold_data_in_an_open_segment_leaves(pair: Pair) -> None:
+    pair.put(1, 2, 3)
+    worker = Worker(pair.a.store, pair.a.links, Policy(Settings(cold_after_ms=20)), 50)
+    wait_until(lambda: worker.step() >= 0 and pair.a.store.statistics().segments_remote == 1, "it has left")
+    assert pair.where(2) == LENDER and worker.ordered == 1
+    pair.expect(range(1, 4))
 
 
 def test_credit_follows_what_the_lender_has_left(make_pair: MakePair) -> None:
@@ -596,7 +625,7 @@ def test_a_lender_that_stands_still_holds_up_no_other(pair: Pair, contexts: dict
         wait_until(lambda: pair.a.links.shipping() == 0, "what was under way arrives late")
         pair.expect(range(400))
     finally:
-        still.close(shared=True)
+        still.close(keep=pair.a)
 
 
 def _row(pair: Pair, number: int) -> dict[str, Any]:

@@ -82,6 +82,16 @@ def test_ephemeral_segments_leave_too() -> None:
     assert Policy(SETTINGS).decide(look(90, coldest=[Segment(1, 1, 10, 1, 5, True)])) == [Ship(1, 1, 2)]
 
 
+def test_open_segments_are_sealed_by_age_only_while_somebody_would_take_them() -> None:
+    lender = Lender(2, up=True, credit=3, shipping=2)
+    assert Policy(SETTINGS).seal_after_ms([lender]) == 30_000
+    assert Policy(SETTINGS).seal_after_ms([]) == 0
+    assert Policy(SETTINGS).seal_after_ms([Lender(2, up=True, credit=3, shipping=3)]) == 0
+    assert Policy(SETTINGS).seal_after_ms([Lender(2, up=False, credit=3, shipping=0)]) == 0
+    assert Policy(Settings(enabled=False)).seal_after_ms([lender]) == 0
+    assert Policy(Settings(cold_after_ms=0)).seal_after_ms([lender]) == 0
+
+
 def test_switched_off_nothing_leaves_and_draining_is_forgotten() -> None:
     policy = Policy(Settings(enabled=False), draining=True)
     assert policy.decide(look(99)) == []

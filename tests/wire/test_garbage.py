@@ -299,7 +299,7 @@ def reply_of(entries: list[bytes]) -> bytes:
     return b"".join(piece + bytes(-len(piece) % 8) for piece in (table, *entries))
 
 
-def ask(connection: Connection, kind: FrameType, body: bytes = b"", **fields: int) -> tuple[int, dict[str, int], bytes]:
+def ask(connection: Connection, kind: FrameType, body: bytes, **fields: int) -> tuple[int, dict[str, int], bytes]:
     """(type of the answer, its fields, its body)."""
     connection.send(header(type=kind, length=len(body), **fields) + body, TIMEOUT_S)
     answer = struct.unpack("<IBBHQIIIIIIII", connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
@@ -401,11 +401,11 @@ def test_an_image_of_noise_can_be_compacted_without_harm(served: Served, good: C
         for offset in offsets:
             if base + offset * 8 + 2 <= length:
                 struct.pack_into("<H", image, base + offset * 8, data.draw(st.integers(0, 30)))
+    body = data.draw(st.binary(min_size=(count + 7) // 8, max_size=(count + 7) // 8))
     _, answer, _ = ask(good, FrameType.SHIP, bytes(image), segment=5, generation=9)
     assert answer["status"] == 0
-    body = data.draw(st.binary(min_size=(count + 7) // 8, max_size=(count + 7) // 8))
     _, compacted, _ = ask(good, FrameType.COMPACT, body, segment=5, generation=9)
     assert compacted["status"] in (0, 3)
     assert served.links.counters()["lent_bytes"] == (compacted["left"] if compacted["status"] == 0 else length)
-    ask(good, FrameType.FREE, segment=5, generation=9)
+    ask(good, FrameType.FREE, b"", segment=5, generation=9)
     assert served.links.counters()["lent_bytes_free"] == free

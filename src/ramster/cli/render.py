@@ -159,9 +159,7 @@ def _foreign(lend: Mapping[str, Any]) -> RenderableType:
     if not granted:
         return Text("This node lends nothing.\n")
     frame = granted // total if total else 0
-    table = _table(
-        f"Lent to others: {show_size(_int(lend, 'frames_used') * frame)} of {show_size(granted)}", "owner", "held"
-    )
+    table = _table(f"Lent to others: {show_size(_int(lend, 'bytes_used'))} of {show_size(granted)}", "owner", "held")
     for owner, frames in sorted((lend.get("owners") or {}).items()):
         table.add_row(str(owner), show_size(int(frames) * frame))
     return table

@@ -219,6 +219,13 @@ class Lend:
     """`[lend]`: the RAM that this node gives to others."""
 
     size_bytes: int = _size(0, help="RAM granted to other nodes, taken at start; 0B lends nothing.")
+    borrower_share: float = _fraction(
+        1.0,
+        at_least=0.0,
+        at_most=1.0,
+        help="Part of it that one borrower may fill, at least one segment. A single borrower may have all by default: "
+        "RAM that idles helps nobody; set 1/n where n borrowers must not crowd each other out.",
+    )
     foreign_grace_ms: int = _time(
         600_000, at_least=1000, at_most=7 * 86_400_000, help="How long pages of a node that is silent are kept."
     )
@@ -257,7 +264,13 @@ class Remotify:
         30_000,
         at_least=0,
         at_most=7 * 86_400_000,
-        help="Age at which a segment leaves without pressure too; 0 is never.",
+        help="Age at which a segment leaves without pressure too, also one that is not full; 0 is never.",
+    )
+    compact_below: float = _fraction(
+        0.5,
+        at_least=0.0,
+        at_most=0.95,
+        help="Live part of what a lender holds of a segment below which it is told to drop the dead rest; 0 is never.",
     )
     tick_ms: int = _time(50, at_least=5, at_most=10_000, help="Pause between two decisions.")
 

@@ -174,6 +174,9 @@ cdef struct Head:
     uint32_t segment
     uint32_t ephemeral
     uint32_t cleaner                # may use the reserve
+    uint32_t seen_segment           # what store_seal_cold saw last, and since when
+    uint32_t seen_bytes
+    uint64_t seen_ms
     uint8_t pad[64]
 
 cdef struct Reader:
@@ -297,6 +300,7 @@ cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, 
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
 cdef void store_census(Store_t *s, uint32_t pool, const uint8_t *resident, uint64_t *census) noexcept nogil
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
+cdef uint32_t store_seal_cold(Store_t *s, uint64_t age_ms) noexcept nogil
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil
 
 cdef uint64_t memory_available() except *

@@ -2029,6 +2029,37 @@ cdef uint32_t store_seal_open(Store_t *s) noexcept nogil:
     return sealed
 
 
+cdef uint32_t store_seal_cold(Store_t *s, uint64_t age_ms) noexcept nogil:
+    """Seal the open segments that nobody has appended to or read from for so long, so that they can leave; they keep their
+    age. Appending does not write down when: whoever asks sees whether a segment has grown since it asked before."""
+    cdef uint32_t sealed = 0, i, segment
+    cdef uint64_t now = coarse_ms(), since
+    cdef Segment *row
+    cdef Head *head
+    for i in range(12):
+        head = &s.heads[i]
+        pthread_mutex_lock(&head.lock)
+        segment = head.segment
+        if segment != SEGMENT_FRAMES_NONE:
+            row = &s.segments[segment]
+            if head.seen_segment != segment or head.seen_bytes != row.used_bytes:
+                head.seen_segment = segment
+                head.seen_bytes = row.used_bytes
+                head.seen_ms = now
+            spin_lock(&row.lock)
+            since = max(head.seen_ms, row.touched_ms)
+            spin_unlock(&row.lock)
+            if now >= since + age_ms:
+                seal_head(s, head)
+                spin_lock(&row.lock)
+                if row.state == SEG_SEALED:
+                    row.touched_ms = since
+                spin_unlock(&row.lock)
+                sealed += 1
+        pthread_mutex_unlock(&head.lock)
+    return sealed
+
+
 # --- the Python face's base ----------------------------------------------------------------------------------------
 
 cdef int recount_slot(Store_t *s, uint64_t slot, uint32_t *entries, uint64_t *size, uint64_t *filled) noexcept nogil:
@@ -2335,6 +2366,14 @@ cdef class Store:
         cdef uint32_t sealed
         with nogil:
             sealed = store_seal_open(s)
+        return sealed
+
+    def seal_cold(self, uint64_t age_ms):
+        """Seal open segments that were neither written nor read for so long; how many."""
+        cdef Store_t *s = self.live()
+        cdef uint32_t sealed
+        with nogil:
+            sealed = store_seal_cold(s, age_ms)
         return sealed
 
     def clean(self, uint32_t segments=1):

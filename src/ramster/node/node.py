@@ -57,6 +57,8 @@ class Node:
             idle_ms=c.links.idle_timeout_ms,
             keepalive_ms=c.links.keepalive_ms,
             bulk_in_flight=c.links.bulk_in_flight_segments,
+            borrower_share=c.lend.borrower_share,
+            compact_below=c.remotify.compact_below,
         )
         r = c.remotify
         self.remotify = Worker(
@@ -95,7 +97,7 @@ class Node:
             generation=self.generation,
             kind="get" if kind == "get" else "bulk",
             segment_bytes=self.config.arena.segment_bytes,
-            lend_segments=self.config.lend.size_bytes // self.config.arena.segment_bytes,
+            lend_segments=self.links.counters()["lent_free"],
         )
 
     async def start(self) -> None:
@@ -186,6 +188,7 @@ class Node:
                 "bytes": links["lend_bytes"],
                 "frames_total": links["lent_frames"],
                 "frames_used": links["lent_frames"] - links["lent_free"],
+                "bytes_used": links["lend_bytes"] - links["lent_bytes_free"],
                 "locked": links["lent_locked"],
                 "owners": {names.get(owner, str(owner)): n for owner, n in self.links.foreign().items()},
             },

@@ -79,6 +79,13 @@ class Policy:
     settings: Settings
     draining: bool = field(default=False)
 
+    def seal_after_ms(self, lenders: Sequence[Lender]) -> int:
+        """Age at which a segment that is still open is sealed, so that it can leave: only while somebody would take
+        it, since half-empty segments are dear here. 0: not at all.
+        """
+        anybody = any(lender.up and lender.credit > lender.shipping for lender in lenders)
+        return self.settings.cold_after_ms if self.settings.enabled and anybody else 0
+
     def decide(self, now: Snapshot) -> list[Ship]:
         """Instructions for this moment, coldest first. Never more to a lender than it has room for."""
         if not self.settings.enabled or now.frames_total == 0:

@@ -48,12 +48,15 @@ class Worker:
 
     def step(self) -> int:
         """One look, one decision; returns the number of segments ordered."""
+        lenders = [Lender(*row) for row in self.links.lenders()]
+        if age_ms := self.policy.seal_after_ms(lenders):
+            self.store.seal_cold(age_ms)
         free, total = self.store.frames()
         snapshot = Snapshot(
             frames_total=total,
             frames_free=free,
             coldest=[Segment(*row) for row in self.store.coldest(SHIPS_PER_DECISION_MAX)],
-            lenders=[Lender(*row) for row in self.links.lenders()],
+            lenders=lenders,
             under_way=self.links.shipping(),
         )
         self.decisions += 1

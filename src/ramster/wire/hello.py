@@ -20,7 +20,7 @@ KINDS: Final = ("get", "bulk")
 
 class Hello(msgspec.Struct, kw_only=True, frozen=True):
     """Body of HELLO, as JSON. `generation` is drawn at random when the process starts: another one means that its
-    memory was lost. `lend_segments` is how many segments it may hold for others, in all.
+    memory was lost. `lend_segments` is how many segments it has room for now.
     """
 
     cluster: str
