@@ -95,6 +95,57 @@ def test_a_page_that_does_not_compress_is_stored_raw(store: Store) -> None:
     assert store.get(pool, 0) == noise(1)
 
 
+def test_pages_that_do_not_compress_are_soon_not_tried(make_store: Factory) -> None:
+    store = make_store(64)
+    pool = store.create_pool(pages=1000)
+    for index in range(200):
+        store.put(pool, index, noise(index))
+    statistics = store.statistics()
+    assert statistics.puts_incompressible == 200
+    assert 150 < statistics.puts_untried < 200, "all but the first eight and one of eight"
+    assert all(store.get(pool, index) == noise(index) for index in range(200))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.7])
+def test_a_run_of_noise_costs_text_nothing(make_store: Factory, share: float) -> None:
+    store, fresh = make_store(64), make_store(64)
+    pool, other = store.create_pool(pages=1000), fresh.create_pool(pages=1000)
+    for index in range(100):
+        store.put(pool, index, noise(index))
+    for index in range(100, 200):
+        store.put(pool, index, text(index, share))
+        fresh.put(other, index, text(index, share))
+    compressed = store.statistics().bytes_compressed - 100 * 4096
+    assert compressed == fresh.statistics().bytes_compressed < 100 * 3584
+
+
+def test_pages_that_look_random_and_repeat_are_found_out(make_store: Factory) -> None:
+    """Every byte value is as frequent as in noise, but the second half is the first once more."""
+    store = make_store(64)
+    pool = store.create_pool(pages=1000)
+    for index in range(100):
+        store.put(pool, index, noise(index))
+    for index in range(100, 200):
+        store.put(pool, index, noise(index)[:2048] * 2)
+    assert store.statistics().puts_incompressible <= 100 + 7
+    for index in range(0, 100, 2):
+        store.put(pool, index, noise(index))
+        store.put(pool, index + 1, noise(index)[:2048] * 2)
+    statistics = store.statistics()
+    assert statistics.puts_incompressible <= 100 + 7 + 50, "half and half: every page is tried"
+    assert all(store.get(pool, index) == noise(index)[:2048] * 2 for index in range(100, 200))
+
+
+def test_same_filled_pages_do_not_count_as_tried(make_store: Factory) -> None:
+    store = make_store(64)
+    pool = store.create_pool(pages=100)
+    for index in range(50):
+        store.put(pool, index, noise(index))
+        store.put(pool, index + 50, fill(index))
+    assert store.statistics().puts_untried > 30
+    assert store.statistics().puts_incompressible == 50
+
+
 @pytest.mark.parametrize("pattern", [0, 1, 0xDEADBEEF, 2**32 - 1])
 def test_a_same_filled_page_takes_no_segment(store: Store, pattern: int) -> None:
     pool = store.create_pool(pages=10)
@@ -566,6 +617,61 @@ def test_a_slot_that_names_nothing_is_a_lost_page(store: Store) -> None:
         with pytest.raises(PageLost):
             store.get(pool, 1)
     _stress.overwrite_slot(store, pool, 1, 0)
+
+
+@pytest.mark.parametrize("bit", [0, 1, 5, 15, 16, 17, 24, 47, 48, 49, 61, 62, 63])
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("act", ["put", "flush", "get", "destroy"])
+def test_a_flipped_bit_in_a_page_table_is_a_reported_loss(
+    make_store: Factory, bit: int, sealed: bool, act: str
+) -> None:
+    """Whatever the word names afterwards: nothing, a dead entry or another page's. Nobody reads wrong bytes, and the
+    process goes on."""
+    store = make_store(16, verify=False)
+    pool = store.create_pool(pages=100)
+    for index in range(40):
+        store.put(pool, index, text(index))
+    store.flush_page(pool, 39)
+    if sealed:
+        store.seal_open()
+    _stress.overwrite_slot(store, pool, 7, _slot(store, pool, 7) ^ 1 << bit)
+    if act == "get":
+        with pytest.raises(PageLost):
+            store.get(pool, 7)
+        assert store.statistics().corrupt_pages == 1
+    elif act == "put":
+        store.put(pool, 7, text(99))
+        assert store.get(pool, 7) == text(99)
+    elif act == "flush":
+        assert store.flush_page(pool, 7)
+        assert store.get(pool, 7) is None
+    others = [_damaged(store, pool, index, text(index)) for index in range(39) if index != 7]
+    assert sum(others) <= 1, "a slot that came to name another page may take that one along"
+    store.clean(100)
+    store.destroy_pool(pool)
+    assert store.statistics().corrupt_pages > 0
+    again = store.create_pool(pages=100)
+    for index in range(40):
+        store.put(again, index, noise(index))
+    assert all(store.get(again, index) == noise(index) for index in range(40))
+    store.close()
+
+
+def test_a_flipped_bit_in_the_slot_of_a_page_that_is_away(make_store: Factory) -> None:
+    for bit in (0, 4, 15, 16, 48, 63):
+        store = make_store(16, verify=False)
+        pool = store.create_pool(pages=100)
+        for index in range(20):
+            store.put(pool, index, text(index))
+        store.seal_open()
+        segment, generation, *_ = store.coldest(1)[0]
+        assert _stress.ship(store, segment, generation, peer=1) is not None
+        _stress.overwrite_slot(store, pool, 7, _slot(store, pool, 7) ^ 1 << bit)
+        store.put(pool, 7, text(99))
+        assert store.get(pool, 7) == text(99)
+        store.destroy_pool(pool)
+        assert store.statistics().corrupt_pages > 0
+        store.close()
 
 
 def _slot(store: Store, pool: int, index: int) -> int:

@@ -55,25 +55,29 @@ cdef enum:                          # Segment.compacting
     COMPACT_SENT = 2
 
 cdef enum Counter:
-    C_PUTS = 0
-    C_GETS
-    C_GETS_MISSED
-    C_FLUSHES
-    C_FLUSHES_FOUND
-    C_PUTS_REFUSED
+    C_PUTS_REFUSED = 0
     C_CLEANED_SEGMENTS
     C_CLEANED_BYTES
-    C_BYTES_IN
-    C_BYTES_COMPRESSED
     C_EPHEMERAL_DROPPED
     C_CORRUPT
     C_FILLED                    # live same-filled pages (goes up and down)
-    C_LOCAL_GETS
     C_SHIPPED_SEGMENTS
     C_LOST_SEGMENTS
     C_PLUGGED                   # puts into room that dead entries had left in a sealed segment
     C_TABLE_BYTES               # page-table memory populated (goes up and down)
+    C_RAW                       # puts of pages that do not compress
+    C_UNTRIED                   # of these, without a try
     COUNTERS
+
+cdef enum Tally:                # counted in the record of the reader, which is one thread's at a time
+    T_PUTS = 0
+    T_BYTES_COMPRESSED
+    T_GETS
+    T_GETS_MISSED
+    T_LOCAL_GETS
+    T_FLUSHES
+    T_FLUSHES_FOUND
+    TALLIES
 
 cdef packed struct EntryHeader:     # little-endian, docs/store-format.md
     uint16_t length                 # bytes after the header, object id included
@@ -158,6 +162,7 @@ cdef struct Pool:
     uint64_t serial                 # never used again, unlike the id
     bint ephemeral
     bint dense
+    uint32_t raw_streak             # pages in a row that did not compress
     int fd
     uint64_t pages
     uint64_t *slots
@@ -181,7 +186,7 @@ cdef struct Head:
 
 cdef struct Reader:
     uint64_t epoch
-    uint64_t pad[7]
+    uint64_t tallies[7]
 
 cdef struct Retired:
     uint32_t frame

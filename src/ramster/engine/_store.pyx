@@ -65,6 +65,8 @@ cdef enum:
     DIRECTORY_ABSENT = 0xffff
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
     STALE_LOOKS_MAX = 100000        # looks at one unchanged slot value before it counts as damaged
+    RAW_STREAK = 8                  # pages in a row that did not compress, before the next are looked at first
+    RANDOM_DISTINCT = 90
     CLEANER_RESERVE = 2             # frames only the cleaner may take, so that it can always make progress
     ROOM_MIN = 8                    # units of 8 bytes: less than any page compresses to, with its header
     ROOM_LOOKS = 16                 # hints, and segments, that one put looks at
@@ -110,7 +112,7 @@ cdef inline uint32_t align8(uint32_t n) noexcept nogil:
 
 cdef inline Pool *pool_at(Store_t *s, uint32_t id) noexcept nogil:
     """The pool of this id, or NULL; ids beyond the table name nothing (they must not alias another pool)."""
-    return s.pools[id] if id < POOLS_MAX else NULL
+    return <Pool *> load_pointer(<void **> &s.pools[id], SEQ_CST) if id < POOLS_MAX else NULL
 
 
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil:
@@ -130,7 +132,18 @@ cdef double CLEAN_CHEAP = 0.5
 cdef double CLEAN_FULLEST = 0.95
 
 
+cdef uint64_t tallied(Store_t *s, int which) noexcept nogil:
+    cdef uint64_t result = 0
+    cdef int i
+    for i in range(READERS_MAX):
+        result += load64(&s.readers[i].tallies[which], RELAXED)
+    return result
+
+
 # --- epochs --------------------------------------------------------------------------------------------------------
+# Everything that decides is SEQ_CST: stamping a record, then reading a slot or a pool; swapping a slot or a pool out, then
+# reading the epoch and the records. So whoever still saw an entry or a pool is seen by whoever lets go of it, and whoever
+# reads the epoch after an entry died reads none that is older than that of a reader who saw it alive.
 
 cdef inline Reader *enter(Store_t *s) noexcept nogil:
     """Claim a reader record and stamp it with the current epoch: no frame retired from now on is reused until leave()."""
@@ -143,8 +156,12 @@ cdef inline Reader *enter(Store_t *s) noexcept nogil:
         idle = 0
         if load64(&reader.epoch, RELAXED) == 0 and \
                 cas64(&reader.epoch, &idle, load64(&s.epoch, SEQ_CST), False, SEQ_CST, RELAXED):
-            fence(SEQ_CST)
             return reader
+
+
+cdef inline void tally(Reader *reader, int which, uint64_t amount) noexcept nogil:
+    """Between enter() and leave(): no other thread adds to this record."""
+    store64(&reader.tallies[which], load64(&reader.tallies[which], RELAXED) + amount, RELAXED)
 
 
 cdef inline void leave(Reader *reader) noexcept nogil:
@@ -155,9 +172,8 @@ cdef uint64_t oldest_reader(Store_t *s, const Reader *but) noexcept nogil:
     """The oldest epoch that anybody is in, `but` for one who has seen no slot yet."""
     cdef uint64_t oldest = <uint64_t> -1, epoch
     cdef int i
-    fence(SEQ_CST)
     for i in range(READERS_MAX):
-        epoch = load64(&s.readers[i].epoch, ACQUIRE)
+        epoch = load64(&s.readers[i].epoch, SEQ_CST)
         if epoch != 0 and epoch < oldest and &s.readers[i] != but:
             oldest = epoch
     return oldest
@@ -210,7 +226,7 @@ cdef void retire_frame(Store_t *s, uint32_t frame) noexcept nogil:
     pthread_mutex_lock(&s.frame_lock)
     cdef uint32_t tail = (s.retired_head + s.retired_count) % s.frames
     ASSERT(s.retired_count < s.frames, b"a frame is retired once")
-    s.frame_segment[frame] = SEGMENT_FRAMES_NONE
+    store32(&s.frame_segment[frame], SEGMENT_FRAMES_NONE, RELEASE)
     s.retired[tail].frame = frame
     s.retired[tail].epoch = add64(&s.epoch, 1, SEQ_CST) - 1
     s.retired_count += 1
@@ -250,8 +266,8 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
         s.free_ids_count -= 1
     else:
         segment = s.segments_used
-        s.segments_used += 1
-    s.frame_segment[frame] = segment
+        store32(&s.segments_used, s.segments_used + 1, RELEASE)
+    store32(&s.frame_segment[frame], segment, RELEASE)
     pthread_mutex_unlock(&s.frame_lock)
     if available - 1 < s.pressure_frames:
         raise_pressure(s)
@@ -265,7 +281,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     spin_lock(&row.lock)
     ASSERT(row.state == SEG_FREE and row.live_entries == 0 and row.writers == 0, b"an id that is handed out names nothing")
     row.opened = load64(&s.epoch, SEQ_CST)
-    row.frame = frame
+    store32(&row.frame, frame, RELAXED)
     row.ephemeral = ephemeral
     row.ordered = 0
     row.entries = 0
@@ -274,7 +290,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     row.meta = NULL
     row.damaged = False
     row.touched_ms = 0 if cleaner else coarse_ms()
-    row.state = SEG_OPEN
+    store32(&row.state, SEG_OPEN, RELEASE)
     spin_unlock(&row.lock)
     return segment
 
@@ -291,9 +307,9 @@ cdef void free_local(Store_t *s, uint32_t segment) noexcept nogil:
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t frame = row.frame
     ASSERT(row.live_entries == 0 and row.live_bytes == 0 and row.writers == 0, b"only a segment without live entries is freed")
-    row.state = SEG_FREE
+    store32(&row.state, SEG_FREE, RELEASE)
     row.generation = (row.generation + 1) & GENERATION_MASK
-    row.frame = SEGMENT_FRAMES_NONE
+    store32(&row.frame, SEGMENT_FRAMES_NONE, RELAXED)
     retire_frame(s, frame)
     release_id(s, segment)
 
@@ -301,7 +317,7 @@ cdef void free_local(Store_t *s, uint32_t segment) noexcept nogil:
 cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: nothing in this remote segment is live; the lender must hear of it."""
     cdef Segment *row = &s.segments[segment]
-    row.state = SEG_FREEING
+    store32(&row.state, SEG_FREEING, RELEASE)
     pthread_mutex_lock(&s.freed_lock)
     row.next = SEGMENT_FRAMES_NONE
     if s.freed_count == 0:
@@ -339,7 +355,7 @@ cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
         OPENSSL_cleanse(row.meta.key, 32)
         free(row.meta)
         row.meta = NULL
-    row.state = SEG_FREE
+    store32(&row.state, SEG_FREE, RELEASE)
     row.live_entries = 0
     row.live_bytes = 0
     row.generation = (row.generation + 1) & GENERATION_MASK
@@ -401,7 +417,7 @@ cdef void seal_head(Store_t *s, Head *head) noexcept nogil:
         return
     row = &s.segments[head.segment]
     spin_lock(&row.lock)
-    row.state = SEG_SEALED
+    store32(&row.state, SEG_SEALED, RELEASE)
     if not head.cleaner:
         row.touched_ms = coarse_ms()    # what the cleaner copied keeps its age: moving a page does not make it hot
     if row.live_entries == 0:
@@ -610,16 +626,13 @@ cdef bint search_rooms(Store_t *s, uint32_t kind, uint32_t units) noexcept nogil
     """Look for room in the next sealed segments; True when one that is large enough was found."""
     cdef uint32_t looks, frame, segment, largest = 0
     cdef Segment *row
-    if load32(&s.rooms.spare, RELAXED) < ROOM_HINTS_SPARE:
-        drop_hints(s, kind)
+    drop_hints(s, kind)
     for looks in range(ROOM_LOOKS):
         frame = add32(&s.rooms.cursor, 1, RELAXED) % s.frames
         segment = load32(&s.frame_segment[frame], ACQUIRE)
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if load32(&row.state, RELAXED) != SEG_SEALED:
-            continue
         spin_lock(&row.lock)
         if row.state == SEG_SEALED and row.frame == frame and row.ephemeral == kind and not row.damaged and \
                 row.used_bytes - row.live_bytes >= 8 * units and row.entries <= ROOM_ORDINALS_MAX:
@@ -858,7 +871,7 @@ cdef uint64_t read_slot(Pool *pool, const uint64_t *oid, uint32_t index) noexcep
     cdef Leaf *leaf
     if pool.dense:
         slot = dense_slot(pool, index)
-        return load64(slot, ACQUIRE) if slot != NULL else 0
+        return load64(slot, SEQ_CST) if slot != NULL else 0
     pthread_mutex_lock(&pool.lock)
     thing = find_object(pool, oid)
     if thing != NULL:
@@ -868,9 +881,6 @@ cdef uint64_t read_slot(Pool *pool, const uint64_t *oid, uint32_t index) noexcep
     pthread_mutex_unlock(&pool.lock)
     return value
 
-
-# A slot is changed with SEQ_CST: whoever sees an entry dead and then reads the epoch must not read one that is older than
-# that of a reader who saw it alive.
 
 cdef int publish(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t index, uint64_t value, uint64_t *old) noexcept nogil:
     """Swap a new value in; the caller frees the old one. A value of zero is for clear() only."""
@@ -947,9 +957,62 @@ cdef inline bint same_filled(const uint8_t *page, uint32_t *pattern) noexcept no
     return True
 
 
+cdef inline uint64_t expect(Store_t *s, Pool *pool, uint32_t index) noexcept nogil:
+    """What a put to a dense pool is about to replace, its row on the way into the cache."""
+    cdef uint64_t *slot = dense_slot(pool, index)
+    cdef uint64_t value = load64(slot, RELAXED) if slot != NULL else 0
+    if slot_kind(value) != KIND_STORED or slot_segment(value) >= load32(&s.segments_used, RELAXED):
+        return 0
+    prefetch(&s.segments[slot_segment(value)])
+    return value
+
+
+cdef inline void expect_more(Store_t *s, uint64_t value) noexcept nogil:
+    """Now its word in the directory."""
+    cdef uint32_t frame
+    if value:
+        frame = load32(&s.segments[slot_segment(value)].frame, RELAXED)
+        if frame < s.frames:
+            prefetch(directory(s, frame) - 1 - slot_ordinal(value))
+
+
 cdef inline uint32_t entry_crc(EntryHeader *header, const uint8_t *body) noexcept nogil:
     cdef uint32_t crc = crc32_iscsi(<unsigned char *> header, 20, 0xffffffffu)
     return crc32_iscsi(<unsigned char *> body, header.length, crc)
+
+
+cdef bint looks_random(const uint8_t *page) noexcept nogil:
+    """Bytes drawn all over the page are nearly all different: of 132 random ones 103 are, give or take four; of text or
+    machine code 40 to 75."""
+    cdef uint64_t seen[4]
+    cdef int i
+    seen[0] = seen[1] = seen[2] = seen[3] = 0
+    for i in range(0, PAGE, 31):
+        seen[page[i] >> 6] |= <uint64_t> 1 << (page[i] & 63)
+    return popcount64(seen[0]) + popcount64(seen[1]) + popcount64(seen[2]) + popcount64(seen[3]) >= RANDOM_DISTINCT
+
+
+cdef int compress(Store_t *s, Pool *pool, const uint8_t *page, uint8_t *target, uint64_t version) noexcept nogil:
+    """Bytes of the LZ4 block; PAGE: the page as it is, since less than an eighth would be saved.
+
+    A pool whose last pages did not compress is not tried with pages that look random either, but for one of eight: bytes can
+    look random and repeat all the same. The first that compresses ends it. Other pages pay a load for this.
+    """
+    cdef uint32_t streak = load32(&pool.raw_streak, RELAXED)
+    cdef int size
+    if streak >= RAW_STREAK and version & 7 and looks_random(page):
+        count(s, C_UNTRIED, 1)
+    else:
+        size = LZ4_compress_default(<const char *> page, <char *> target, PAGE, PAGE * 7 // 8)
+        if size > 0:
+            if streak:
+                store32(&pool.raw_streak, 0, RELAXED)
+            return size
+        if streak < RAW_STREAK:
+            store32(&pool.raw_streak, streak + 1, RELAXED)
+    memcpy(target, page, PAGE)
+    count(s, C_RAW, 1)
+    return PAGE
 
 
 cdef int drop_ephemeral(Store_t *s) noexcept nogil:
@@ -962,13 +1025,15 @@ cdef int drop_ephemeral(Store_t *s) noexcept nogil:
     cdef Pool *pool
     cdef uint64_t oid[3]
     for f in range(s.frames):
-        segment = s.frame_segment[f]
+        segment = load32(&s.frame_segment[f], ACQUIRE)
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if row.ephemeral and not row.damaged and load32(&row.state, ACQUIRE) == SEG_SEALED and row.touched_ms < oldest:
+        spin_lock(&row.lock)
+        if row.ephemeral and not row.damaged and row.state == SEG_SEALED and row.writers == 0 and row.touched_ms < oldest:
             oldest = row.touched_ms
             best = segment
+        spin_unlock(&row.lock)
     if best == SEGMENT_FRAMES_NONE or not take_local(s, best, SEG_CLEANING):
         leave(reader)
         return -1
@@ -991,7 +1056,9 @@ cdef int drop_ephemeral(Store_t *s) noexcept nogil:
         if replace(pool, oid, header.index, slot, 0):
             free_entry(s, slot)
             dropped += 1
+    spin_lock(&row.lock)
     row.damaged = row.live_entries > 0      # never twice: a put must not loop on a segment that cannot be emptied
+    spin_unlock(&row.lock)
     count(s, C_EPHEMERAL_DROPPED, dropped)
     give_back(s, best)
     leave(reader)
@@ -1026,7 +1093,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     cdef uint8_t *place
     cdef uint32_t pattern = 0, prefix = 0
     cdef int size, result = OK
-    cdef uint64_t slot = 0, old = 0, deadline = 0, serial
+    cdef uint64_t slot = 0, old = 0, deadline = 0, expected = 0, serial
     cdef Reader *reader
     cdef Pool *pool
     cdef Head *head
@@ -1048,36 +1115,31 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         result = publish(s, pool, oid, index, slot, &old)
         if result == OK:
             free_entry(s, old)
-            count(s, C_PUTS, 1)
-            count(s, C_BYTES_IN, PAGE)
+            tally(reader, T_PUTS, 1)
         else:
             count(s, C_FILLED, <uint64_t> -1)
             free_entry(s, clear(pool, oid, index))
             count(s, C_PUTS_REFUSED, 1)
         leave(reader)
         return result
-    leave(reader)
 
-    header.codec = CODEC_LZ4
-    size = LZ4_compress_default(<const char *> page, <char *> body + prefix, PAGE, PAGE * 7 // 8)
-    if size <= 0:
-        header.codec = CODEC_RAW        # does not pay: less than an eighth saved
-        memcpy(body + prefix, page, PAGE)
-        size = PAGE
+    header.version = add64(&s.version, 1, RELAXED)
+    # Slot, row and directory of the entry that dies here are far apart in memory: each is fetched while something else is done.
+    if pool.dense:
+        prefetch(&pool.slots[index])
+    size = compress(s, pool, page, body + prefix, header.version)
+    if pool.dense:
+        expected = expect(s, pool, index)
+    header.codec = CODEC_RAW if size == PAGE else CODEC_LZ4
     header.length = <uint16_t> (prefix + size)
     header.flags = SPARSE_FLAG if prefix else 0
     header.index = index
     header.pool = pool_id
     memset(header.tag, 0, TAG_BYTES)
-    header.version = add64(&s.version, 1, RELAXED)
     header.crc = entry_crc(header, body)
+    expect_more(s, expected)
 
     while True:
-        reader = enter(s)
-        pool = s.pools[pool_id]
-        if pool == NULL or pool.serial != serial:
-            leave(reader)       # destroyed meanwhile; its id may already name another pool
-            return NO_POOL
         if short_of_frames or load32(&s.plugging, RELAXED):
             place = plug(s, reader, pool.ephemeral, HEADER_BYTES + header.length, &slot)
             if place != NULL:
@@ -1102,19 +1164,21 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         if deadline == 0:
             deadline = now_ns() + wait_ns
         if drop_ephemeral(s) != 0 and not wait_for_room(s, deadline):
-            reader = enter(s)
             result = FULL
+        reader = enter(s)
+        pool = pool_at(s, pool_id)
+        if pool == NULL or pool.serial != serial:
+            leave(reader)       # destroyed meanwhile; its id may already name another pool
+            return NO_POOL
+        if result == FULL:
             break
     if result == OK:
         free_entry(s, old)
-        count(s, C_PUTS, 1)
-        count(s, C_BYTES_IN, PAGE)
-        count(s, C_BYTES_COMPRESSED, <uint64_t> size)
+        tally(reader, T_PUTS, 1)
+        tally(reader, T_BYTES_COMPRESSED, <uint64_t> size)
     else:
         # Rule 3 of tmem: a duplicate put that fails must not leave the older page readable.
-        pool = s.pools[pool_id]
-        if pool != NULL and pool.serial == serial:
-            free_entry(s, clear(pool, oid, index))
+        free_entry(s, clear(pool, oid, index))
         count(s, C_PUTS_REFUSED, 1)
     leave(reader)
     return result
@@ -1192,12 +1256,12 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     if not pool.dense:
         memcpy(ref.oid, oid, OID_BYTES)
     remove = mode == 1 or (mode == 0 and pool.ephemeral)
-    count(s, C_GETS, 1)
+    tally(reader, T_GETS, 1)
     while True:
         slot = read_slot(pool, oid, index)
         ref.slot = slot
         if slot == 0:
-            count(s, C_GETS_MISSED, 1)
+            tally(reader, T_GETS_MISSED, 1)
             leave(reader)
             return MISS
         if slot_kind(slot) == KIND_FILLED:
@@ -1221,7 +1285,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         # A value that moved while we looked changes; one that keeps naming nothing was damaged in memory.
         looks = looks + 1 if slot == before else 0
         before = slot
-        if slot_kind(slot) != KIND_STORED or slot_segment(slot) >= s.segments_used or looks > STALE_LOOKS_MAX:
+        if slot_kind(slot) != KIND_STORED or slot_segment(slot) >= load32(&s.segments_used, ACQUIRE) or looks > STALE_LOOKS_MAX:
             count(s, C_CORRUPT, 1)
             result = CORRUPT
             break
@@ -1271,7 +1335,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             free_entry(s, slot)
             break
     if result == OK:
-        count(s, C_LOCAL_GETS, 1)
+        tally(reader, T_LOCAL_GETS, 1)
     leave(reader)
     return result
 
@@ -1306,7 +1370,7 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
             return MISS
         if slot_kind(slot[0]) == KIND_FILLED:
             return OK
-        if slot_kind(slot[0]) != KIND_STORED or slot_segment(slot[0]) >= s.segments_used:
+        if slot_kind(slot[0]) != KIND_STORED or slot_segment(slot[0]) >= load32(&s.segments_used, ACQUIRE):
             return CORRUPT
         row = &s.segments[slot_segment(slot[0])]
         spin_lock(&row.lock)
@@ -1332,8 +1396,8 @@ cdef int store_flush(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t
     old = clear(pool, oid, index)
     if old != 0:
         free_entry(s, old)
-        count(s, C_FLUSHES_FOUND, 1)
-    count(s, C_FLUSHES, 1)
+        tally(reader, T_FLUSHES_FOUND, 1)
+    tally(reader, T_FLUSHES, 1)
     leave(reader)
     return OK if old != 0 else MISS
 
@@ -1423,7 +1487,7 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
     for i in range(POOLS_MAX):
         if s.pools[i] == NULL:
             pool.id = i
-            s.pools[i] = pool
+            store_pointer(<void **> &s.pools[i], pool, SEQ_CST)
             placed = True
             break
     pthread_mutex_unlock(&s.pools_lock)
@@ -1460,7 +1524,7 @@ cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil:
     # Whoever takes the pointer out owns the pool: a second destroy finds nothing.
     pthread_mutex_lock(&s.pools_lock)
     pool = s.pools[id]
-    s.pools[id] = NULL
+    store_pointer(<void **> &s.pools[id], NULL, SEQ_CST)
     pthread_mutex_unlock(&s.pools_lock)
     if pool == NULL:
         return NO_POOL
@@ -1501,7 +1565,7 @@ cdef bint take_local(Store_t *s, uint32_t segment, uint32_t state) noexcept nogi
     spin_lock(&row.lock)
     taken = row.state == SEG_SEALED and row.writers == 0
     if taken:
-        row.state = state
+        store32(&row.state, state, RELEASE)
     spin_unlock(&row.lock)
     return taken
 
@@ -1510,7 +1574,7 @@ cdef void give_back(Store_t *s, uint32_t segment) noexcept nogil:
     """Cleaning or shipping -> sealed, or free when nothing in it is live any more."""
     cdef Segment *row = &s.segments[segment]
     spin_lock(&row.lock)
-    row.state = SEG_SEALED
+    store32(&row.state, SEG_SEALED, RELEASE)
     if row.live_entries == 0:
         free_local(s, segment)
     spin_unlock(&row.lock)
@@ -1522,22 +1586,24 @@ cdef uint32_t choose_victim(Store_t *s, double fullest) noexcept nogil:
     cdef uint32_t f, segment, best = SEGMENT_FRAMES_NONE
     cdef Segment *row
     cdef double u, score, best_score = -1.0
-    cdef uint64_t now = coarse_ms()
+    cdef uint64_t now = coarse_ms(), touched
+    cdef bint eligible
     cdef double capacity = s.segment_bytes - FRAME_HEADER_BYTES
     for f in range(s.frames):
-        segment = s.frame_segment[f]
+        segment = load32(&s.frame_segment[f], ACQUIRE)
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if load32(&row.state, RELAXED) != SEG_SEALED or row.damaged or load32(&row.writers, RELAXED):
-            continue
+        spin_lock(&row.lock)
         # Less than the largest entry to win: the copy would end as full as this one, and be copied again.
-        if row.live_bytes + 4 * row.live_entries + ENTRY_BYTES_MAX + 16 > s.segment_bytes - FRAME_HEADER_BYTES:
-            continue
+        eligible = row.state == SEG_SEALED and row.writers == 0 and not row.damaged and \
+            row.live_bytes + 4 * row.live_entries + ENTRY_BYTES_MAX + 16 <= s.segment_bytes - FRAME_HEADER_BYTES
         u = row.live_bytes / capacity
-        if u > fullest:
+        touched = row.touched_ms
+        spin_unlock(&row.lock)
+        if not eligible or u > fullest:
             continue
-        score = (1.0 - u) * <double> (now - min(now, row.touched_ms) + 1) / (1.0 + u)
+        score = (1.0 - u) * <double> (now - min(now, touched) + 1) / (1.0 + u)
         if score > best_score:
             best_score = score
             best = segment
@@ -1553,7 +1619,7 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
     cdef Pool *pool
     cdef uint8_t *place
     cdef uint64_t oid[3]
-    cdef uint64_t slot, moved
+    cdef uint64_t slot, moved, touched
     cdef uint32_t ordinal, size, before
     cdef Segment *target
     cdef bint won
@@ -1562,7 +1628,10 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
         return 0
     reader = enter(s)
     head = &s.heads[2 * HEAD_STRIPES_MAX + (1 if row.ephemeral else 0)]
+    spin_lock(&row.lock)
     before = row.live_bytes
+    touched = row.touched_ms
+    spin_unlock(&row.lock)
     for ordinal in range(row.entries):
         spin_lock(&row.lock)
         header = entry_at(s, row, ordinal)
@@ -1583,7 +1652,9 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
             break
         memcpy(place, header, size)
         target = &s.segments[head.segment]
-        target.touched_ms = max(target.touched_ms, row.touched_ms)
+        spin_lock(&target.lock)
+        target.touched_ms = max(target.touched_ms, touched)
+        spin_unlock(&target.lock)
         won = replace(pool, oid, header.index, slot, moved)
         if not won:
             unappend(s, head, size)
@@ -1593,7 +1664,9 @@ cdef int clean_segment(Store_t *s, uint32_t segment) noexcept nogil:
     if result == 0:
         # What is still live has a key that names something else: damaged. It stays where get finds and reports it;
         # taking this segment again would not change that. (Or its owner is just letting go of it.)
+        spin_lock(&row.lock)
         row.damaged = row.live_entries > 0
+        spin_unlock(&row.lock)
         count(s, C_CLEANED_SEGMENTS, 1)
         count(s, C_CLEANED_BYTES, before)
     leave(reader)
@@ -1651,28 +1724,35 @@ cdef void *cleaner_main(void *argument) noexcept nogil:
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil:
     """The sealed segments untouched for longest that wait for nobody, oldest first."""
     cdef uint32_t f, segment, found = 0, i
-    cdef uint64_t now = coarse_ms(), age
+    cdef uint64_t now = coarse_ms(), age, touched
+    cdef bint sealed
+    cdef Candidate seen
     cdef Segment *row
     for f in range(s.frames):
-        segment = s.frame_segment[f]
+        segment = load32(&s.frame_segment[f], ACQUIRE)
         if segment == SEGMENT_FRAMES_NONE:
             continue
         row = &s.segments[segment]
-        if load32(&row.state, ACQUIRE) != SEG_SEALED or load32(&row.ordered, RELAXED):
+        spin_lock(&row.lock)
+        seen.generation = row.generation
+        seen.live_bytes = row.live_bytes
+        seen.live_entries = row.live_entries
+        seen.ephemeral = row.ephemeral
+        touched = row.touched_ms
+        sealed = row.state == SEG_SEALED
+        spin_unlock(&row.lock)
+        if not sealed or load32(&row.ordered, RELAXED):
             continue
-        age = now - min(now, row.touched_ms)
+        age = now - min(now, touched)
         if found == most and age <= out[most - 1].age_ms:
             continue
         i = found if found < most else most - 1
         while i > 0 and out[i - 1].age_ms < age:
             out[i] = out[i - 1]
             i -= 1
+        out[i] = seen
         out[i].segment = segment
-        out[i].generation = row.generation
-        out[i].live_bytes = row.live_bytes
-        out[i].live_entries = row.live_entries
         out[i].age_ms = age
-        out[i].ephemeral = row.ephemeral
         if found < most:
             found += 1
     return found
@@ -1680,9 +1760,16 @@ cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept 
 
 cdef int store_ship_begin(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
     """Claim a sealed segment for shipping; BUSY when it is gone or in other hands."""
-    if segment >= s.segments_used or s.segments[segment].generation != generation:
+    cdef Segment *row = &s.segments[segment]
+    cdef bint taken
+    if segment >= load32(&s.segments_used, ACQUIRE):
         return BUSY
-    return OK if take_local(s, segment, SEG_SHIPPING) else BUSY
+    spin_lock(&row.lock)
+    taken = row.generation == generation and row.state == SEG_SEALED and row.writers == 0
+    if taken:
+        store32(&row.state, SEG_SHIPPING, RELEASE)
+    spin_unlock(&row.lock)
+    return OK if taken else BUSY
 
 
 cdef int seal_nonce_aad(const uint8_t *seal_id, uint32_t ordinal, const EntryHeader *header, const uint64_t *oid,
@@ -1788,10 +1875,10 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
     row.meta = meta
     row.peer = peer
     row.handle = handle
-    row.frame = SEGMENT_FRAMES_NONE
+    store32(&row.frame, SEGMENT_FRAMES_NONE, RELAXED)
     row.held_bytes = held_bytes
     row.compacting &= COMPACT_QUEUED        # it may still be in the queue from its former life
-    row.state = SEG_REMOTE
+    store32(&row.state, SEG_REMOTE, RELEASE)
     if live == 0:
         queue_freed(s, segment)
     else:
@@ -1804,7 +1891,9 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
 cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil:
     """The lender refused or is gone: the segment stays here, as if nothing had been tried."""
     cdef Segment *row = &s.segments[segment]
+    spin_lock(&row.lock)
     row.touched_ms = coarse_ms()        # at the end of the queue, so that one bad segment does not block the rest
+    spin_unlock(&row.lock)
     give_back(s, segment)
 
 
@@ -1830,7 +1919,7 @@ cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, 
     s.freed_count -= 1
     pthread_mutex_unlock(&s.freed_lock)
     spin_lock(&row.lock)
-    row.state = SEG_FREE_SENT
+    store32(&row.state, SEG_FREE_SENT, RELEASE)
     generation[0] = row.generation
     peer[0] = row.peer
     handle[0] = row.handle
@@ -1932,11 +2021,11 @@ cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
     cdef uint32_t segment
     cdef uint64_t pages = 0
     cdef Segment *row
-    for segment in range(s.segments_used):
+    for segment in range(load32(&s.segments_used, ACQUIRE)):
         row = &s.segments[segment]
         spin_lock(&row.lock)
         if row.peer == peer and row.state == SEG_REMOTE:
-            row.state = SEG_LOST
+            store32(&row.state, SEG_LOST, RELEASE)
             pages += row.live_entries
             count(s, C_LOST_SEGMENTS, 1)
         elif row.peer == peer and row.state == SEG_FREE_SENT:
@@ -1950,7 +2039,7 @@ cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, 
     cdef Segment *row = &s.segments[segment]
     spin_lock(&row.lock)
     if row.state == SEG_REMOTE and row.generation == generation and row.peer == peer:
-        row.state = SEG_LOST
+        store32(&row.state, SEG_LOST, RELEASE)
         count(s, C_LOST_SEGMENTS, 1)
     spin_unlock(&row.lock)
 
@@ -1998,7 +2087,7 @@ cdef void store_census(Store_t *s, uint32_t pool_id, const uint8_t *resident, ui
     """Where the pages of a dense pool are: counts of absent, same-filled, local, remote and lost ones, without those whose
     low nibble in 'resident' is set. A glance, no lock."""
     cdef Reader *reader = enter(s)
-    cdef Pool *pool = s.pools[pool_id & (POOLS_MAX - 1)]
+    cdef Pool *pool = pool_at(s, pool_id)
     cdef uint64_t i = 0, slot
     cdef uint32_t state
     memset(census, 0, 5 * 8)
@@ -2012,6 +2101,8 @@ cdef void store_census(Store_t *s, uint32_t pool_id, const uint8_t *resident, ui
             census[0] += 1
         elif slot_kind(slot) == KIND_FILLED:
             census[1] += 1
+        elif slot_segment(slot) >= load32(&s.segments_used, ACQUIRE):
+            census[4] += 1              # damaged
         else:
             state = load32(&s.segments[slot_segment(slot)].state, RELAXED)
             census[3 if state == SEG_REMOTE else 4 if state == SEG_LOST else 2] += 1
@@ -2511,7 +2602,7 @@ cdef class Store:
         cdef Segment *row
         cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
         cdef uint64_t used_r = 0
-        for i in range(s.segments_used):
+        for i in range(load32(&s.segments_used, ACQUIRE)):
             row = &s.segments[i]
             spin_lock(&row.lock)
             if row.state == SEG_REMOTE:
@@ -2533,17 +2624,18 @@ cdef class Store:
         i = s.free_count
         pthread_mutex_unlock(&s.frame_lock)
         filled = total(s, C_FILLED)
+        puts = tallied(s, T_PUTS)
         return dict(
             arena_bytes=s.arena_bytes, segment_bytes=s.segment_bytes, frames_total=s.frames, frames_free=i,
             segments_local=local, segments_remote=remote, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
             pages_local=pages_l, pages_remote=pages_r, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
             dead_bytes=used_l - live_l, live_bytes_remote=live_r, dead_bytes_remote=used_r - live_r,
-            table_bytes=total(s, C_TABLE_BYTES), puts=total(s, C_PUTS), gets=total(s, C_GETS),
-            local_gets=total(s, C_LOCAL_GETS), gets_missed=total(s, C_GETS_MISSED), flushes=total(s, C_FLUSHES),
-            flushes_found=total(s, C_FLUSHES_FOUND), puts_refused=total(s, C_PUTS_REFUSED),
+            table_bytes=total(s, C_TABLE_BYTES), puts=puts, gets=tallied(s, T_GETS),
+            local_gets=tallied(s, T_LOCAL_GETS), gets_missed=tallied(s, T_GETS_MISSED), flushes=tallied(s, T_FLUSHES),
+            flushes_found=tallied(s, T_FLUSHES_FOUND), puts_refused=total(s, C_PUTS_REFUSED),
             cleaned_segments=total(s, C_CLEANED_SEGMENTS), cleaned_bytes=total(s, C_CLEANED_BYTES),
-            puts_plugged=total(s, C_PLUGGED), shipped_segments=total(s, C_SHIPPED_SEGMENTS), bytes_in=total(s, C_BYTES_IN),
-            bytes_compressed=total(s, C_BYTES_COMPRESSED), ephemeral_dropped=total(s, C_EPHEMERAL_DROPPED),
+            puts_plugged=total(s, C_PLUGGED), shipped_segments=total(s, C_SHIPPED_SEGMENTS), bytes_in=puts * PAGE,
+            bytes_compressed=tallied(s, T_BYTES_COMPRESSED), puts_incompressible=total(s, C_RAW), puts_untried=total(s, C_UNTRIED), ephemeral_dropped=total(s, C_EPHEMERAL_DROPPED),
             corrupt_pages=total(s, C_CORRUPT), locked=bool(s.locked))
 
 

@@ -52,6 +52,8 @@ class StoreStatistics:
     shipped_segments: int
     bytes_in: int
     bytes_compressed: int
+    puts_incompressible: int
+    puts_untried: int
     ephemeral_dropped: int
     corrupt_pages: int
     locked: bool

@@ -1,4 +1,4 @@
-"""GCC atomic builtins under one name per width, spin locks, and the number of trailing zero bits.
+"""GCC atomic builtins under one name per width, spin locks, prefetching, and counts of bits.
 
 Orders are spelled at the call: RELAXED for counters, ACQUIRE and RELEASE for publication, SEQ_CST for epochs.
 """
@@ -28,7 +28,11 @@ cdef extern from *:
     bint cas64 "__atomic_compare_exchange_n"(
         uint64_t *where, uint64_t *expected, uint64_t desired, bint weak, int success, int failure) noexcept nogil
     void fence "__atomic_thread_fence"(int order) noexcept nogil
+    void *load_pointer "__atomic_load_n"(void **where, int order) noexcept nogil
+    void store_pointer "__atomic_store_n"(void **where, void *value, int order) noexcept nogil
+    void prefetch "__builtin_prefetch"(const void *where) noexcept nogil
     int ctz64 "__builtin_ctzll"(uint64_t value) noexcept nogil
+    int popcount64 "__builtin_popcountll"(uint64_t value) noexcept nogil
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield() noexcept
