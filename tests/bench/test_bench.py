@@ -103,6 +103,19 @@ def test_each_floor_is_measured(rows: list[dict[str, Any]], name: str) -> None:
     assert all(math.isfinite(row["floor"]) and row["floor"] > 0 for row in found)
 
 
+def test_replacement_stands_between_the_best_there_is_and_what_does_not_survive_a_cycle(
+    rows: list[dict[str, Any]],
+) -> None:
+    found = {row["path"].removeprefix("replacement, "): row for row in rows if row["path"].startswith("replacement, ")}
+    assert len(found) >= 14
+    for row in found.values():
+        assert 0 < row["floor"] <= row["ours"] <= 1
+        assert row["note"].startswith("LRU ")
+    cycles = {name: row for name, row in found.items() if name.startswith("cyclic")}
+    assert len(cycles) == 4
+    assert all(row["ours"] < 0.9 and "LRU 1.00" in row["note"] for row in cycles.values())
+
+
 def test_what_is_skipped_says_why(rows: list[dict[str, Any]]) -> None:
     assert all(row["note"] for row in rows if row["ours"] is None and row["floor"] is None)
 
