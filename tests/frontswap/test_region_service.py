@@ -1,12 +1,16 @@
 """The node's side of the region socket: what it refuses, what it survives, what it gives back."""
 
 import array
+import asyncio
+import contextlib
+import gc
 import json
 import os
 import socket
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +18,11 @@ from typing import Any, Self
 import pytest
 from tests.frontswap.conftest import DEADLINE, Node, finish, run_script, start_script
 
+from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
+from ramster.errors import RegionFull
 from ramster.frontswap import messages
+from ramster.frontswap.region_service import RegionService
 
 StartNode = Callable[..., Node]
 
@@ -203,3 +210,28 @@ def test_file_in_the_way(directory: Path) -> None:
     refused = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, stdin=subprocess.DEVNULL)
     assert refused.returncode != 0 and "is no socket" in refused.stderr
     assert (directory / "run" / "region.sock").read_text() == "mine"
+
+
+def test_a_request_that_fails_holds_nothing_once_it_is_answered(tmp_path: Path) -> None:
+    """Its region's memory would stay until the garbage collector runs, which on a quiet node is never."""
+
+    class Region:
+        def pin(self) -> None:
+            raise RegionFull("no room")
+
+    def never(*_: object) -> Any:
+        raise AssertionError
+
+    async def fail() -> weakref.ref[Region]:
+        service = RegionService(tmp_path, never, Settings())
+        region = Region()
+        with contextlib.suppress(RegionFull):
+            await service.run(lambda: region.pin())
+        await service.close()
+        return weakref.ref(region)
+
+    gc.disable()
+    try:
+        assert asyncio.run(fail())() is None
+    finally:
+        gc.enable()

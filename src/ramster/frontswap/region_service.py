@@ -496,6 +496,10 @@ class RegionService:
         except asyncio.CancelledError:
             await asyncio.wait([future])
             raise
+        finally:
+            # A failure's traceback names this frame: the future would keep the failure, and that the region whose
+            # memory should be gone, until the garbage collector happens to run.
+            del future
 
     async def describe(self) -> list[RegionInfo]:
         """Every region with its counters, in the order of their making."""
