@@ -352,23 +352,23 @@ def _resources(node: Node) -> dict[str, int]:
     assert node.process is not None
     proc = Path(f"/proc/{node.process.pid}")
     names = Counter((task / "comm").read_text().strip() for task in (proc / "task").iterdir())
+    kinds = Counter[str]()
+    for fd in (proc / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            kinds[str(fd.readlink()).partition(":[")[0]] += 1
     return {
-        "descriptors": len(list((proc / "fd").iterdir())),
+        **{f"descriptors of {kind}": count for kind, count in kinds.items()},
         **{f"threads {name}": count for name, count in names.items() if name.startswith("ramster-")},
     }
 
 
 def _leaked(node: Node, before: dict[str, int]) -> dict[str, str]:
-    # asyncio's helpers (its selector, an executor's pipe) come once and stay.
-    slack = {"descriptors": 2}
     try:
         now = _resources(node)
     except FileNotFoundError:  # a thread that ended while we looked
         return {"threads": "in motion"}
     return {
-        key: f"{before.get(key, 0)} before, {count} now"
-        for key, count in now.items()
-        if count > before.get(key, 0) + slack.get(key, 0)
+        key: f"{before.get(key, 0)} before, {count} now" for key, count in now.items() if count > before.get(key, 0)
     }
 
 
