@@ -274,6 +274,7 @@ class Soak:
         for status in self._statuses().values():
             totals.update({key: status["counters"].get(key, 0) for key in COUNTED})
             totals["cleaned_segments"] += status["arena"]["cleaned_segments"]
+            totals["puts_plugged"] += status["arena"]["puts_plugged"]
             totals["remote_pages"] += status["arena"]["pages_remote"]
             totals["lent_frames"] += status["lend"]["frames_used"]
             for region in status["regions"]:

@@ -164,6 +164,7 @@ def main() -> None:
             say(
                 shipped=sum(each.shipped_segments for each in statistics),
                 cleaned=sum(each.cleaned_segments for each in statistics),
+                plugged=sum(each.puts_plugged for each in statistics),
                 remote_gets=sum(side.links.counters()["remote_gets"] for side in pools.sides),
             )
             pools.stop.clear()
