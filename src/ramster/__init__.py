@@ -25,7 +25,17 @@ if TYPE_CHECKING:
         StoreFull,
         UsageError,
     )
-    from ramster.frontswap.regions import Client, Pin, Region, RegionStatistics, connect, empty, region_of, zeros
+    from ramster.frontswap.regions import (
+        Client,
+        Pin,
+        Region,
+        RegionStatistics,
+        attach,
+        connect,
+        empty,
+        region_of,
+        zeros,
+    )
 
 __all__ = [
     "CertificateError",
@@ -47,13 +57,14 @@ __all__ = [
     "RegionStatistics",
     "StoreFull",
     "UsageError",
+    "attach",
     "connect",
     "empty",
     "region_of",
     "zeros",
 ]
 
-_REGIONS = {"Client", "Pin", "Region", "RegionStatistics", "connect", "empty", "region_of", "zeros"}
+_REGIONS = {"Client", "Pin", "Region", "RegionStatistics", "attach", "connect", "empty", "region_of", "zeros"}
 
 
 def __getattr__(name: str) -> Any:

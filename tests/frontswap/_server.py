@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from ramster.engine.links import Links
 from ramster.engine.region import Region
 from ramster.engine.store import Store
-from ramster.errors import RegionFull, RegionLost
+from ramster.errors import Refused, RegionFull, RegionLost
 from ramster.frontswap import messages
 from ramster.frontswap.region_service import RegionService
 
@@ -75,11 +75,18 @@ class ReferenceRegion:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
         self._uffd = -1
+        self._joined = False
 
-    def guard_fd(self) -> int:
-        return os.dup(self._guard_away.fileno())
+    def join(self) -> tuple[int, int]:
+        if self._joined:
+            raise Refused("the reference serves one process")
+        self._joined = True
+        return 0, os.dup(self._guard_away.fileno())
 
-    def attach(self, uffd: int, base: int, features: int) -> None:
+    def detach(self, number: int) -> None:
+        raise AssertionError("only one process, and the last one closes")
+
+    def attach(self, number: int, uffd: int, base: int, features: int) -> None:
         self._uffd, self._base, self._poison = uffd, base, bool(features & FEATURE_POISON)
         # The application's copy is the only one left: its end of file is the application's business, ours is ours.
         self._guard_away.close()
@@ -168,7 +175,7 @@ class ReferenceRegion:
     def _lost_runs(self, first: int, count: int) -> list[tuple[int, int]]:
         return [(page, 1) for page in range(first, first + count) if page in self._lost and page in self._stored]
 
-    def pin(self, first: int, count: int) -> None:
+    def pin(self, number: int, first: int, count: int) -> None:
         with self._lock:
             if runs := self._lost_runs(first, count):
                 raise RegionLost("lost", runs)
@@ -179,13 +186,13 @@ class ReferenceRegion:
                 self._pins[page] += 1
                 self._fill(page)
 
-    def unpin(self, first: int, count: int) -> None:
+    def unpin(self, number: int, first: int, count: int) -> None:
         with self._lock:
             if any(self._pins[page] < 1 for page in range(first, first + count)):
                 raise ValueError("not pinned")
             self._pins.subtract(range(first, first + count))
 
-    def prefetch(self, first: int, count: int) -> int:
+    def prefetch(self, number: int, first: int, count: int) -> int:
         with self._lock:
             if runs := self._lost_runs(first, count):
                 raise RegionLost("lost", runs)

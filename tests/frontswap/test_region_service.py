@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from tests.frontswap.conftest import DEADLINE, Node, finish, run_script, start_script
+from tests.frontswap.conftest import DEADLINE, Engines, Node, finish, run_script, start_script
 
 from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
@@ -30,7 +30,7 @@ StartNode = Callable[..., Node]
 class Talker:
     """Speaks the protocol by hand."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node | Engines) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(DEADLINE)
         self.socket.connect(str(node.socket))

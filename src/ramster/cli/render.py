@@ -128,6 +128,7 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
         "Regions",
         "name",
         "pid",
+        "processes",
         "size",
         "resident",
         "local",
@@ -142,6 +143,7 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
         table.add_row(
             str(region.get("name") or region.get("id", "?")),
             str(region.get("pid", "?")),
+            str(_int(region, "attached_processes")),
             *(
                 show_size(_int(region, key) * PAGE_BYTES)
                 for key in ("pages", "resident_pages", "local_pages", "remote_pages")

@@ -1,7 +1,7 @@
 """A region's native state: see _region.pyx for the rules."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t, pthread_t
 from ramster.engine._histogram cimport Histogram
 from ramster.engine._link cimport Links, Links_t, Wanted
 from ramster.engine._resident cimport Resident
@@ -12,6 +12,7 @@ cdef enum:
     STREAMS = 8                     # access patterns followed at once
     BATCH = 64                      # pages evicted at once
     THREADS_MAX = 16
+    ATTACHMENTS_MAX = 32            # processes of one region; the bits of Parked.who
     BATCHES_MAX = 32                # windows on their way in at once; 128 KiB each once used
 
 # State of a page of a region. Low nibble; the flags above it.
@@ -26,7 +27,7 @@ cdef enum:
     STATE_MASK = 0x0f
     FLAG_PINNED = 0x10
     FLAG_WAITERS = 0x20             # somebody faulted while it was in other hands: wake when it is not
-    FLAG_REFUSED = 0x40             # poisoned for want of room; nothing of it is lost
+    FLAG_REFUSED = 0x40             # given up for want of room, in the processes that waited; nothing of it is lost
     FLAG_AHEAD = 0x80               # being fetched though nobody has asked for it
 
 cdef struct Stream:
@@ -37,8 +38,31 @@ cdef struct Stream:
 
 cdef struct Region_t
 
+cdef struct Attachment:             # one process that has the region mapped
+    Region_t *region
+    bint used
+    int uffd                        # -1: not mapped yet, or gone; changes only under 'mapped' for writing
+    int guard                       # our end of its guard channel
+    int stop_fd
+    uint32_t leaving
+    uint32_t dead                   # the kernel said that the process is gone
+    uint64_t base
+    bint can_continue_protected
+    uint32_t users                  # threads that work for it, besides its fault threads
+    uint16_t *pins                  # they nest; NULL until it pins something
+    uint64_t pinned
+    uint8_t *condemned              # a bit per page: poisoned there, or about to be; NULL until there is one
+    uint64_t condemned_count
+    pthread_t threads[16]
+    uint32_t started
+
+cdef struct Parked:                 # faults that wait for room
+    uint32_t page
+    uint32_t who                    # a bit per attachment
+
 cdef struct Batch:                  # the pages of one fault, on their way in together
     Region_t *region
+    Attachment *via                 # in whose mapping they are put
     bint used
     uint64_t first
     uint32_t count
@@ -62,36 +86,34 @@ cdef struct Region_t:
     uint64_t budget                 # resident pages allowed
     uint64_t reserve                # evictors work to keep so many pages of it free
     int memfd
-    int guard                       # our end of the guard channel
-    int uffd
-    uint64_t base
     bint can_poison
-    bint attached
+    Attachment attachments[32]
+    uint32_t attachments_used       # slots that ever were in use
+    uint32_t attached               # processes that have it mapped
+    pthread_rwlock_t mapped         # held for reading by whoever makes requests of a process whose fault thread it is not
     uint8_t *states
-    uint16_t *pins                  # pins nest
     Resident set                    # which of the resident pages leaves next
-    uint32_t *parked                # faults that wait for room
+    Parked *parked                  # faults that wait for room
     uint64_t parked_count
     uint64_t parked_since_ns
-    bint parked_overflow            # more faults wait than 'parked' holds; their pages carry FLAG_WAITERS
+    bint parked_overflow            # more faults wait than 'parked' holds
     uint64_t resident
-    uint64_t pinned
+    uint64_t pinned                 # pages that somebody has pinned
+    uint64_t condemned              # of all attachments
     Batch batches[32]
     uint32_t batches_used
     uint64_t lost
     uint64_t users                  # threads inside prefetch, pin, evict
     bint full
-    bint dead                       # the application is gone
     uint64_t full_wait_ns
     pthread_mutex_t lock
     pthread_cond_t changed          # something arrived, left, or there is room
     pthread_cond_t work             # for the evictors
-    int stop_fd
     uint32_t stopping
-    uint32_t fault_threads
+    uint32_t fault_threads          # of each attachment
     uint32_t evictor_threads
-    pthread_t threads[32]
-    uint32_t started
+    pthread_t evictors[16]
+    uint32_t evictors_started
     Stream streams[8]
     uint64_t clock
     uint64_t faults
@@ -111,13 +133,13 @@ cdef class Region:
     cdef Region_t *r
     cdef readonly Links links
     cdef readonly str name
-    cdef int app_guard
     cdef bint closed
     cdef Region_t *live(self) except NULL
+    cdef Attachment *attachment(self, uint32_t number) except NULL
     cdef int shut(self) except -1
-    cdef Region_t *begin(self, uint64_t first, uint64_t count) except NULL
-    cdef int end(self, Region_t *r) except -1
-    cdef int wait_in(self, Region_t *r, uint64_t first, uint64_t count, bint writable) except -1
-    cdef int drop_pins(self, Region_t *r, uint64_t first, uint64_t count) except -1
+    cdef Region_t *begin(self, Attachment *a, uint64_t first, uint64_t count) except NULL
+    cdef int end(self, Region_t *r, Attachment *a) except -1
+    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1
+    cdef int drop_pins(self, Attachment *a, uint64_t first, uint64_t count) except -1
     cdef object fail(self, int outcome, uint64_t first, uint64_t count)
     cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count)

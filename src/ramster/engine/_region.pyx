@@ -1,7 +1,7 @@
 """Regions: faults of an application served by native threads of the node, through userfaultfd on a shared memfd.
 
-Covers: fault threads, evictors, pin, prefetch, evict, check. Does not cover: how an application gets its memfd and
-hands over its userfaultfd (frontswap.region_service), where pages go (_store, _link).
+Covers: fault threads, evictors, pin, prefetch, evict, check, several processes attached to one region. Does not cover: how
+an application gets its memfd and hands over its userfaultfd (frontswap.region_service), where pages go (_store, _link).
 
 Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 
@@ -14,28 +14,44 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 * A stored copy is forgotten as soon as its page may be written, before the page can be evicted again.
 * UFFDIO_COPY may do part of its work (EAGAIN) or find the page there (EEXIST); a dead application gives ESRCH.
 
+Several processes (docs/adr/0010): the state of a page is the region's, what a mapping does with it is each process's own.
+
+* 'clean' means: write-protected or not mapped, in every process. A page that is resident because of another process is a minor
+  fault; while it is clean it is mapped write-protected. 'dirty' promises nothing: a process in which it is still protected
+  takes a fault on its first write, and only there the protection goes.
+* An evictor protects in every process before it reads. A process that attaches meanwhile has nothing mapped, and its faults
+  meet 'evicting'.
+* Waking, protecting and poisoning act on one process's mapping each; a punched hole is a hole in all. A page that is lost is
+  poisoned where it is touched, by that process's own fault thread; 'condemned' remembers where, since poison stays when the
+  page comes back through another process.
+* A process's requests (ioctls) fail with ESRCH once it is dead, which counts as done: nobody is left to write there.
+
 Every event that finds its page in other hands (fetching, evicting) leaves FLAG_WAITERS there, and whoever holds the page
-wakes it when done: the thread faults again and meets the new state. No event is ever just dropped.
+wakes it in every process when done: the thread faults again and meets the new state. No event is ever just dropped.
+
+Locks: Region_t.lock, then Region_t.mapped (for reading, never twice). A process's own fault threads need not hold 'mapped':
+they are joined before its descriptors are closed.
 """
-from libc.errno cimport EAGAIN, EEXIST, ESRCH, errno
+from libc.errno cimport EAGAIN, EEXIST, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strerror
 
-from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, sched_yield, store32, sub32
+from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, load64, sched_yield, store32, sub32
 from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.linux cimport (
-    AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_DUPFD_CLOEXEC, F_SEAL_GROW, F_SEAL_SHRINK, FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, POLLIN, POLLOUT, SOCK_CLOEXEC, SOCK_SEQPACKET,
-    UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
-    UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
-    UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl,
+    AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_GETFL, F_SEAL_GROW, F_SEAL_SHRINK, F_SETFL, FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
+    UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
+    UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
+    UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
     memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
+    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
     GET_PAGES_MAX, Links, Reply, links_flush, links_get, links_later, links_peer_lost, links_peer_reachable, reply_bytes,
@@ -57,6 +73,7 @@ cdef enum:
     SLACK = 8                       # a fault this close behind the end of a stream still belongs to it
     AHEAD_LOCAL = 1                 # windows read ahead of a sequential stream: here the decoder runs beside the reader,
     AHEAD_REMOTE = 3                # there a round trip is hidden too
+    CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     GUARD_LOST = 1
     GUARD_NOTE = 2
 
@@ -70,75 +87,145 @@ cdef packed struct GuardMessage:    # docs/regions.md
 
 # --- the kernel's side ---------------------------------------------------------------------------------------------
 
-cdef void died(Region_t *r) noexcept nogil:
-    r.dead = True
+cdef inline bint lives(Attachment *a) noexcept nogil:
+    """By its own fault threads, or with 'mapped' held."""
+    return a.uffd >= 0 and not load32(&a.dead, RELAXED)
 
 
-cdef void wake(Region_t *r, uint64_t page, uint64_t pages) noexcept nogil:
+cdef inline int failed(Attachment *a) noexcept nogil:
+    """The errno of a request that failed; notes that the process is gone."""
+    if errno == ESRCH:
+        store32(&a.dead, 1, RELAXED)
+    return errno
+
+
+cdef void wake_in(Attachment *a, uint64_t page, uint64_t pages) noexcept nogil:
     cdef uffdio_range_t where
-    where.start = r.base + page * PAGE
+    where.start = a.base + page * PAGE
     where.len = pages * PAGE
-    ioctl(r.uffd, UFFDIO_WAKE, &where)
+    ioctl(a.uffd, UFFDIO_WAKE, &where)
 
 
-cdef int protect(Region_t *r, uint64_t page, uint64_t pages, bint on) noexcept nogil:
-    """Write-protect a run, or lift that (which also wakes). 0, or the errno."""
+cdef void wake(Region_t *r, uint64_t page, uint64_t pages, uint32_t who=0xffffffffu) noexcept nogil:
+    """Whoever waits for these pages faults again, in every process or in those of a mask."""
+    cdef uint32_t i
+    pthread_rwlock_rdlock(&r.mapped)
+    for i in range(r.attachments_used):
+        if who >> i & 1 and lives(&r.attachments[i]):
+            wake_in(&r.attachments[i], page, pages)
+    pthread_rwlock_unlock(&r.mapped)
+
+
+cdef int protect_in(Attachment *a, uint64_t page, uint64_t pages, bint on) noexcept nogil:
+    """Write-protect a run in one process, or lift that (which also wakes there). 0, also where the process is gone or has
+    unmapped the run: nobody is left there to write. Else the errno."""
     cdef uffdio_writeprotect_t wp
-    wp.range.start = r.base + page * PAGE
+    cdef uint64_t i
+    cdef int failure
+    wp.range.start = a.base + page * PAGE
     wp.range.len = pages * PAGE
     wp.mode = UFFDIO_WRITEPROTECT_MODE_WP if on else 0
-    while ioctl(r.uffd, UFFDIO_WRITEPROTECT, &wp) != 0:
+    while ioctl(a.uffd, UFFDIO_WRITEPROTECT, &wp) != 0:
         if errno == EAGAIN:
             sched_yield()           # the application's mapping is changing
             continue
-        if errno == ESRCH:
-            died(r)
-        return errno
+        failure = failed(a)
+        if failure == ENOENT and pages > 1:     # a part of the run, perhaps, and the kernel stopped there
+            for i in range(pages):
+                failure = protect_in(a, page + i, 1, on)
+                if failure:
+                    return failure
+        return 0 if failure == ESRCH or failure == ENOENT else failure
     return 0
 
 
-cdef uint64_t copy_in(Region_t *r, uint64_t page, uint64_t pages, const uint8_t *bytes, bint protected,
-                      bint *newer) noexcept nogil:
-    """Map a run with these bytes and wake. Returns how many pages are there now, from the first on; 'newer' is set when
-    the memfd had one of them already: what is there then is newer than anything stored."""
-    cdef uffdio_copy_t copy
+cdef int protect(Region_t *r, uint64_t page, uint64_t pages, bint on) noexcept nogil:
+    """The same in every process. 0, or the errno of the first that refused."""
+    cdef uint32_t i
+    cdef int failure = 0
+    pthread_rwlock_rdlock(&r.mapped)
+    for i in range(r.attachments_used):
+        if failure == 0 and lives(&r.attachments[i]):
+            failure = protect_in(&r.attachments[i], page, pages, on)
+    pthread_rwlock_unlock(&r.mapped)
+    return failure
+
+
+cdef void map_in(Attachment *a, uint64_t page, uint64_t pages, bint protected) noexcept nogil:
+    """Map what the memfd holds, and wake there. Pages that are mapped already stay as they are."""
     cdef uffdio_continue_t more
     cdef uint64_t done = 0
     while done < pages:
-        copy.dst = r.base + (page + done) * PAGE
+        more.range.start = a.base + (page + done) * PAGE
+        more.range.len = (pages - done) * PAGE
+        more.mode = UFFDIO_CONTINUE_MODE_WP if protected else 0
+        more.mapped = 0
+        if ioctl(a.uffd, UFFDIO_CONTINUE, &more) == 0:
+            return
+        if more.mapped > 0:
+            done += <uint64_t> more.mapped // PAGE
+        elif errno == EAGAIN:
+            sched_yield()
+        else:
+            if failed(a) == ESRCH:
+                return
+            wake_in(a, page + done, 1)
+            done += 1
+
+
+cdef Attachment *somebody(Region_t *r, Attachment *via) noexcept nogil:
+    """With 'mapped' held: this process, or another one where it is gone; NULL when none is left."""
+    cdef uint32_t i
+    if lives(via):
+        return via
+    for i in range(r.attachments_used):
+        if lives(&r.attachments[i]):
+            return &r.attachments[i]
+    return NULL
+
+
+cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t pages, const uint8_t *bytes, bint protected,
+                      bint *newer) noexcept nogil:
+    """Put a run with these bytes into the memfd, map it in one process and wake there. Returns how many pages are there now,
+    from the first on; 'newer' is set when the memfd had one of them already: what is there then is newer than anything
+    stored."""
+    cdef uffdio_copy_t copy
+    cdef uint64_t done = 0
+    cdef Attachment *a
+    pthread_rwlock_rdlock(&r.mapped)
+    a = somebody(r, via)
+    while done < pages and a != NULL:
+        copy.dst = a.base + (page + done) * PAGE
         copy.src = <uint64_t> (bytes + done * PAGE)
         copy.len = (pages - done) * PAGE
         copy.mode = UFFDIO_COPY_MODE_WP if protected else 0
         copy.copy = 0
-        if ioctl(r.uffd, UFFDIO_COPY, &copy) == 0:
-            return pages
+        if ioctl(a.uffd, UFFDIO_COPY, &copy) == 0:
+            done = pages
+            break
         if copy.copy > 0:
             done += <uint64_t> copy.copy // PAGE
         if errno == EEXIST:
             newer[0] = True
-            more.range.start = r.base + (page + done) * PAGE
-            more.range.len = PAGE
-            more.mode = 0
-            more.mapped = 0
-            if ioctl(r.uffd, UFFDIO_CONTINUE, &more) != 0:
-                wake(r, page + done, 1)
+            map_in(a, page + done, 1, False)
             done += 1
         elif errno == EAGAIN:
             sched_yield()
+        elif failed(a) == ESRCH:
+            a = somebody(r, via)
         else:
-            if errno == ESRCH:
-                died(r)
-            return done
+            break
+    pthread_rwlock_unlock(&r.mapped)
     return done
 
 
-cdef void tell_guard(Region_t *r, uint32_t op, uint64_t first, uint64_t pages, const char *text) noexcept nogil:
-    """A bounded wait: an application that does not listen is not waited for longer than a second."""
+cdef void tell_guard(Attachment *a, uint32_t op, uint64_t first, uint64_t pages, const char *text, int patience_ms) noexcept nogil:
+    """A bounded wait: a process that does not listen holds up its own faults alone."""
     cdef GuardMessage message
     cdef GuardMessage acknowledged
     cdef pollfd where
     cdef int i = 0
-    while recv(r.guard, &message, sizeof(message), MSG_DONTWAIT) > 0:
+    while recv(a.guard, &message, sizeof(message), MSG_DONTWAIT) > 0:
         pass                        # acknowledgements
     memset(&message, 0, sizeof(message))
     message.op = op
@@ -147,54 +234,30 @@ cdef void tell_guard(Region_t *r, uint32_t op, uint64_t first, uint64_t pages, c
     while text != NULL and i < 63 and text[i] != 0:
         message.text[i] = text[i]
         i += 1
-    where.fd = r.guard
+    where.fd = a.guard
     where.events = POLLOUT
-    while send(r.guard, &message, sizeof(message), MSG_DONTWAIT | MSG_NOSIGNAL) < 0 and errno == EAGAIN and i < 10000:
-        i += 1000
+    while send(a.guard, &message, sizeof(message), MSG_DONTWAIT | MSG_NOSIGNAL) < 0 and errno == EAGAIN and patience_ms > 0:
         poll(&where, 1, 100)
-        while recv(r.guard, &acknowledged, sizeof(acknowledged), MSG_DONTWAIT) > 0:
+        patience_ms -= 100
+        while recv(a.guard, &acknowledged, sizeof(acknowledged), MSG_DONTWAIT) > 0:
             pass
 
 
-cdef void await_note(Region_t *r) noexcept nogil:
-    """Until the guardian has written the note, at most 100 ms: a thread that is woken to die takes the guardian with it."""
+cdef void await_note(Attachment *a, uint64_t deadline) noexcept nogil:
+    """Until the guardian has written the note: a thread that is woken to die takes the guardian with it."""
     cdef GuardMessage acknowledged
     cdef pollfd where
     cdef ssize_t got
-    cdef uint64_t deadline = now_ns() + 100000000ull
-    where.fd = r.guard
+    where.fd = a.guard
     where.events = POLLIN
-    while now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
+    while now_ns() < deadline and not load32(&a.region.stopping, ACQUIRE) and not load32(&a.leaving, ACQUIRE):
         poll(&where, 1, 10)
         while True:
-            got = recv(r.guard, &acknowledged, sizeof(acknowledged), MSG_DONTWAIT)
+            got = recv(a.guard, &acknowledged, sizeof(acknowledged), MSG_DONTWAIT)
             if got == 0 or (got > 0 and acknowledged.op == GUARD_NOTE):
                 return
             if got < 0:
                 break
-
-
-cdef void poison(Region_t *r, uint64_t page) noexcept nogil:
-    """From now on a touch of this page is SIGBUS, whatever the kernel: zeros are never an answer."""
-    cdef uffdio_poison_t p
-    cdef uffdio_writeprotect_t wp
-    if r.can_poison:
-        # Punching a write-protected page leaves a marker in its page-table entry (unmap_mapping_range keeps it), and POISON
-        # takes only an entry that is empty: lift the protection of what is not even there.
-        wp.range.start = r.base + page * PAGE
-        wp.range.len = PAGE
-        wp.mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
-        while ioctl(r.uffd, UFFDIO_WRITEPROTECT, &wp) != 0 and errno == EAGAIN:
-            sched_yield()
-        p.range.start = r.base + page * PAGE
-        p.range.len = PAGE
-        p.mode = 0
-        p.updated = 0
-        while ioctl(r.uffd, UFFDIO_POISON, &p) != 0 and errno == EAGAIN:
-            sched_yield()
-        wake(r, page, 1)
-    else:
-        tell_guard(r, GUARD_LOST, page, 1, NULL)
 
 
 # --- states --------------------------------------------------------------------------------------------------------
@@ -208,6 +271,74 @@ cdef inline bint set_state(Region_t *r, uint64_t page, int state) noexcept nogil
     cdef bint waiters = r.states[page] & FLAG_WAITERS
     r.states[page] = <uint8_t> ((r.states[page] & FLAG_PINNED) | state)
     return waiters
+
+
+cdef inline bint is_condemned(Attachment *a, uint64_t page) noexcept nogil:
+    """Under the lock."""
+    return a.condemned != NULL and a.condemned[page >> 3] >> (page & 7) & 1
+
+
+cdef void condemn(Attachment *a, uint64_t page) noexcept nogil:
+    """Under the lock: a touch of this page in this process is to be SIGBUS."""
+    if a.condemned == NULL:
+        a.condemned = <uint8_t *> calloc((a.region.pages + 7) // 8, 1)
+        if a.condemned == NULL:
+            return                  # then the poison stays there although the page may come back: SIGBUS, never wrong bytes
+    if not is_condemned(a, page):
+        a.condemned[page >> 3] |= <uint8_t> (1 << (page & 7))
+        a.condemned_count += 1
+        a.region.condemned += 1
+
+
+cdef void reprieve(Region_t *r, uint64_t first, uint64_t count, bint clean) noexcept nogil:
+    """Under the lock, with these pages in hand and in the memfd: a mapping takes the place of the poison, in every process."""
+    cdef uint32_t i
+    cdef uint64_t page
+    cdef Attachment *a
+    pthread_rwlock_rdlock(&r.mapped)
+    for i in range(r.attachments_used):
+        a = &r.attachments[i]
+        for page in range(first, first + count if a.condemned_count else first):
+            if is_condemned(a, page):
+                if lives(a):
+                    map_in(a, page, 1, clean)       # a kernel with POISON has protected CONTINUE, too
+                a.condemned[page >> 3] &= <uint8_t> ~(1 << (page & 7))
+                a.condemned_count -= 1
+                r.condemned -= 1
+    pthread_rwlock_unlock(&r.mapped)
+
+
+cdef void poison(Attachment *a, uint64_t page) noexcept nogil:
+    """By a fault thread of this process: from now on a touch of this page is SIGBUS, whatever the kernel: zeros are never an
+    answer."""
+    cdef uffdio_poison_t p
+    cdef uffdio_writeprotect_t wp
+    cdef Region_t *r = a.region
+    cdef int state
+    cdef bint by_guard
+    pthread_mutex_lock(&r.lock)     # so that it does not come back meanwhile
+    state = state_of(r, page)
+    by_guard = (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.can_poison
+    if (state == PAGE_LOST or state == PAGE_DAMAGED) and r.can_poison:
+        # Punching a write-protected page leaves a marker in its page-table entry (unmap_mapping_range keeps it), and POISON
+        # takes only an entry that is empty: lift the protection of what is not even there.
+        wp.range.start = a.base + page * PAGE
+        wp.range.len = PAGE
+        wp.mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+        while ioctl(a.uffd, UFFDIO_WRITEPROTECT, &wp) != 0 and errno == EAGAIN:
+            sched_yield()
+        p.range.start = a.base + page * PAGE
+        p.range.len = PAGE
+        p.mode = 0
+        p.updated = 0
+        while ioctl(a.uffd, UFFDIO_POISON, &p) != 0 and errno == EAGAIN:
+            sched_yield()
+        condemn(a, page)
+    pthread_mutex_unlock(&r.lock)
+    if by_guard:
+        tell_guard(a, GUARD_LOST, page, 1, NULL, 1000)
+    else:
+        wake_in(a, page, 1)
 
 
 cdef inline bint has_room(Region_t *r) noexcept nogil:
@@ -233,6 +364,8 @@ cdef void arrived(Region_t *r, uint64_t first, uint64_t count, int state) noexce
     for page in range(first, first + count):
         resident_add(&r.set, <uint32_t> page, HINT_AHEAD if r.states[page] & FLAG_AHEAD else HINT_FAULT)
         waiters |= set_state(r, page, state)
+    if r.condemned:
+        reprieve(r, first, count, state == PAGE_CLEAN)
     want_room(r)
     pthread_cond_broadcast(&r.changed)
     pthread_mutex_unlock(&r.lock)
@@ -253,54 +386,61 @@ cdef void not_arrived(Region_t *r, uint64_t first, uint64_t count) noexcept nogi
 
 
 cdef void page_lost(Region_t *r, uint64_t page, int state) noexcept nogil:
-    """The state is lost, which may end (a lender comes back), or damaged, which does not."""
+    """The state is lost, which may end (a lender comes back), or damaged, which does not. Whoever waits for it faults again
+    and is told by its own fault thread."""
     pthread_mutex_lock(&r.lock)
     set_state(r, page, state)
     r.resident -= 1
     r.lost += 1
     pthread_cond_broadcast(&r.changed)
     pthread_mutex_unlock(&r.lock)
-    poison(r, page)
+    wake(r, page, 1)
 
 
-cdef void park(Region_t *r, uint64_t page) noexcept nogil:
+cdef inline uint32_t bit_of(Attachment *a) noexcept nogil:
+    return <uint32_t> 1 << <uint32_t> (a - &a.region.attachments[0])
+
+
+cdef void park(Attachment *a, uint64_t page) noexcept nogil:
     """Under the lock: a fault waits until an evictor has made room; the evictor wakes it."""
+    cdef Region_t *r = a.region
     cdef uint64_t i
     r.faults_parked += 1
     if r.parked_count == 0:
         r.parked_since_ns = now_ns()
     for i in range(r.parked_count):
-        if r.parked[i] == page:
+        if r.parked[i].page == page:
+            r.parked[i].who |= bit_of(a)
             break
     else:
         if r.parked_count < PARKED_MAX:
-            r.parked[r.parked_count] = <uint32_t> page
+            r.parked[r.parked_count].page = <uint32_t> page
+            r.parked[r.parked_count].who = bit_of(a)
             r.parked_count += 1
         else:
-            r.states[page] |= FLAG_WAITERS
-            r.parked_overflow = True        # found by a walk when there is room
+            r.parked_overflow = True
     pthread_cond_signal(&r.work)
 
 
 cdef void unpark(Region_t *r) noexcept nogil:
     """Wake as many parked faults as there is room for."""
-    cdef uint32_t pages[PARKED_MAX]
+    cdef Parked woken[PARKED_MAX]
     cdef uint64_t n = 0, i
+    cdef bint everybody = False
     pthread_mutex_lock(&r.lock)
     while r.parked_count and r.resident + n < r.budget:
         r.parked_count -= 1
-        pages[n] = r.parked[r.parked_count]
+        woken[n] = r.parked[r.parked_count]
         n += 1
-    if r.parked_count == 0 and r.parked_overflow:
+    if r.parked_count == 0:
+        everybody = r.parked_overflow       # those for whom there was no entry: costs what waits, not what there is
         r.parked_overflow = False
-        for i in range(r.pages):
-            if r.states[i] & FLAG_WAITERS and state_of(r, i) == PAGE_AWAY:
-                r.states[i] &= ~FLAG_WAITERS
-                wake(r, i, 1)
     r.parked_since_ns = now_ns()
     pthread_mutex_unlock(&r.lock)
     for i in range(n):
-        wake(r, pages[i], 1)
+        wake(r, woken[i].page, 1, woken[i].who)
+    if everybody:
+        wake(r, 0, r.pages)
 
 
 # --- bringing pages in ---------------------------------------------------------------------------------------------
@@ -349,8 +489,9 @@ cdef inline int kind_of_loss(int status) noexcept nogil:
     return KIND_DAMAGED if status == CORRUPT else KIND_LOST
 
 
-cdef Batch *take_batch(Region_t *r) noexcept nogil:
-    """Under the lock: a free batch, or NULL."""
+cdef Batch *take_batch(Attachment *a) noexcept nogil:
+    """Under the lock: a free batch for this process, or NULL."""
+    cdef Region_t *r = a.region
     cdef int i
     cdef Batch *b
     for i in range(BATCHES_MAX):
@@ -363,6 +504,7 @@ cdef Batch *take_batch(Region_t *r) noexcept nogil:
                 b.staging = b.bytes + WINDOW_MAX * PAGE
             b.used = True
             b.region = r
+            b.via = a
             b.remote = b.write_all = b.write_wanted = False
             b.outstanding = 1
             b.started_ns = now_ns()
@@ -384,13 +526,11 @@ cdef void serve_run(Batch *b, uint32_t i, uint32_t j, uint8_t kind) noexcept nog
     elif kind == KIND_ABSENT:
         not_arrived(r, b.first + i, j - i)
     elif kind != KIND_DONE:
-        done = <uint32_t> copy_in(r, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &newer)
+        done = <uint32_t> copy_in(r, b.via, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &newer)
         dirty = newer or kind == KIND_WRITE
         if dirty:
             for k in range(i, i + done):
                 store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
-        if newer and done:
-            protect(r, b.first + i, done, False)
         if done:
             arrived(r, b.first + i, done, PAGE_DIRTY if dirty else PAGE_CLEAN)
         if done < j - i:
@@ -547,18 +687,16 @@ cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, Batch *
     want_room(r)
 
 
-cdef void make_writable(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
-    """Clean pages that this thread has put into state fetching become dirty: the stored copy goes before the writer does."""
+cdef void forget_stored(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
     cdef uint64_t page, zero[3]
     for page in range(first, end):
         store_flush(r.store, r.pool, zero, <uint32_t> page)
-    protect(r, first, end - first, False)
-    arrived(r, first, end - first, PAGE_DIRTY)
 
 
-cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, int windows, bint write) noexcept nogil:
+cdef void read_ahead(Attachment *a, Stream *stream, uint64_t page, bint upwards, int windows, bint write) noexcept nogil:
     """The thread that faulted runs again; what it will ask for next comes in meanwhile, window by window. Takes room only
     while evictors keep up."""
+    cdef Region_t *r = a.region
     cdef Batch *b
     cdef uint64_t at
     cdef int i
@@ -569,7 +707,7 @@ cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, i
         b = NULL
         if r.states[page] & ~FLAG_PINNED == PAGE_AWAY and \
                 r.resident + r.reserve // 4 + WINDOW_MAX <= r.budget and r.batches_used < BATCHES_MAX // 2:
-            b = take_batch(r)
+            b = take_batch(a)
         if b == NULL:
             pthread_mutex_unlock(&r.lock)
             return
@@ -593,7 +731,8 @@ cdef void read_ahead(Region_t *r, Stream *stream, uint64_t page, bint upwards, i
 
 # --- fault threads -------------------------------------------------------------------------------------------------
 
-cdef void on_missing(Region_t *r, uint64_t page, bint write) noexcept nogil:
+cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
+    cdef Region_t *r = a.region
     cdef uint64_t low, high
     cdef Stream *stream
     cdef Batch *b
@@ -603,6 +742,9 @@ cdef void on_missing(Region_t *r, uint64_t page, bint write) noexcept nogil:
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
+    if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
+        set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
+        state = PAGE_AWAY
     if state != PAGE_AWAY:
         if state == PAGE_FETCHING or state == PAGE_EVICTING:
             r.states[page] |= FLAG_WAITERS
@@ -610,13 +752,13 @@ cdef void on_missing(Region_t *r, uint64_t page, bint write) noexcept nogil:
             return
         pthread_mutex_unlock(&r.lock)
         if state == PAGE_LOST or state == PAGE_DAMAGED:
-            poison(r, page)
+            poison(a, page)
         else:
-            wake(r, page, 1)        # it came in meanwhile
+            wake_in(a, page, 1)     # it came in meanwhile
         return
-    b = take_batch(r) if has_room(r) else NULL
+    b = take_batch(a) if has_room(r) else NULL
     if b == NULL:
-        park(r, page)
+        park(a, page)
         pthread_mutex_unlock(&r.lock)
         return
     b.fault = True
@@ -639,45 +781,63 @@ cdef void on_missing(Region_t *r, uint64_t page, bint write) noexcept nogil:
     elif met == OK:
         add64(&r.faults_local, 1, RELAXED)
     if stream.window == WINDOW_MAX:
-        read_ahead(r, stream, next, upwards, AHEAD_REMOTE if met == REMOTE else AHEAD_LOCAL, write)
+        read_ahead(a, stream, next, upwards, AHEAD_REMOTE if met == REMOTE else AHEAD_LOCAL, write)
 
 
-cdef void on_protected(Region_t *r, uint64_t page) noexcept nogil:
-    """A write to a clean page, and to those after (or before) it when the writer goes on in order."""
-    cdef uint64_t low, high, first = page, end = page + 1
+cdef void take_alike(Region_t *r, uint64_t page, uint64_t low, uint64_t high, uint64_t *first, uint64_t *end) noexcept nogil:
+    """Under the lock: put a resident page and the neighbours that are in the same state into state fetching."""
+    cdef int state = state_of(r, page)
+    first[0] = page
+    end[0] = page + 1
+    while end[0] < high and state_of(r, end[0]) == state:
+        end[0] += 1
+    while first[0] > low and state_of(r, first[0] - 1) == state:
+        first[0] -= 1
+    for page in range(first[0], end[0]):
+        r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
+
+
+cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
+    """A write to a page that is protected, and to those after (or before) it when the writer goes on in order."""
+    cdef Region_t *r = a.region
+    cdef uint64_t low = page, high = page + 1, first, end
     cdef Stream *stream
     cdef int state
     pthread_mutex_lock(&r.lock)
     r.faults_wp += 1
     state = state_of(r, page)
     if state == PAGE_CLEAN or state == PAGE_DIRTY:
-        # A dirty page that is still protected was given back by an evictor that found no room. It too is taken in hand
-        # while its protection is lifted: an evictor that came in between would lose the write that follows.
-        if state == PAGE_CLEAN:
+        # A dirty page that is still protected was written in another process, or given back by an evictor that found no room.
+        # It too is taken in hand while its protection is lifted: an evictor that came in between would lose the write that
+        # follows.
+        if state == PAGE_CLEAN or r.attached > 1:
             window(r, page, &low, &high, &stream)
-            while end < high and state_of(r, end) == PAGE_CLEAN:
-                end += 1
-            while first > low and state_of(r, first - 1) == PAGE_CLEAN:
-                first -= 1
+            take_alike(r, page, low, high, &first, &end)
             stream.next_up = <uint32_t> end
             stream.next_down = <uint32_t> first
-        for page in range(first, end):
-            r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
+        else:
+            take_alike(r, page, low, high, &first, &end)
         pthread_mutex_unlock(&r.lock)
-        make_writable(r, first, end)
+        if state == PAGE_CLEAN:
+            forget_stored(r, first, end)
+        protect_in(a, first, end - first, False)
+        arrived(r, first, end - first, PAGE_DIRTY)
         return
     if state == PAGE_FETCHING or state == PAGE_EVICTING:
         r.states[page] |= FLAG_WAITERS
     pthread_mutex_unlock(&r.lock)
     if state == PAGE_AWAY or state == PAGE_LOST or state == PAGE_DAMAGED:
-        wake(r, page, 1)            # evicted meanwhile: the writer takes a missing fault
+        wake_in(a, page, 1)         # evicted meanwhile: the writer takes a missing fault
 
 
-cdef void on_minor(Region_t *r, uint64_t page) noexcept nogil:
-    """In the memfd but not mapped. Whatever is there is the page: it counts as dirty."""
-    cdef uffdio_continue_t more
-    cdef uint64_t zero[3]
+cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
+    """In the memfd but not mapped here: another process brought it in. What should not be there (somebody filled the hole behind
+    our back) is the page all the same, and counts as dirty. But the event may be older than the page's last eviction."""
+    cdef Region_t *r = a.region
+    cdef uint64_t low, high, first, end
+    cdef Stream *stream
     cdef int state
+    cdef bint clean
     pthread_mutex_lock(&r.lock)
     r.faults_minor += 1
     state = state_of(r, page)
@@ -685,54 +845,69 @@ cdef void on_minor(Region_t *r, uint64_t page) noexcept nogil:
         r.states[page] |= FLAG_WAITERS
         pthread_mutex_unlock(&r.lock)
         return
-    if state != PAGE_CLEAN and state != PAGE_DIRTY:
-        if r.resident >= r.budget + OVERDRAFT:
-            park(r, page)
-            pthread_mutex_unlock(&r.lock)
-            return
+    clean = state == PAGE_CLEAN
+    if state == PAGE_CLEAN or state == PAGE_DIRTY:
+        window(r, page, &low, &high, &stream)
+        if clean and (write or not a.can_continue_protected):
+            clean = False
+            if not write or stream.window <= 2:
+                low = page              # neighbours lose their stored copies only where a writer goes on in order
+                high = page + 1
+        take_alike(r, page, low, high, &first, &end)
+        stream.next_up = <uint32_t> end
+        stream.next_down = <uint32_t> first
+    elif lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE):
+        pthread_mutex_unlock(&r.lock)
+        wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
+        return
+    elif r.resident >= r.budget + OVERDRAFT:
+        park(a, page)
+        pthread_mutex_unlock(&r.lock)
+        return
+    else:
         r.resident += 1             # over the budget by one per faulting thread; evictors see to it
-    if (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.states[page] & FLAG_REFUSED:
-        r.lost -= 1
-    r.states[page] = <uint8_t> ((r.states[page] & ~(STATE_MASK | FLAG_REFUSED)) | PAGE_FETCHING)
+        if (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.states[page] & FLAG_REFUSED:
+            r.lost -= 1
+        r.states[page] = <uint8_t> ((r.states[page] & ~(STATE_MASK | FLAG_REFUSED)) | PAGE_FETCHING)
+        first = page
+        end = page + 1
     pthread_mutex_unlock(&r.lock)
-    store_flush(r.store, r.pool, zero, <uint32_t> page)
-    more.range.start = r.base + page * PAGE
-    more.range.len = PAGE
-    more.mode = 0
-    more.mapped = 0
-    while ioctl(r.uffd, UFFDIO_CONTINUE, &more) != 0 and errno == EAGAIN:
-        sched_yield()
-    protect(r, page, 1, False)
-    arrived(r, page, 1, PAGE_DIRTY)
+    if not clean and state != PAGE_DIRTY:
+        forget_stored(r, first, end)
+    map_in(a, first, end - first, clean)
+    arrived(r, first, end - first, PAGE_CLEAN if clean else PAGE_DIRTY)
 
 
 cdef void *fault_main(void *argument) noexcept nogil:
-    cdef Region_t *r = <Region_t *> argument
+    cdef Attachment *a = <Attachment *> argument
+    cdef Region_t *r = a.region
     cdef uffd_msg_t events[16]
     cdef pollfd fds[2]
     cdef int i
     cdef ssize_t got
     cdef uint64_t page
-    fds[0].fd = r.uffd
-    fds[1].fd = r.stop_fd
+    # With several threads each takes one event: what one thread has read no other can serve.
+    cdef size_t room = sizeof(events) if r.fault_threads == 1 else sizeof(uffd_msg_t)
+    fds[0].fd = a.uffd
+    fds[1].fd = a.stop_fd
     fds[0].events = fds[1].events = POLLIN
-    while not load32(&r.stopping, ACQUIRE) and not r.dead:
+    while not load32(&a.leaving, ACQUIRE) and not load32(&a.dead, RELAXED):
         poll(fds, 2, 500)
-        got = read(r.uffd, events, sizeof(events))
+        got = read(a.uffd, events, room)
         if got <= 0:
             continue
         for i in range(<int> (got // <ssize_t> sizeof(uffd_msg_t))):
-            if events[i].event != UFFD_EVENT_PAGEFAULT or events[i].address < r.base:
+            if events[i].event != UFFD_EVENT_PAGEFAULT or events[i].address < a.base:
                 continue
-            page = (events[i].address - r.base) // PAGE
+            page = (events[i].address - a.base) // PAGE
             if page >= r.pages:
                 continue
             if events[i].flags & UFFD_PAGEFAULT_FLAG_WP:
-                on_protected(r, page)
+                on_protected(a, page)
             elif events[i].flags & UFFD_PAGEFAULT_FLAG_MINOR:
-                on_minor(r, page)
+                on_minor(a, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
             else:
-                on_missing(r, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
+                on_missing(a, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
     return NULL
 
 
@@ -826,31 +1001,57 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     pthread_mutex_unlock(&r.lock)
     for i in range(n):
         if not gone[i]:
-            make_writable(r, pages[i], pages[i] + 1)
+            forget_stored(r, pages[i], pages[i] + 1)
+            protect(r, pages[i], 1, False)
+            arrived(r, pages[i], 1, PAGE_DIRTY)
         elif waiters[i]:
             wake(r, pages[i], 1)
     return evicted
 
 
 cdef void refuse(Region_t *r) noexcept nogil:
-    """Faults have waited for room as long as they may: the application is told plainly, by SIGBUS and a line on stderr."""
-    cdef uint32_t pages[PARKED_MAX]
-    cdef uint64_t n = 0, i
+    """Faults have waited for room as long as they may: their processes are told plainly, by SIGBUS and a line on stderr."""
+    cdef Parked refused[PARKED_MAX]
+    cdef uint64_t n = 0, i, deadline
+    cdef uint32_t who = 0, k
+    cdef bint everybody
     pthread_mutex_lock(&r.lock)
     for i in range(r.parked_count):
-        if state_of(r, r.parked[i]) == PAGE_AWAY:       # what came in meanwhile has been woken
-            pages[n] = r.parked[i]
+        if state_of(r, r.parked[i].page) == PAGE_AWAY:      # what came in meanwhile has been woken
+            refused[n] = r.parked[i]
             n += 1
-            set_state(r, r.parked[i], PAGE_LOST)
-            r.states[r.parked[i]] |= FLAG_REFUSED
+            set_state(r, r.parked[i].page, PAGE_LOST)
+            r.states[r.parked[i].page] |= FLAG_REFUSED
+            who |= r.parked[i].who
+            for k in range(r.attachments_used):
+                if r.parked[i].who >> k & 1 and r.can_poison:
+                    condemn(&r.attachments[k], r.parked[i].page)
     r.parked_count = 0
+    everybody = r.parked_overflow               # asks again, and is refused in its turn
+    r.parked_overflow = False
     r.refused += n
+    for k in range(r.attachments_used):
+        if who >> k & 1:
+            r.attachments[k].users += 1
     pthread_mutex_unlock(&r.lock)
-    if n:
-        tell_guard(r, GUARD_NOTE, pages[0], n, b"region full: no room here and no lender has any; SIGBUS")
-        await_note(r)
+    for k in range(r.attachments_used):
+        if who >> k & 1:
+            tell_guard(&r.attachments[k], GUARD_NOTE, refused[0].page, n,
+                       b"region full: no room here and no lender has any; SIGBUS", 0)
+    deadline = now_ns() + 100000000ull
+    for k in range(r.attachments_used):
+        if who >> k & 1:
+            await_note(&r.attachments[k], deadline)
     for i in range(n):
-        poison(r, pages[i])
+        wake(r, refused[i].page, 1, refused[i].who)         # their own fault threads poison the pages
+    if everybody:
+        wake(r, 0, r.pages)
+    pthread_mutex_lock(&r.lock)
+    for k in range(r.attachments_used):
+        if who >> k & 1:
+            r.attachments[k].users -= 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
 
 
 cdef void *evictor_main(void *argument) noexcept nogil:
@@ -858,13 +1059,14 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef uint32_t pages[BATCH]
     cdef uint8_t clean[BATCH]
     cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
-    cdef uint32_t n, evicted
-    cdef uint64_t looked
+    cdef uint32_t n
+    cdef uint64_t looked, waited
     cdef int64_t page
     cdef int state
+    cdef bint parked, room, short, full
     ASSERT(buffer != NULL, b"no memory for an evictor's buffer")
     memset(buffer, 0, BATCH * PAGE)
-    while not load32(&r.stopping, ACQUIRE) and not r.dead:
+    while not load32(&r.stopping, ACQUIRE):
         pthread_mutex_lock(&r.lock)
         if not is_short(r):
             cond_wait_until(&r.work, &r.lock, now_ns() + 200000000ull)
@@ -889,17 +1091,25 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             clean[looked] = state_of(r, pages[looked]) == PAGE_CLEAN
             r.states[pages[looked]] = <uint8_t> ((r.states[pages[looked]] & ~STATE_MASK) | PAGE_EVICTING)
         pthread_mutex_unlock(&r.lock)
-        evicted = evict(r, pages, n, clean, buffer) if n else 0
-        if r.parked_count and has_room(r):
+        if n:
+            evict(r, pages, n, clean, buffer)
+        pthread_mutex_lock(&r.lock)
+        parked = r.parked_count != 0
+        room = has_room(r)
+        short = is_short(r)
+        full = r.full
+        waited = now_ns() - r.parked_since_ns
+        pthread_mutex_unlock(&r.lock)
+        if parked and room:
             unpark(r)
-        elif r.parked_count:
+        elif parked:
             # What waits for a lender's answer makes room within give_up; only a store that refuses is full before.
-            if now_ns() - r.parked_since_ns > r.full_wait_ns + (0 if r.full else r.links.give_up_ns):
+            if waited > r.full_wait_ns + (0 if full else r.links.give_up_ns):
                 refuse(r)
             pthread_mutex_lock(&r.lock)
             cond_wait_until(&r.work, &r.lock, now_ns() + 5000000ull)
             pthread_mutex_unlock(&r.lock)
-        elif n == 0 and is_short(r):
+        elif n == 0 and short:
             pthread_mutex_lock(&r.lock)         # everything is pinned or in other hands
             cond_wait_until(&r.changed, &r.lock, now_ns() + 5000000ull)
             pthread_mutex_unlock(&r.lock)
@@ -916,8 +1126,10 @@ cdef enum Outcome:
     GONE_STOPPED = 3
 
 
-cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable, uint64_t deadline) noexcept nogil:
-    """Bring a run of at most WINDOW_MAX pages in and wait for it. Writable: dirty and mapped for writing when it returns."""
+cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writable, uint64_t deadline) noexcept nogil:
+    """Bring a run of at most WINDOW_MAX pages in and wait for it. Writable: dirty when it returns, so that
+    the process may make it writable without asking."""
+    cdef Region_t *r = a.region
     cdef uint64_t page
     cdef Batch *b
     cdef int state
@@ -926,7 +1138,7 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
         all_there = True
         pthread_mutex_lock(&r.lock)
         for page in range(first, end):
-            if load32(&r.stopping, ACQUIRE) or r.dead:
+            if load32(&r.stopping, ACQUIRE) or load32(&a.leaving, ACQUIRE) or load32(&a.dead, RELAXED):
                 pthread_mutex_unlock(&r.lock)
                 return GONE_STOPPED
             state = state_of(r, page)
@@ -950,9 +1162,11 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
             if state == PAGE_CLEAN:
                 r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_FETCHING)
                 pthread_mutex_unlock(&r.lock)
-                make_writable(r, page, page + 1)
+                forget_stored(r, page, page + 1)
+                protect(r, page, 1, False)
+                arrived(r, page, 1, PAGE_DIRTY)
                 break
-            b = take_batch(r) if state == PAGE_AWAY and has_room(r) else NULL
+            b = take_batch(a) if state == PAGE_AWAY and has_room(r) else NULL
             if b != NULL:
                 b.fault = False
                 b.write_all = writable
@@ -972,27 +1186,95 @@ cdef int make_resident(Region_t *r, uint64_t first, uint64_t end, bint writable,
             return GONE_FULL
 
 
-cdef void await_evictors(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
-    """Until nobody else is writing pages of this run out either; bounded as each eviction is."""
+cdef void await_others(Region_t *r, uint64_t first, uint64_t end, int state) noexcept nogil:
+    """Until no page of this run is in other hands (fetching, or evicting); bounded as each eviction is."""
     cdef uint64_t deadline = now_ns() + r.full_wait_ns + 1000000000ull
     pthread_mutex_lock(&r.lock)
     while first < end and now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
-        if state_of(r, first) == PAGE_EVICTING:
+        if state_of(r, first) == state:
             cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
         else:
             first += 1
+            if first % 65536 == 0:          # nobody who faults waits for a walk through a large region
+                pthread_mutex_unlock(&r.lock)
+                pthread_mutex_lock(&r.lock)
     pthread_mutex_unlock(&r.lock)
 
 
+cdef inline void unpin_page(Attachment *a, uint64_t page) noexcept nogil:
+    """Under the lock: one pin less; the page may leave when nobody has it pinned."""
+    cdef Region_t *r = a.region
+    cdef uint32_t i
+    cdef bint pinned = False
+    a.pins[page] -= 1
+    if a.pins[page]:
+        return
+    a.pinned -= 1
+    for i in range(r.attachments_used):
+        pinned |= r.attachments[i].pins != NULL and r.attachments[i].pins[page] != 0
+    if not pinned:
+        r.states[page] &= <uint8_t> ~FLAG_PINNED
+        resident_unpin(&r.set, <uint32_t> page)
+        r.pinned -= 1
+
+
+cdef void leave(Attachment *a) noexcept nogil:
+    """Its threads end, its pins go, its descriptors are closed. Whatever is under way for it ends within its own bounds."""
+    cdef Region_t *r = a.region
+    cdef uint64_t page = 0, i
+    cdef uint32_t n
+    cdef uint16_t *pins
+    cdef int uffd = a.uffd
+    store32(&a.leaving, 1, RELEASE)
+    eventfd_write(a.stop_fd, 1)
+    for n in range(a.started):
+        pthread_join(a.threads[n], NULL)
+    pthread_mutex_lock(&r.lock)
+    pthread_cond_broadcast(&r.changed)
+    while a.users:
+        cond_wait_until(&r.changed, &r.lock, now_ns() + 100000000ull)
+    for i in range(r.parked_count):
+        r.parked[i].who &= ~bit_of(a)
+    while a.pinned:
+        if a.pins[page]:
+            a.pins[page] = 1
+            unpin_page(a, page)
+        page += 1
+        if page % 65536 == 0:           # nobody who faults waits for a walk through a large region
+            pthread_mutex_unlock(&r.lock)
+            sched_yield()
+            pthread_mutex_lock(&r.lock)
+    pthread_cond_signal(&r.work)
+    pins = a.pins
+    a.pins = NULL
+    r.condemned -= a.condemned_count
+    a.condemned_count = 0
+    free(a.condemned)
+    a.condemned = NULL
+    if uffd >= 0:
+        r.attached -= 1
+    pthread_rwlock_wrlock(&r.mapped)
+    a.uffd = -1
+    pthread_rwlock_unlock(&r.mapped)
+    pthread_mutex_unlock(&r.lock)
+    if uffd >= 0:
+        close(uffd)
+    close(a.guard)
+    close(a.stop_fd)
+    free(pins)
+    a.guard = a.stop_fd = -1
+    a.started = 0
+    store32(&a.dead, 0, RELAXED)
+    store32(&a.leaving, 0, RELAXED)
+
+
 cdef class Region:
-    """One region of one application. See the stub for its contract."""
+    """One region of one or several processes. See engine/region.py for its contract."""
 
     def __cinit__(self, Links links not None, uint64_t pages, uint64_t resident_pages, *, str name, uint32_t fault_threads=1,
                   uint32_t evictor_threads=1, uint64_t full_wait_ms=2000, str poison="auto"):
         cdef Region_t *r
-        cdef int pair[2]
-        cdef int result
-        self.app_guard = -1
+        cdef int result, i
         if not 0 < pages <= 1 << 32:
             raise errors.UsageError(f"a region of {pages} pages: must be 1 to 2^32")
         if resident_pages < RESIDENT_PAGES_MIN and resident_pages < pages:
@@ -1007,7 +1289,10 @@ cdef class Region:
         self.r = r
         self.links = links
         self.name = name
-        r.memfd = r.guard = r.uffd = r.stop_fd = -1
+        r.memfd = -1
+        for i in range(ATTACHMENTS_MAX):
+            r.attachments[i].region = r
+            r.attachments[i].uffd = r.attachments[i].guard = r.attachments[i].stop_fd = -1
         r.links = links.live()
         r.store = r.links.store
         r.pages = pages
@@ -1020,22 +1305,17 @@ cdef class Region:
         r.evictor_threads = evictor_threads
         r.can_poison = poison == "auto"
         pthread_mutex_init(&r.lock, NULL)
+        rwlock_init_fair(&r.mapped)
         cond_init_monotonic(&r.changed)
         cond_init_monotonic(&r.work)
         r.states = <uint8_t *> calloc(pages, 1)
-        r.pins = <uint16_t *> calloc(pages, 2)      # virtual until something is pinned
-        r.parked = <uint32_t *> malloc(4 * PARKED_MAX)
-        r.stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        r.parked = <Parked *> malloc(PARKED_MAX * sizeof(Parked))
         r.memfd = memfd_create(b"ramster-region", MFD_CLOEXEC | MFD_ALLOW_SEALING)
-        if r.states == NULL or r.pins == NULL or r.parked == NULL or r.stop_fd < 0 or r.memfd < 0 or \
+        if r.states == NULL or r.parked == NULL or r.memfd < 0 or \
                 resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + OVERDRAFT) != 0 or \
                 ftruncate(r.memfd, <long> (pages * PAGE)) != 0 or \
                 fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
-        if socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0:
-            raise OSError(errno, strerror(errno).decode())
-        r.guard = pair[0]
-        self.app_guard = pair[1]
         r.pool = 0xffffffffu
         result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
@@ -1049,18 +1329,17 @@ cdef class Region:
         if r == NULL:
             return
         self.shut()
-        for fd in (r.memfd, r.guard, r.uffd, r.stop_fd, self.app_guard):
-            if fd >= 0:
-                close(fd)
+        if r.memfd >= 0:
+            close(r.memfd)
         for i in range(BATCHES_MAX):
             free(r.batches[i].bytes)
         free(r.states)
-        free(r.pins)
         resident_free(&r.set)
         free(r.parked)
         pthread_cond_destroy(&r.changed)
         pthread_cond_destroy(&r.work)
         pthread_mutex_destroy(&r.lock)
+        pthread_rwlock_destroy(&r.mapped)
         free(r)
         self.r = NULL
 
@@ -1087,112 +1366,171 @@ cdef class Region:
         return self.r.budget
 
     @property
-    def dead(self):
-        """The kernel said that the application is gone."""
-        return bool(self.r.dead)
-
-    def guard_fd(self):
-        fd = fcntl(self.app_guard, F_DUPFD_CLOEXEC, 0)
-        if fd < 0:
-            raise OSError(errno, strerror(errno).decode())
-        # Ours is the only copy left after the caller has sent it: the application's end must vanish with the application.
-        close(self.app_guard)
-        self.app_guard = -1
-        return fd
-
-    def attach(self, int uffd, uint64_t base, uint64_t features):
+    def attached(self):
+        """Processes that have it mapped."""
         cdef Region_t *r = self.live()
+        pthread_mutex_lock(&r.lock)
+        n = r.attached
+        pthread_mutex_unlock(&r.lock)
+        return n
+
+    cdef Attachment *attachment(self, uint32_t number) except NULL:
+        cdef Region_t *r = self.live()
+        if number >= ATTACHMENTS_MAX or not r.attachments[number].used:
+            raise errors.UsageError(f"attachment {number}: the region has none of this number")
+        return &r.attachments[number]
+
+    def join(self):
+        cdef Region_t *r = self.live()
+        cdef Attachment *a
+        cdef int pair[2]
+        cdef uint32_t number = 0
+        while number < ATTACHMENTS_MAX and r.attachments[number].used:
+            number += 1
+        if number == ATTACHMENTS_MAX:
+            raise errors.Refused(f"{ATTACHMENTS_MAX} processes use this region already, its limit")
+        a = &r.attachments[number]
+        a.stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if a.stop_fd < 0 or socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0:
+            failure = errno
+            if a.stop_fd >= 0:
+                close(a.stop_fd)
+                a.stop_fd = -1
+            raise OSError(failure, strerror(failure).decode())
+        a.guard = pair[0]
+        a.used = True
+        with nogil:
+            pthread_rwlock_wrlock(&r.mapped)
+            r.attachments_used = max(r.attachments_used, number + 1)
+            pthread_rwlock_unlock(&r.mapped)
+        # The other end is the caller's only: it must vanish with the process that gets it.
+        return number, pair[1]
+
+    def attach(self, uint32_t number, int uffd, uint64_t base, uint64_t features):
+        cdef Attachment *a
+        cdef Region_t *r
         cdef uint32_t i
-        if r.attached:
+        try:
+            a = self.attachment(number)
+            if a.uffd >= 0:
+                raise errors.UsageError("this process has mapped the region already")
+        except BaseException:
             close(uffd)
-            raise errors.UsageError("the region has its application already")
-        r.uffd = uffd
-        r.base = base
-        r.can_poison = r.can_poison and (features & UFFD_FEATURE_POISON) != 0
-        r.attached = True
-        for i in range(r.fault_threads + r.evictor_threads):
-            if start_thread(&r.threads[i], fault_main if i < r.fault_threads else evictor_main, r,
-                            b"ramster-fault" if i < r.fault_threads else b"ramster-evict") != 0:
+            raise
+        r = a.region
+        fcntl(uffd, F_SETFL, fcntl(uffd, F_GETFL) | O_NONBLOCK)     # else a fault thread could not be ended
+        a.base = base
+        a.can_continue_protected = (features & UFFD_FEATURE_WP_UNPOPULATED) != 0
+        with nogil:
+            pthread_mutex_lock(&r.lock)
+            r.can_poison = r.can_poison and (features & UFFD_FEATURE_POISON) != 0
+            r.attached += 1
+            pthread_rwlock_wrlock(&r.mapped)
+            a.uffd = uffd           # from here on evictors protect here, too
+            pthread_rwlock_unlock(&r.mapped)
+            pthread_mutex_unlock(&r.lock)
+        for i in range(r.fault_threads):
+            if start_thread(&a.threads[i], fault_main, a, b"ramster-fault") != 0:
                 raise MemoryError("cannot start the threads of a region")
-            r.started += 1
+            a.started += 1
+        while r.evictors_started < r.evictor_threads:
+            if start_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict") != 0:
+                raise MemoryError("cannot start the threads of a region")
+            r.evictors_started += 1
 
-    cdef Region_t *begin(self, uint64_t first, uint64_t count) except NULL:
-        """Checks a run and counts this call in, so that close() waits for it."""
+    def detach(self, uint32_t number):
+        cdef Attachment *a = self.attachment(number)
+        if load32(&a.leaving, RELAXED):
+            raise errors.UsageError("this process is being detached already")
+        leave(a)
+        a.used = False
+
+    cdef Region_t *begin(self, Attachment *a, uint64_t first, uint64_t count) except NULL:
+        """Checks a run and counts this call in, so that close() and detach() wait for it."""
         cdef Region_t *r = self.live()
-        if not r.attached:
-            raise errors.UsageError("the region has no application yet")
+        if a != NULL and a.uffd < 0:
+            raise errors.UsageError("this process has not mapped the region yet")
         if count == 0 or first >= r.pages or count > r.pages - first:
             raise errors.UsageError(f"pages {first} to {first + count} are not all in a region of {r.pages} pages")
         pthread_mutex_lock(&r.lock)
         r.users += 1
+        if a != NULL:
+            a.users += 1
         pthread_mutex_unlock(&r.lock)
         return r
 
-    cdef int end(self, Region_t *r) except -1:
+    cdef int end(self, Region_t *r, Attachment *a) except -1:
         pthread_mutex_lock(&r.lock)
         r.users -= 1
+        if a != NULL:
+            a.users -= 1
         pthread_cond_broadcast(&r.changed)
         pthread_mutex_unlock(&r.lock)
         return 0
 
-    cdef int wait_in(self, Region_t *r, uint64_t first, uint64_t count, bint writable) except -1:
+    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1:
         """Make a run resident, in windows, each with its own deadline."""
+        cdef Region_t *r = a.region
         cdef uint64_t page = first, end
         cdef int outcome = DONE
         with nogil:
             while page < first + count and outcome == DONE:
                 end = min(page + WINDOW_MAX, first + count)
-                outcome = make_resident(r, page, end, writable,
+                outcome = make_resident(a, page, end, writable,
                                         now_ns() + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
                 page = end
         return outcome
 
-    def pin(self, uint64_t first, uint64_t count):
-        cdef Region_t *r = self.begin(first, count)
+    def pin(self, uint32_t number, uint64_t first, uint64_t count):
+        cdef Attachment *a = self.attachment(number)
+        cdef Region_t *r = self.begin(a, first, count)
         cdef uint64_t page
         cdef uint64_t fresh
         cdef int outcome
+        cdef bint fits = True
         try:
-            pthread_mutex_lock(&r.lock)
-            fits = True
-            fresh = 0
-            for page in range(first, first + count):
-                fits = fits and r.pins[page] < 0xffff
-                fresh += r.pins[page] == 0
-            fits = fits and r.pinned + fresh + r.reserve <= r.budget
-            if fits:
+            with nogil:
+                pthread_mutex_lock(&r.lock)
+                fresh = 0
+                if a.pins == NULL:
+                    a.pins = <uint16_t *> calloc(r.pages, 2)    # virtual until it is used
+                    fits = a.pins != NULL
                 for page in range(first, first + count):
-                    r.pins[page] += 1
-                    if r.pins[page] == 1:
+                    fits = fits and a.pins[page] < 0xffff
+                    fresh += not r.states[page] & FLAG_PINNED
+                fits = fits and r.pinned + fresh + r.reserve <= r.budget
+                if fits:
+                    for page in range(first, first + count):
+                        a.pins[page] += 1
+                        a.pinned += a.pins[page] == 1
                         r.states[page] |= FLAG_PINNED
-                        r.pinned += 1
-            pthread_mutex_unlock(&r.lock)
+                    r.pinned += fresh
+                fresh = r.pinned
+                pthread_mutex_unlock(&r.lock)
             if not fits:
                 raise errors.RegionFull(
-                    f"cannot pin {count} pages: {r.pinned} are pinned, and at most {r.budget - r.reserve} of the {r.budget} "
+                    f"cannot pin {count} pages: {fresh} are pinned, and at most {r.budget - r.reserve} of the {r.budget} "
                     "resident pages may be")
-            outcome = self.wait_in(r, first, count, True)
+            outcome = self.wait_in(a, first, count, True)
             if outcome != DONE:
-                self.drop_pins(r, first, count)
+                self.drop_pins(a, first, count)
                 self.fail(outcome, first, count)
         finally:
-            self.end(r)
+            self.end(r, a)
 
-    cdef int drop_pins(self, Region_t *r, uint64_t first, uint64_t count) except -1:
+    cdef int drop_pins(self, Attachment *a, uint64_t first, uint64_t count) except -1:
+        cdef Region_t *r = a.region
         cdef uint64_t page
-        cdef bint pinned = True
-        pthread_mutex_lock(&r.lock)
-        for page in range(first, first + count):
-            pinned = pinned and r.pins[page] > 0
-        if pinned:
+        cdef bint pinned = a.pins != NULL
+        with nogil:
+            pthread_mutex_lock(&r.lock)
             for page in range(first, first + count):
-                r.pins[page] -= 1
-                if r.pins[page] == 0:
-                    r.states[page] &= ~FLAG_PINNED
-                    resident_unpin(&r.set, <uint32_t> page)
-                    r.pinned -= 1
-        pthread_cond_signal(&r.work)
-        pthread_mutex_unlock(&r.lock)
+                pinned = pinned and a.pins[page] > 0
+            if pinned:
+                for page in range(first, first + count):
+                    unpin_page(a, page)
+            pthread_cond_signal(&r.work)
+            pthread_mutex_unlock(&r.lock)
         if not pinned:
             raise ValueError(f"pages {first} to {first + count} are not all pinned")
         return 0
@@ -1205,30 +1543,36 @@ cdef class Region:
             raise errors.RegionFull(f"no room for pages {first} to {first + count} within the bounded wait")
         raise errors.UsageError("the region was closed meanwhile")
 
-    def unpin(self, uint64_t first, uint64_t count):
-        cdef Region_t *r = self.begin(first, count)
+    def unpin(self, uint32_t number, uint64_t first, uint64_t count):
+        cdef Attachment *a = self.attachment(number)
+        cdef Region_t *r = self.begin(a, first, count)
         try:
-            self.drop_pins(r, first, count)
+            self.drop_pins(a, first, count)
         finally:
-            self.end(r)
+            self.end(r, a)
 
-    def prefetch(self, uint64_t first, uint64_t count):
-        cdef Region_t *r = self.begin(first, count)
+    def prefetch(self, uint32_t number, uint64_t first, uint64_t count):
+        cdef Attachment *a = self.attachment(number)
+        cdef Region_t *r = self.begin(a, first, count)
+        cdef uint64_t pinned
         cdef int outcome
         try:
             runs = self.lost_runs(r, first, count)
             if runs:
                 self.fail(GONE_LOST, first, count)
-            count = min(count, r.budget - r.reserve - min(r.pinned, r.budget - r.reserve))
-            outcome = self.wait_in(r, first, count, False) if count else GONE_FULL
+            pthread_mutex_lock(&r.lock)
+            pinned = r.pinned
+            pthread_mutex_unlock(&r.lock)
+            count = min(count, r.budget - r.reserve - min(pinned, r.budget - r.reserve))
+            outcome = self.wait_in(a, first, count, False) if count else GONE_FULL
             if outcome != DONE:
                 self.fail(outcome, first, count)
             return count
         finally:
-            self.end(r)
+            self.end(r, a)
 
     def evict(self, uint64_t first, uint64_t count):
-        cdef Region_t *r = self.begin(first, count)
+        cdef Region_t *r = self.begin(NULL, first, count)
         cdef uint32_t pages[BATCH]
         cdef uint8_t clean[BATCH]
         cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
@@ -1240,6 +1584,8 @@ cdef class Region:
             if buffer == NULL:
                 raise MemoryError
             with nogil:
+                # A page that was just touched may still be in the hands of whoever has mapped it.
+                await_others(r, first, first + count, PAGE_FETCHING)
                 while page < first + count and not full and not load32(&r.stopping, ACQUIRE):
                     n = 0
                     pthread_mutex_lock(&r.lock)
@@ -1257,13 +1603,13 @@ cdef class Region:
                         evicted += left
                         full = left < n
                         unpark(r)
-                await_evictors(r, first, first + count)
-            if full and not r.dead:
+                await_others(r, first, first + count, PAGE_EVICTING)
+            if full:
                 raise errors.RegionFull(f"no room for more pages: {evicted} were written out, the rest stays resident")
             return evicted
         finally:
             free(buffer)
-            self.end(r)
+            self.end(r, NULL)
 
     cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count):
         """Runs of pages whose only copy is gone or out of reach."""
@@ -1295,25 +1641,42 @@ cdef class Region:
         return runs
 
     def check(self, uint64_t first, uint64_t count):
-        cdef Region_t *r = self.begin(first, count)
+        cdef Region_t *r = self.begin(NULL, first, count)
         try:
             return self.lost_runs(r, first, count)
         finally:
-            self.end(r)
+            self.end(r, NULL)
 
     def statistics(self):
         cdef Region_t *r = self.live()
         cdef uint64_t census[5]
+        cdef uint64_t page = 0
+        cdef uint32_t n
+        cdef uint8_t states[CENSUS]
+        cdef uint64_t now[12]
+        memset(census, 0, sizeof(census))
         with nogil:
-            store_census(r.store, r.pool, r.states, census)
-        return dict(
-            pages=r.pages, resident_pages=r.resident, budget_pages=r.budget, pinned_pages=r.pinned,
-            local_pages=census[1] + census[2], remote_pages=census[3], lost_pages=r.lost + census[4],
-            never_touched_pages=census[0], faults=r.faults, faults_local=r.faults_local, faults_remote=r.faults_remote,
-            faults_zero=r.faults_zero, faults_wp=r.faults_wp, faults_minor=r.faults_minor, faults_parked=r.faults_parked,
-            evictions=r.evictions, evictions_clean=r.evictions_clean, refused=r.refused, full=int(r.full),
+            while page < r.pages:
+                n = <uint32_t> min(<uint64_t> CENSUS, r.pages - page)
+                pthread_mutex_lock(&r.lock)     # for a copy, no longer: faults need it
+                memcpy(states, r.states + page, n)
+                pthread_mutex_unlock(&r.lock)
+                page = store_census(r.store, r.pool, page, n, states, census)
+            pthread_mutex_lock(&r.lock)
+            now[:] = [r.resident, r.pinned, r.lost, r.attached, r.full, r.faults, r.faults_wp, r.faults_minor, r.faults_parked,
+                      r.evictions, r.evictions_clean, r.refused]
+            pthread_mutex_unlock(&r.lock)
+        values = dict(
+            pages=r.pages, resident_pages=now[0], budget_pages=r.budget, pinned_pages=now[1], attached_processes=now[3],
+            local_pages=census[1] + census[2], remote_pages=census[3], lost_pages=now[2] + census[4], faults=now[5],
+            faults_local=load64(&r.faults_local, RELAXED), faults_remote=load64(&r.faults_remote, RELAXED),
+            faults_zero=load64(&r.faults_zero, RELAXED), faults_wp=now[6], faults_minor=now[7], faults_parked=now[8],
+            evictions=now[9], evictions_clean=now[10], refused=now[11], full=now[4],
             fault_local_p50_us=quantile(&r.local_ns, 0.5) // 1000, fault_local_p99_us=quantile(&r.local_ns, 0.99) // 1000,
             fault_remote_p50_us=quantile(&r.remote_ns, 0.5) // 1000, fault_remote_p99_us=quantile(&r.remote_ns, 0.99) // 1000)
+        # Most of a large region is not looked at, so this is what is left.
+        elsewhere = sum(values[f"{name}_pages"] for name in ("resident", "local", "remote", "lost"))
+        return values | dict(never_touched_pages=max(0, r.pages - elsewhere))
 
     def close(self):
         self.shut()
@@ -1326,14 +1689,16 @@ cdef class Region:
         self.closed = True
         store32(&r.stopping, 1, RELEASE)
         with nogil:
+            for i in range(ATTACHMENTS_MAX):
+                if r.attachments[i].used:
+                    leave(&r.attachments[i])
+                    r.attachments[i].used = False
             pthread_mutex_lock(&r.lock)
             pthread_cond_broadcast(&r.work)
             pthread_cond_broadcast(&r.changed)
             pthread_mutex_unlock(&r.lock)
-            if r.stop_fd >= 0:
-                eventfd_write(r.stop_fd, 1)
-            for i in range(r.started):
-                pthread_join(r.threads[i], NULL)
+            for i in range(r.evictors_started):
+                pthread_join(r.evictors[i], NULL)
             # Gets under way end within give_up: their replies must not find this memory gone.
             pthread_mutex_lock(&r.lock)
             while r.batches_used or r.users:
@@ -1341,7 +1706,4 @@ cdef class Region:
             pthread_mutex_unlock(&r.lock)
             if r.pool != 0xffffffffu:
                 store_destroy_pool(r.store, r.pool)
-        if r.uffd >= 0:
-            close(r.uffd)
-            r.uffd = -1
         return 0

@@ -303,7 +303,8 @@ cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
 cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
-cdef void store_census(Store_t *s, uint32_t pool, const uint8_t *resident, uint64_t *census) noexcept nogil
+cdef uint64_t store_census(
+    Store_t *s, uint32_t pool, uint64_t first, uint32_t count, const uint8_t *resident, uint64_t *census) noexcept nogil
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
 cdef uint32_t store_seal_cold(Store_t *s, uint64_t age_ms) noexcept nogil
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil

@@ -2083,30 +2083,33 @@ cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry
     return decode(header, plain, ref, page)
 
 
-cdef void store_census(Store_t *s, uint32_t pool_id, const uint8_t *resident, uint64_t *census) noexcept nogil:
-    """Where the pages of a dense pool are: counts of absent, same-filled, local, remote and lost ones, without those whose
-    low nibble in 'resident' is set. A glance, no lock."""
+cdef uint64_t store_census(Store_t *s, uint32_t pool_id, uint64_t first, uint32_t count, const uint8_t *resident,
+                           uint64_t *census) noexcept nogil:
+    """Where 'count' pages of a dense pool are: adds to the numbers of absent, same-filled, local, remote and lost ones, without
+    those whose low nibble in 'resident' is set. Returns the page to go on with; what was never populated is skipped, and nothing
+    of it counted. A glance, no lock."""
     cdef Reader *reader = enter(s)
     cdef Pool *pool = pool_at(s, pool_id)
-    cdef uint64_t i = 0, slot
-    cdef uint32_t state
-    memset(census, 0, 5 * 8)
-    while pool != NULL and i < pool.pages:
-        if resident[i] & 0x0f:
-            i += 1
-            continue
-        slot = load64(&pool.slots[i], RELAXED) if load8(&pool.populated[i // SLOTS_PER_CHUNK], ACQUIRE) else 0
-        i += 1
-        if slot == 0:
-            census[0] += 1
-        elif slot_kind(slot) == KIND_FILLED:
-            census[1] += 1
-        elif slot_segment(slot) >= load32(&s.segments_used, ACQUIRE):
-            census[4] += 1              # damaged
-        else:
-            state = load32(&s.segments[slot_segment(slot)].state, RELAXED)
-            census[3 if state == SEG_REMOTE else 4 if state == SEG_LOST else 2] += 1
+    cdef uint64_t slot, next = first + count
+    cdef uint32_t i, state
+    if pool != NULL and not load8(&pool.populated[first // SLOTS_PER_CHUNK], ACQUIRE):
+        next = (first // SLOTS_PER_CHUNK + 1) * SLOTS_PER_CHUNK
+    elif pool != NULL:
+        for i in range(count):
+            slot = load64(&pool.slots[first + i], RELAXED)
+            if resident[i] & 0x0f:
+                continue
+            if slot == 0:
+                census[0] += 1
+            elif slot_kind(slot) == KIND_FILLED:
+                census[1] += 1
+            elif slot_segment(slot) >= load32(&s.segments_used, ACQUIRE):
+                census[4] += 1              # damaged
+            else:
+                state = load32(&s.segments[slot_segment(slot)].state, RELAXED)
+                census[3 if state == SEG_REMOTE else 4 if state == SEG_LOST else 2] += 1
     leave(reader)
+    return next
 
 
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil:

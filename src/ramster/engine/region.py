@@ -1,4 +1,4 @@
-"""A region's documented face: one application's far array, served by native threads of the node.
+"""A region's documented face: a far array of one or several processes, served by native threads of the node.
 
 Covers the contract; the mechanism and its rules are in `_region.pyx`. How an application gets there is
 `ramster.frontswap`.
@@ -12,7 +12,7 @@ __all__ = ["Region"]
 
 
 class Region(_region.Region):
-    """One region of one application, served from `attach` until `close`.
+    """One region, served from the first `attach` until `close`.
 
     Region(links, pages, resident_pages, *, name, fault_threads=1, evictor_threads=1, full_wait_ms=2000, poison="auto")
 
@@ -20,16 +20,23 @@ class Region(_region.Region):
     [links] give_up + [region] full_wait + 1 s for each window of 32 pages.
 
     Args:
-        pages: size. resident_pages: how many may be in the application's RAM at once, at least 16.
-        fault_threads, evictor_threads: 1 to 16 of each. full_wait_ms: how long a fault waits for room before SIGBUS.
-        poison: "auto" uses UFFDIO_POISON where the application's kernel has it, "guard" always the application's
-            guardian.
+        pages: size. resident_pages: how many may be in RAM at once, at least 16.
+        fault_threads, evictor_threads: 1 to 16 of each; fault threads for each process. full_wait_ms: how long a fault
+            waits for room before SIGBUS.
+        poison: "auto" uses UFFDIO_POISON where the applications' kernel has it, "guard" always their guardians.
 
-    attach: the application's userfaultfd (owned from here on, also when this raises) and where it mapped the memfd.
-    pin: brings a run in, makes it writable and keeps it; nests. RegionFull when more would be pinned than the budget
-        allows, RegionLost when a page is lost; then nothing is pinned. unpin: ValueError for a run that is not pinned.
-    prefetch: brings in as much of a run as the budget allows and says how many pages. RegionLost before anything moves.
-    evict: writes a run out; pages that are pinned stay. RegionFull when there is no room for all; the rest stays.
+    join: room for one more process: (its number, the far end of its guard channel, which the caller owns). Refused when
+        32 processes are attached.
+    attach: that process's userfaultfd (owned from here on, also when this raises) and where it mapped the memfd.
+    detach: its threads end, its pins go, its descriptors are closed; the other processes do not notice. Waits for calls
+        of `pin` and `prefetch` for it that are under way, which end early.
+    pin: brings a run in, makes it writable and keeps it; nests, and belongs to that process. RegionFull when more would
+        be pinned than the budget allows, RegionLost when a page is lost; then nothing is pinned.
+    unpin: ValueError for a run that this process has not pinned.
+    prefetch: brings in as much of a run as the budget allows, maps it in that process and says how many pages.
+        RegionLost before anything moves.
+    evict: writes a run out, for all processes; pages that are pinned stay. RegionFull when there is no room for all;
+        the rest stays.
     check: runs of pages whose only copy is gone or out of reach; moves nothing.
-    close: ends the threads, forgets every page here and away. Neither poisons nor unregisters.
+    close: detaches every process, ends the threads, forgets every page here and away. Neither poisons nor unregisters.
     """

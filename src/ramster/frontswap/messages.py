@@ -2,7 +2,8 @@
 
 The application asks, the node answers each request once and in order; `id` is copied to the answer, so that an
 answer that came after the application gave up on it is recognised and dropped. Descriptors travel beside the record
-(SCM_RIGHTS): the answer to `Create` carries the region's memfd and the guard channel, `Attach` carries the userfaultfd.
+(SCM_RIGHTS): the answer to `Create` and `Join` carries the region's memfd and the guard channel, `Attach` carries the
+userfaultfd.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ class Create(_Request, tag="create"):
     name: Annotated[str, Meta(max_length=NAME_MAX)] | None = None
 
 
+class Join(_Request, tag="join"):
+    """First message instead of `Create`: share a region of the same user's, by its name or its number."""
+
+    version: int
+    region: Annotated[str, Meta(max_length=NAME_MAX)] | int
+
+
 class Attach(_Request, tag="attach"):
     """Second message: the application mapped the memfd at `base` and hands over its userfaultfd with these features
     enabled.
@@ -93,7 +101,7 @@ class Close(_Request, tag="close"):
 
 
 Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Check
-Request: TypeAlias = Create | Attach | Pin | Unpin | Prefetch | Evict | Check | Statistics | Close
+Request: TypeAlias = Create | Join | Attach | Pin | Unpin | Prefetch | Evict | Check | Statistics | Close
 
 
 class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -110,12 +118,14 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     next_page: int | None = None
     """Check: where to go on, because more than RUNS_MAX runs were found."""
     pages: int = 0
-    """Create: pages of the region. Prefetch: pages now resident. Evict: pages written out."""
+    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out."""
     region: int = 0
+    name: str = ""
+    """Create, Join: as `ramster status` shows it."""
     resident_pages: int = 0
     node_wait_ms: int = 0
     poison: str = "auto"
-    """Create: "guard" asks the application to leave UFFDIO_POISON off."""
+    """Create, Join: "guard" asks the application to leave UFFDIO_POISON off."""
     statistics: dict[str, int] = {}
 
 

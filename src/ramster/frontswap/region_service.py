@@ -1,5 +1,7 @@
-"""The node's side of the region socket: one connection per region, thin glue between applications and the engine's
-Region.
+"""The node's side of the region socket: one connection per process and region, thin glue between applications and the
+engine's Region.
+
+A region lives while one process uses it. Whoever came first has no special part: the last one out closes it.
 
 Everything here runs in the node's event loop; whatever may block (making, pinning, closing a region ...) runs in a
 small thread pool, one request of a connection at a time. The page path never comes through here.
@@ -54,11 +56,12 @@ class EngineRegion(Protocol):
     def pages(self) -> int: ...
     @property
     def resident_pages(self) -> int: ...
-    def guard_fd(self) -> int: ...
-    def attach(self, uffd: int, base: int, features: int) -> None: ...
-    def pin(self, first: int, count: int) -> None: ...
-    def unpin(self, first: int, count: int) -> None: ...
-    def prefetch(self, first: int, count: int) -> int: ...
+    def join(self) -> tuple[int, int]: ...
+    def attach(self, number: int, uffd: int, base: int, features: int) -> None: ...
+    def detach(self, number: int) -> None: ...
+    def pin(self, number: int, first: int, count: int) -> None: ...
+    def unpin(self, number: int, first: int, count: int) -> None: ...
+    def prefetch(self, number: int, first: int, count: int) -> int: ...
     def evict(self, first: int, count: int) -> int: ...
     def check(self, first: int, count: int) -> list[tuple[int, int]]: ...
     def statistics(self) -> dict[str, int]: ...
@@ -87,6 +90,8 @@ class ServiceCounters:
     """Events since the node started."""
 
     connections: int = 0
+    joins: int = 0
+    """Processes that asked for a region that was there already."""
     regions_made: int = 0
     regions_closed: int = 0
     refused: int = 0
@@ -101,7 +106,48 @@ class RegionInfo:
     number: int
     name: str
     pid: int
+    """Of the process that has used it for longest."""
+    pids: tuple[int, ...]
+    """Of all that use it, in the order of their coming."""
     statistics: dict[str, int]
+
+
+class _Shared:
+    """A region and the connections that use it."""
+
+    def __init__(self, region: EngineRegion, name: str | None, shown: str, uid: int, reserved_pages: int) -> None:
+        self.region = region
+        self.name, self.shown, self.uid, self.reserved_pages = name, shown, uid, reserved_pages
+        self.number = 0
+        self.members: list[_Connection] = []
+        self._closed = False
+        # Taken in pool threads. A member that leaves may take a while: `info` waits for the last one only.
+        self._leaving = threading.Lock()
+        self._closing = threading.Lock()
+
+    def info(self) -> RegionInfo | None:
+        """Runs in a pool thread; None where the region is gone."""
+        pids = tuple(member.pid for member in list(self.members))
+        with self._closing:
+            if self._closed or not pids:
+                return None
+            return RegionInfo(
+                number=self.number,
+                name=self.shown,
+                pid=pids[0],
+                pids=pids,
+                statistics=dict(self.region.statistics()),
+            )
+
+    def leave(self, attachment: int | None, last: bool) -> None:
+        """Runs in a pool thread."""
+        with self._leaving:
+            if last:
+                with self._closing:
+                    self._closed = True
+                    self.region.close()
+            elif attachment is not None:
+                self.region.detach(attachment)
 
 
 class _Garbage(Exception):
@@ -109,22 +155,18 @@ class _Garbage(Exception):
 
 
 class _Connection:
-    """A connected application and, after its first message, its region."""
+    """A connected process and, after its first message, its region."""
 
     def __init__(self, service: RegionService, sock: socket.socket) -> None:
         self.service = service
         self.sock = sock
         self.loop = asyncio.get_running_loop()
-        self.pid, self.pidfd = _peer(sock)
-        self.region: EngineRegion | None = None
-        self.number = 0
-        self.name = ""
+        self.pid, self.uid, self.pidfd = _peer(sock)
+        self.shared: _Shared | None = None
+        self.attachment: int | None = None
         self.attached = False
-        self.reserved_pages = 0
         self._gone = False
         self._waiting: asyncio.Future[None] | None = None
-        # Between `statistics` and `close`, which run in pool threads.
-        self._closing = threading.Lock()
         if self.pidfd is not None:
             self.loop.add_reader(self.pidfd, self.leave)
 
@@ -214,13 +256,15 @@ class _Connection:
             match request:
                 case messages.Create():
                     reply, sent = await self._create(request)
+                case messages.Join():
+                    reply, sent = await self._join(request)
                 case messages.Attach():
                     reply = await self._attach(request, fds.pop())
                 case messages.Close():
-                    await self._close_region()
+                    await self._leave_region()
                     reply = messages.Reply(ok=True)
                 case messages.Statistics():
-                    reply = messages.Reply(ok=True, statistics=await self.service.run(self._ready().statistics))
+                    reply = messages.Reply(ok=True, statistics=await self.service.run(self._ready()[0].statistics))
                 case _:
                     reply = await self._span(request)
         except RamsterError as error:
@@ -230,20 +274,23 @@ class _Connection:
         except ValueError as error:
             reply = messages.Reply(ok=False, error=UsageError.code, message=str(error))
         except Exception as error:
-            _log.exception("region %d (%s): %s failed", self.number, self.name, type(request).__name__)
+            _log.exception("region %s: %s failed", self.name, type(request).__name__)
             reply = messages.Reply(ok=False, error=RamsterError.code, message=f"{type(error).__name__}: {error}")
         finally:
             for fd in fds:
                 os.close(fd)
         return msgspec.structs.replace(reply, id=request.id), sent
 
-    async def _create(self, request: messages.Create) -> tuple[messages.Reply, list[int]]:
-        if request.version != messages.VERSION:
+    def _check_first(self, version: int) -> None:
+        if version != messages.VERSION:
             raise ProtocolError(
-                f"the application speaks version {request.version} of the region protocol, this node {messages.VERSION}"
+                f"the application speaks version {version} of the region protocol, this node {messages.VERSION}"
             )
-        if self.region is not None:
+        if self.shared is not None:
             raise UsageError("this connection has a region already")
+
+    async def _create(self, request: messages.Create) -> tuple[messages.Reply, list[int]]:
+        self._check_first(request.version)
         service, settings = self.service, self.service.settings
         asked = request.resident_pages
         if asked is None:
@@ -261,38 +308,56 @@ class _Connection:
         # Reserved before the first await: two that come at once cannot both pass the check.
         service.regions_count += 1
         service.reserved_pages += resident
-        self.reserved_pages = resident
         # It is shown on terminals and in logs.
-        self.name = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
+        shown = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
         try:
-            region = await service.run(lambda: service.make_region(request.pages, resident, self.name))
+            region = await service.run(lambda: service.make_region(request.pages, resident, shown))
         except BaseException:
-            self._release()
+            service.release(resident)
             raise
-        self.region = region
+        shared = _Shared(region, request.name, shown, self.uid, resident)
         service.last_number += 1
-        self.number = service.last_number
+        shared.number = service.last_number
         service.counters.regions_made += 1
+        service.regions[shared.number] = shared
+        return await self._enter(shared)
+
+    async def _join(self, request: messages.Join) -> tuple[messages.Reply, list[int]]:
+        self._check_first(request.version)
+        self.service.counters.joins += 1
+        return await self._enter(self.service.find(request.region, self.uid))
+
+    async def _enter(self, shared: _Shared) -> tuple[messages.Reply, list[int]]:
+        # A member before anything is waited for: the region stays.
+        self.shared = shared
+        shared.members.append(self)
+        channel = -1
+        try:
+            self.attachment, channel = await self.service.run(shared.region.join)
+            memfd = os.dup(shared.region.memfd)
+        except BaseException:
+            if channel >= 0:
+                os.close(channel)
+            await self._leave_region()
+            raise
+        region = shared.region
+        settings = self.service.settings
         reply = messages.Reply(
             ok=True,
-            region=self.number,
+            region=shared.number,
+            name=shared.shown,
             pages=region.pages,
             resident_pages=region.resident_pages,
             node_wait_ms=settings.node_wait_ms,
             poison=settings.poison,
         )
-        channel = region.guard_fd()
-        try:
-            return reply, [os.dup(region.memfd), channel]
-        except OSError:
-            os.close(channel)
-            raise
+        return reply, [memfd, channel]
 
     async def _attach(self, request: messages.Attach, uffd: int) -> messages.Reply:
         try:
-            region = self.region
-            if region is None or self.attached:
-                raise UsageError("attach comes once, after create")
+            if self.shared is None or self.attachment is None or self.attached:
+                raise UsageError("attach comes once, after create or join")
+            region, number = self.shared.region, self.attachment
             if request.base % PAGE_BYTES or request.base + region.pages * PAGE_BYTES >= 1 << 63:
                 raise UsageError(f"base: {request.base:#x} is no place for {region.pages} pages")
             # Anything else would answer the engine's requests in its own way, or block it.
@@ -301,12 +366,12 @@ class _Connection:
         except BaseException:
             os.close(uffd)
             raise
-        await self.service.run(lambda: region.attach(uffd, request.base, request.features))
+        await self.service.run(lambda: region.attach(number, uffd, request.base, request.features))
         self.attached = True
         return messages.Reply(ok=True)
 
     async def _span(self, request: messages.Span) -> messages.Reply:
-        region = self._ready()
+        region, number = self._ready()
         first, count = request.first, request.count
         if first + count > region.pages:
             raise UsageError(f"pages {first} to {first + count}, the region has {region.pages}")
@@ -315,13 +380,13 @@ class _Connection:
         run = self.service.run
         match request:
             case messages.Pin():
-                await run(lambda: region.pin(first, count))
+                await run(lambda: region.pin(number, first, count))
                 return messages.Reply(ok=True)
             case messages.Unpin():
-                await run(lambda: region.unpin(first, count))
+                await run(lambda: region.unpin(number, first, count))
                 return messages.Reply(ok=True)
             case messages.Prefetch():
-                return messages.Reply(ok=True, pages=await run(lambda: region.prefetch(first, count)))
+                return messages.Reply(ok=True, pages=await run(lambda: region.prefetch(number, first, count)))
             case messages.Evict():
                 return messages.Reply(ok=True, pages=await run(lambda: region.evict(first, count)))
             case messages.Check():
@@ -329,40 +394,30 @@ class _Connection:
                 more = runs[messages.RUNS_MAX][0] if len(runs) > messages.RUNS_MAX else None
                 return messages.Reply(ok=True, runs=runs[: messages.RUNS_MAX], next_page=more)
 
-    def _ready(self) -> EngineRegion:
-        if self.region is None or not self.attached:
-            raise UsageError("create and attach come first")
-        return self.region
+    def _ready(self) -> tuple[EngineRegion, int]:
+        if self.shared is None or self.attachment is None or not self.attached:
+            raise UsageError("create or join, and attach, come first")
+        return self.shared.region, self.attachment
 
-    def info(self) -> RegionInfo | None:
-        """Runs in a pool thread; None where the region is gone."""
-        with self._closing:
-            if self.region is None:
-                return None
-            return RegionInfo(
-                number=self.number, name=self.name, pid=self.pid, statistics=dict(self.region.statistics())
-            )
+    @property
+    def name(self) -> str:
+        return f"{self.shared.number} ({self.shared.shown})" if self.shared else "none"
 
-    def _close_in_thread(self) -> None:
-        with self._closing:
-            region, self.region = self.region, None
-            if region is not None:
-                region.close()
-
-    async def _close_region(self) -> None:
-        if self.region is None:
+    async def _leave_region(self) -> None:
+        shared, self.shared = self.shared, None
+        if shared is None:
             return
+        shared.members.remove(self)
+        last = not shared.members
+        if last:
+            del self.service.regions[shared.number]
+        attachment, self.attachment, self.attached = self.attachment, None, False
         try:
-            await self.service.run(self._close_in_thread)
+            await self.service.run(lambda: shared.leave(attachment, last))
         finally:
-            self.attached = False
-            self.service.counters.regions_closed += 1
-            self._release()
-
-    def _release(self) -> None:
-        self.service.regions_count -= 1
-        self.service.reserved_pages -= self.reserved_pages
-        self.reserved_pages = 0
+            if last:
+                self.service.counters.regions_closed += 1
+                self.service.release(shared.reserved_pages)
 
     async def _end(self) -> None:
         if self.pidfd is not None:
@@ -370,9 +425,9 @@ class _Connection:
             os.close(self.pidfd)
             self.pidfd = None
         try:
-            await self._close_region()
+            await self._leave_region()
         except Exception:
-            _log.exception("region %d (%s): close failed", self.number, self.name)
+            _log.exception("process %d: leaving its region failed", self.pid)
         self.sock.close()
 
 
@@ -380,17 +435,18 @@ def _is_userfaultfd(fd: int) -> bool:
     return Path(f"/proc/self/fd/{fd}").readlink() == Path("anon_inode:[userfaultfd]")
 
 
-def _peer(sock: socket.socket) -> tuple[int, int | None]:
-    """(process id, pidfd) of the other side; no pidfd where it lives in another process namespace or has ended already.
+def _peer(sock: socket.socket) -> tuple[int, int, int | None]:
+    """(process id, user, pidfd) of the other side; no pidfd where it lives in another process namespace or has ended
+    already.
 
     End of file alone does not tell that the application is gone: a child that it forked may hold the socket.
     """
-    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     with contextlib.suppress(OSError):
-        return pid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        return pid, uid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     with contextlib.suppress(OSError, ValueError):
-        return pid, os.pidfd_open(pid)
-    return pid, None
+        return pid, uid, os.pidfd_open(pid)
+    return pid, uid, None
 
 
 class RegionService:
@@ -405,6 +461,7 @@ class RegionService:
         self.make_region = make_region
         self.settings = settings
         self.counters = ServiceCounters()
+        self.regions: dict[int, _Shared] = {}
         self.regions_count = 0
         self.reserved_pages = 0
         self.last_number = 0
@@ -477,7 +534,7 @@ class RegionService:
             return
         self.counters.connections += 1
         sock.setblocking(False)
-        if sum(connection.region is None for connection in self._connections) >= WAITING_MAX:
+        if sum(connection.shared is None for connection in self._connections) >= WAITING_MAX:
             self.counters.refused += 1
             sock.close()
             return
@@ -501,9 +558,34 @@ class RegionService:
             # memory should be gone, until the garbage collector happens to run.
             del future
 
+    def release(self, reserved_pages: int) -> None:
+        """A region is gone, or was not made after all."""
+        self.regions_count -= 1
+        self.reserved_pages -= reserved_pages
+
+    def find(self, which: str | int, uid: int) -> _Shared:
+        """The region of this name or number. Raises UsageError where the user has none, or several; PermissionMissing
+        for another user's.
+        """
+        found = [each for each in self.regions.values() if which in (each.number, each.name)]
+        mine = [each for each in found if uid in (each.uid, 0)]
+        if len(mine) == 1:
+            return mine[0]
+        if mine:
+            raise UsageError(
+                f"{len(mine)} regions are named {which!r}: attach to one by its number, "
+                + " or ".join(str(each.number) for each in mine)
+            )
+        if found:
+            raise PermissionMissing(
+                f"region {which!r} belongs to user {found[0].uid}: a region is shared among processes of one user"
+            )
+        yours = ", ".join(f"{each.shown!r} (number {each.number})" for each in self.regions.values() if each.uid == uid)
+        raise UsageError(f"there is no region {which!r}; yours: {yours or 'none'}")
+
     async def describe(self) -> list[RegionInfo]:
         """Every region with its counters, in the order of their making."""
-        found = [await self.run(connection.info) for connection in list(self._connections) if connection.region]
+        found = [await self.run(shared.info) for shared in list(self.regions.values())]
         return sorted((info for info in found if info is not None), key=lambda info: info.number)
 
     async def close(self) -> None:

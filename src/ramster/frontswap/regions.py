@@ -70,6 +70,8 @@ class RegionStatistics:
     budget_pages: int = 0
     """Pages that may be in RAM."""
     pinned_pages: int = 0
+    attached_processes: int = 0
+    """Processes that have the region mapped, this one included."""
     local_pages: int = 0
     """Pages kept compressed by the node of this machine."""
     remote_pages: int = 0
@@ -84,7 +86,7 @@ class RegionStatistics:
     faults_wp: int = 0
     """First writes to a page that was mapped clean."""
     faults_minor: int = 0
-    """Touches of a page that was in RAM but not mapped."""
+    """Touches of a page that was in RAM but not mapped: as a rule brought in by another process."""
     faults_parked: int = 0
     """Faults that had to wait for an eviction."""
     evictions: int = 0
@@ -248,7 +250,7 @@ class Region(Mapping):
 
     A writable buffer: `memoryview(region)` and numpy work on it. Fresh memory reads as zeros. A page whose only copy
     was lost is SIGBUS when touched, never wrong bytes. The memory lives until `close`, or until the region and the
-    last array on it are gone.
+    last array on it are gone; where other processes are attached, until the last of them is through with it.
 
     socket: the node's region socket. nbytes: size in bytes, at least 1. resident: RAM budget in bytes, or a size
     such as "64MiB"; None: the node's default. name: shown by `ramster status`.
@@ -274,13 +276,25 @@ class Region(Mapping):
                 raise UsageError(f"resident: {resident}, must be at least one page of {PAGE_BYTES} bytes")
         if name is not None and not 1 <= len(name) <= messages.NAME_MAX:
             raise UsageError(f"name: must have 1 to {messages.NAME_MAX} characters")
-        self.name = name or f"pid {os.getpid()}"
+        self._open(
+            socket, messages.Create(version=messages.VERSION, pages=pages, resident_pages=resident_pages, name=name)
+        )
+
+    @classmethod
+    def attached(cls, socket: str | Path, name: str | int) -> Self:
+        """A region that another process of this user has made, by its name or its number; see Client.attach."""
+        if isinstance(name, str) and not 1 <= len(name) <= messages.NAME_MAX:
+            raise UsageError(f"name: must have 1 to {messages.NAME_MAX} characters")
+        region = cls.__new__(cls)
+        Mapping.__init__(region)
+        region._open(socket, messages.Join(version=messages.VERSION, region=name))
+        return region
+
+    def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> None:
         self._control = _Control(Path(socket))
         try:
-            made, (memfd, channel) = self._control.ask_for_descriptors(
-                messages.Create(version=messages.VERSION, pages=pages, resident_pages=resident_pages, name=self.name), 2
-            )
-            self.map(memfd, channel, pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
+            made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
+            self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
             self._control.ask(
                 messages.Attach(base=self.address, features=self.features, user_mode_only=self.user_mode_only),
                 [self.fault_fd],
@@ -289,7 +303,8 @@ class Region(Mapping):
             self._control.hang_up()
             self.unmap()
             raise
-        self.nbytes: int = pages * PAGE_BYTES
+        self.name: str = made.name
+        self.nbytes: int = made.pages * PAGE_BYTES
         self.resident: int = made.resident_pages * PAGE_BYTES
         self.number: int = made.region
         _open_regions.add(self)
@@ -311,7 +326,8 @@ class Region(Mapping):
         return np.frombuffer(memoryview(self), np.uint8)[offset : offset + size].view(kind).reshape(sides)
 
     def pin(self, where: Range = None) -> Pin:
-        """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest.
+        """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest; they belong to this
+        process and end with it.
 
         Needed before anything that writes to the memory other than this process's own instructions and plain read()
         or write(): O_DIRECT, io_uring with registered buffers, RDMA, CUDA. Without a pin an eviction in between
@@ -401,7 +417,8 @@ class Region(Mapping):
         return RegionStatistics(**known)
 
     def close(self) -> None:
-        """Give the memory back; again: does nothing. What it held is gone, here and on every node.
+        """Give the memory back; again: does nothing. Once no other process has the region any more, what it held is
+        gone, here and on every node.
 
         Raises BufferError while arrays or memoryviews of it exist (nothing changes then), ForkedError.
         """
@@ -517,7 +534,7 @@ def _chunks(first: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 class Client:
-    """Makes regions at one node. Cheap: each region has its own connection.
+    """Makes regions at one node, and attaches to those of other processes. Cheap: each region has its own connection.
 
     socket: path of the node's region socket; None: $RAMSTER_SOCKET, else region.sock in the default run directory.
     Raises NodeUnreachable, PermissionMissing.
@@ -536,6 +553,22 @@ class Client:
         made = Region(self.socket, nbytes, resident=resident, name=name)
         self._regions.add(made)
         return made
+
+    def attach(self, name: str | int) -> Region:
+        """A region that another process of the same user has made, by its name or its number (`Region.number`).
+
+        The same memory, at another address: what one process writes the others read at once, as with any shared memory,
+        and it is up to them to take turns. Whichever process ends first, the region lives on with the others.
+
+        Raises UsageError (no such region, or several of that name; the message says which there are),
+        PermissionMissing (another user's region, or userfaultfd is not permitted), Refused (too many processes),
+        KernelUnsupported, NodeUnreachable, ForkedError. Nothing is left behind then.
+        """
+        if self.creator != os.getpid():
+            raise ForkedError("a client belongs to the process that made it; connect anew in the child")
+        found = Region.attached(self.socket, name)
+        self._regions.add(found)
+        return found
 
     def empty(
         self, shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None
@@ -597,6 +630,11 @@ def _default_client() -> Client:
         if _default is None or _default.creator != os.getpid():
             _default = Client()
         return _default
+
+
+def attach(name: str | int) -> Region:
+    """`Client.attach` with the default client of this process."""
+    return _default_client().attach(name)
 
 
 def empty(

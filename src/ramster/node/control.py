@@ -40,7 +40,7 @@ class NodeView(Protocol):
         """The whole status, as JSON types."""
 
     async def regions(self) -> list[dict[str, Any]]:
-        """One object per region: id, name, pid and the region's statistics."""
+        """One object per region: id, name, pid, pids (all processes that use it) and the region's statistics."""
 
     async def would_lose(self) -> dict[str, Any]:
         """What is lost if the node stops now: {"foreign": {owner: bytes}, "regions": [{"id", "name", "pid", "pages"}]}.

@@ -149,7 +149,7 @@ class Node:
 
     async def regions(self) -> list[dict[str, Any]]:
         return [
-            {"id": each.number, "name": each.name, "pid": each.pid, **each.statistics}
+            {"id": each.number, "name": each.name, "pid": each.pid, "pids": list(each.pids), **each.statistics}
             for each in await self.region_service.describe()
         ]
 

@@ -10,6 +10,11 @@ cdef extern from "<pthread.h>" nogil:
         pass
     ctypedef struct pthread_attr_t:
         pass
+    ctypedef struct pthread_rwlock_t:
+        pass
+    ctypedef struct pthread_rwlockattr_t:
+        pass
+    int PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP
     ctypedef unsigned long pthread_t
     int pthread_mutex_init(pthread_mutex_t *, void *) noexcept
     int pthread_mutex_destroy(pthread_mutex_t *) noexcept
@@ -18,6 +23,13 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *) noexcept
     int pthread_condattr_init(pthread_condattr_t *) noexcept
     int pthread_condattr_setclock(pthread_condattr_t *, int clock) noexcept
+    int pthread_rwlockattr_init(pthread_rwlockattr_t *) noexcept
+    int pthread_rwlockattr_setkind_np(pthread_rwlockattr_t *, int kind) noexcept
+    int pthread_rwlock_init(pthread_rwlock_t *, pthread_rwlockattr_t *) noexcept
+    int pthread_rwlock_destroy(pthread_rwlock_t *) noexcept
+    int pthread_rwlock_rdlock(pthread_rwlock_t *) noexcept
+    int pthread_rwlock_wrlock(pthread_rwlock_t *) noexcept
+    int pthread_rwlock_unlock(pthread_rwlock_t *) noexcept
     int pthread_cond_init(pthread_cond_t *, pthread_condattr_t *) noexcept
     int pthread_cond_destroy(pthread_cond_t *) noexcept
     int pthread_cond_signal(pthread_cond_t *) noexcept
@@ -47,6 +59,14 @@ cdef inline int cond_init_monotonic(pthread_cond_t *cond) noexcept nogil:
     pthread_condattr_init(&attr)
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
     return pthread_cond_init(cond, &attr)
+
+
+cdef inline int rwlock_init_fair(pthread_rwlock_t *lock) noexcept nogil:
+    """A lock whose writers are not kept out by readers that come one after the other. Nobody may hold it for reading twice."""
+    cdef pthread_rwlockattr_t attr
+    pthread_rwlockattr_init(&attr)
+    pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP)
+    return pthread_rwlock_init(lock, &attr)
 
 
 cdef inline unsigned long long now_ns() noexcept nogil:
