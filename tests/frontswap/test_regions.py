@@ -564,6 +564,99 @@ def test_no_permission_says_what_to_do() -> None:
     )
 
 
+@pytest.mark.parametrize("way", ["syscall", "device", "user-mode"])
+def test_ways_to_a_userfaultfd(start_node: StartNode, way: str) -> None:
+    """Each serves every fault of the program; that of user mode alone serves system calls in pinned ranges only."""
+    run_script(
+        """
+        import warnings
+        from ramster.frontswap import _client
+        os.environ["RAMSTER_USERFAULTFD"] = way = sys.argv[2]
+        warnings.simplefilter("ignore")
+        try: features, user_mode_only = _client.probe()
+        except ramster.PermissionMissing as error:
+            assert "vm.unprivileged_userfaultfd" in str(error) and "setfacl" in str(error) and os.geteuid() != 0
+            sys.exit()
+        assert user_mode_only == (way == "user-mode")
+        region = ramster.connect(sys.argv[1]).region(64 * PAGE, resident=64 * PAGE)
+        a = region.array((64, 512), np.uint64)
+        words = np.arange(64 * 512, dtype=np.uint64).reshape(64, 512)
+        a[:] = words
+        region.evict()
+        file = os.memfd_create("file")
+        os.write(file, words[::-1].tobytes())
+        def read_into(at, pages): return os.preadv(file, [a[at:at + pages]], at * PAGE)
+        def refused(call, *arguments):
+            try: call(*arguments)
+            except OSError as error: return error.errno == 14
+        out = os.memfd_create("out")
+        assert a[9].tolist() == words[9].tolist() and a[10, 0] == words[10, 0]    # here, and clean
+        if user_mode_only:
+            assert refused(os.write, out, a[40:41])               # away
+            assert refused(read_into, 40, 1)
+            assert os.write(out, a[9:10]) == PAGE
+            assert refused(read_into, 9, 1)                       # here, but clean
+            a[20] = words[20]
+            region.evict(a[21:24])
+            assert read_into(20, 4) == PAGE, "what it moved before"
+            assert (a[9] == words[9]).all() and (a[40:42] == words[40:42]).all(), "a call that fails changes nothing"
+        with region.pin(a[40:44]), region.pin(a[9]):
+            assert os.pwrite(out, a[40:44], 0) == 4 * PAGE == read_into(40, 4) and read_into(9, 1) == PAGE
+        assert os.pread(out, 4 * PAGE, 0) == words[40:44].tobytes()
+        region.evict()
+        assert (a[40:44] == words[::-1][40:44]).all() and (a[9] == words[::-1][9]).all()
+        """,
+        start_node("--engine").socket,
+        way,
+    )
+
+
+def test_an_unknown_way_to_a_userfaultfd(start_node: StartNode) -> None:
+    run_script(
+        """
+        os.environ["RAMSTER_USERFAULTFD"] = "magic"
+        try: ramster.connect(sys.argv[1]).region(1)
+        except ramster.UsageError as error: assert "RAMSTER_USERFAULTFD" in str(error) and "user-mode" in str(error)
+        else: raise AssertionError
+        """,
+        start_node().socket,
+    )
+
+
+@needs_root
+def test_the_device_is_enough(start_node: StartNode, directory: Path) -> None:
+    """A user with nothing but access to /dev/userfaultfd, which only this process's name space gives him."""
+    node = start_node("--engine")
+    for path, mode in ((directory, 0o755), (directory / "run", 0o755), (node.socket, 0o666)):
+        path.chmod(mode)
+    (directory / "device").mkdir()
+    out = run_script(
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        place = sys.argv[2].encode()
+        if libc.unshare(0x20000) or libc.mount(None, b"/", None, 0x44000, None):
+            print("no name space"); sys.exit()
+        assert libc.mount(b"none", place, b"tmpfs", 0, None) == 0
+        try: os.mknod(place + b"/uffd", 0o20666, os.stat("/dev/userfaultfd").st_rdev)
+        except OSError: print("no device"); sys.exit()
+        os.chmod(place + b"/uffd", 0o666)
+        assert libc.mount(place + b"/uffd", b"/dev/userfaultfd", None, 0x1000, None) == 0
+        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        region = ramster.connect(sys.argv[1]).region(16 * PAGE)
+        assert not region.user_mode_only
+        view = memoryview(region)
+        view[5 * PAGE] = 5
+        region.evict()
+        read, write = os.pipe()
+        assert os.write(write, view[5 * PAGE:5 * PAGE + 1]) == 1 and os.read(read, 1) == bytes([5])
+        """,
+        node.socket,
+        directory / "device",
+    )
+    if out:
+        pytest.skip(out.strip())
+
+
 @needs_root
 @both_nodes
 def test_unprivileged_process(start_node: StartNode, directory: Path) -> None:

@@ -21,6 +21,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 
+from ramster.engine._c.atomic cimport RELAXED, add64, load64
 from ramster.engine._c.linux cimport *
 
 import os
@@ -114,7 +115,7 @@ cdef void lose(Guard *guard, uint64_t page) noexcept nogil:
         poison.mode = 0
         poison.updated = 0
         if ioctl(guard.uffd, UFFDIO_POISON, &poison) == 0:
-            guard.replaced += 1
+            add64(&guard.replaced, 1, RELAXED)
             return
         failure = errno
         if failure == EEXIST or failure == EAGAIN:
@@ -125,7 +126,7 @@ cdef void lose(Guard *guard, uint64_t page) noexcept nogil:
         # Neither works: the thread stays asleep rather than see zeros.
         say(b"a lost page cannot be marked (too many mappings, or no memory); its reader stays blocked")
         return
-    guard.replaced += 1
+    add64(&guard.replaced, 1, RELAXED)
     wake(guard, page, 1)
 
 
@@ -201,7 +202,7 @@ cdef void obey(Guard *guard, GuardMessage *message) noexcept nogil:
         else:
             message.flags = <uint32_t> map_over(guard, message.first, message.pages)
             if message.flags == 0:
-                guard.replaced += message.pages
+                add64(&guard.replaced, message.pages, RELAXED)
                 wake(guard, message.first, message.pages)
         send(guard.channel, message, sizeof(GuardMessage), MSG_DONTWAIT | MSG_NOSIGNAL)
     elif message.op == GUARD_NOTE:
@@ -319,34 +320,43 @@ cdef void delist(Guard *guard) noexcept nogil:
 
 NO_PERMISSION = (
     "userfaultfd is not permitted for this process: allow it with 'sysctl vm.unprivileged_userfaultfd=1', or give the "
-    "process CAP_SYS_PTRACE or access to /dev/userfaultfd (in a container also a seccomp profile that lets it through)"
+    "process CAP_SYS_PTRACE or access to /dev/userfaultfd ('setfacl -m u:USER:rw /dev/userfaultfd'; in a container also a "
+    "seccomp profile that lets it through)"
 )
+WAYS = ("auto", "syscall", "device", "user-mode")
 
 
-cdef int open_fault_channel(bint *user_mode_only) except -1:
-    """A new userfaultfd: as full a one as this process may have."""
-    cdef int fd, device, failure
+cdef int open_fault_channel(str way, bint *user_mode_only) except -1:
+    """A new userfaultfd: as full a one as this process may have, or made in one of the WAYS alone."""
+    cdef int fd, device
+    tried = []
     user_mode_only[0] = False
-    fd = <int> syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK)
-    if fd >= 0:
-        return fd
-    failure = errno
-    device = open(b"/dev/userfaultfd", O_RDWR | O_CLOEXEC)
-    if device >= 0:
-        fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK)
-        close(device)
+    if way in ("auto", "syscall"):
+        fd = <int> syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK)
         if fd >= 0:
             return fd
-    if failure == ENOSYS:
-        raise KernelUnsupported("this kernel has no userfaultfd (CONFIG_USERFAULTFD); regions need Linux 5.19 or later")
-    fd = <int> syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY)
-    if fd >= 0:
-        user_mode_only[0] = True
-        return fd
-    if errno == ENOSYS:
-        raise KernelUnsupported("this kernel has no userfaultfd (CONFIG_USERFAULTFD); regions need Linux 5.19 or later")
-    failure = errno
-    raise PermissionMissing(f"{NO_PERMISSION} ({os.strerror(failure)})")
+        if errno == ENOSYS:
+            raise KernelUnsupported("this kernel has no userfaultfd (CONFIG_USERFAULTFD); regions need Linux 5.19 or later")
+        tried.append(f"userfaultfd: {os.strerror(errno)}")
+    if way in ("auto", "device"):
+        device = open(b"/dev/userfaultfd", O_RDWR | O_CLOEXEC)
+        fd = -1
+        if device >= 0:
+            fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK)
+            failure = errno
+            close(device)
+            if fd >= 0:
+                return fd
+        else:
+            failure = errno
+        tried.append(f"/dev/userfaultfd: {os.strerror(failure)}")
+    if way in ("auto", "user-mode"):
+        fd = <int> syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY)
+        if fd >= 0:
+            user_mode_only[0] = True
+            return fd
+        tried.append(f"for faults of user mode alone: {os.strerror(errno)}")
+    raise PermissionMissing(f"{NO_PERMISSION} ({'; '.join(tried)})")
 
 
 cdef uint64_t handshake(int fd, uint64_t features, int *failure) noexcept nogil:
@@ -363,7 +373,10 @@ cdef uint64_t handshake(int fd, uint64_t features, int *failure) noexcept nogil:
 cdef int negotiate(uint64_t wanted, uint64_t *enabled, bint *user_mode_only) except -1:
     """Two descriptors: the first learns what the kernel offers, and a descriptor can settle its features only once."""
     cdef int failure = 0
-    cdef int fd = open_fault_channel(user_mode_only)
+    cdef str way = os.environ.get("RAMSTER_USERFAULTFD", "auto")
+    if way not in WAYS:
+        raise UsageError(f"RAMSTER_USERFAULTFD: {way!r}, must be one of {', '.join(WAYS)}")
+    cdef int fd = open_fault_channel(way, user_mode_only)
     cdef uint64_t offered = handshake(fd, 0, &failure)
     close(fd)
     if failure:
@@ -371,7 +384,7 @@ cdef int negotiate(uint64_t wanted, uint64_t *enabled, bint *user_mode_only) exc
     if offered & REQUIRED != REQUIRED:
         missing = ", ".join([name for bit, name in FEATURE_NAMES.items() if not offered & <uint64_t> bit])
         raise KernelUnsupported(f"regions need Linux 5.19 or later: this kernel's userfaultfd lacks {missing}")
-    fd = open_fault_channel(user_mode_only)
+    fd = open_fault_channel(way, user_mode_only)
     enabled[0] = REQUIRED | (offered & wanted)
     handshake(fd, enabled[0], &failure)
     if failure:
@@ -610,7 +623,7 @@ cdef class Mapping:
     @property
     def pages_replaced(self):
         """Pages that the guardian marked as lost."""
-        return self._mapped().replaced
+        return load64(&self._mapped().replaced, RELAXED)
 
     @property
     def exports(self):
