@@ -49,7 +49,8 @@ STATUS: dict[str, Any] = {
          "credit": 0, "bytes_sent": 0, "bytes_received": 0, "gets": 0, "round_trip_p50_us": 0},
     ],
     "regions": [{"id": 1, "name": "big", "pid": 42, "pages": 131072, "resident_pages": 16384, "local_pages": 20000,
-                 "remote_pages": 40000, "lost_pages": 0, "faults": 99, "fault_local_p50_us": 20}],
+                 "remote_pages": 40000, "lost_pages": 0, "faults": 99, "fault_local_p50_us": 20,
+                 "attached_processes": 37}],
     "counters": {"puts": 5, "local_gets": 6, "remote_gets": 7},
     "remotify": {},
 }  # fmt: skip
@@ -265,7 +266,7 @@ def test_status_command_shows_everything(node: Node, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     for text in (
         "alpha", "1 h 1 min", "48 MiB of 64 MiB", "192 / 300", "2.00 : 1", "beta", "up", "88 us",
-        "gamma", "down (connection refused)", "big", "512 MiB", "512 KiB of 1 MiB",
+        "gamma", "down (connection refused)", "big", "37", "512 MiB", "512 KiB of 1 MiB",
     ):  # fmt: skip
         assert text in shown, text
 

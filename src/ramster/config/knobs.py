@@ -283,7 +283,12 @@ class Region:
         64 * MIB, at_least=64 * PAGE_BYTES, help="Resident budget of a region that names none."
     )
     resident_max_bytes: int = _size(0, help="Resident budget of all regions together; 0B is unlimited.")
-    fault_threads: int = _count(1, at_least=1, at_most=16, help="Threads per region that answer page faults.")
+    fault_threads: int = _count(
+        1,
+        at_least=1,
+        at_most=16,
+        help="Threads that answer page faults, for each region and process that has it mapped.",
+    )
     evictor_threads: int = _count(1, at_least=1, at_most=16, help="Threads per region that write pages out.")
     full_wait_ms: int = _time(
         2000,

@@ -14,7 +14,7 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 * A stored copy is forgotten as soon as its page may be written, before the page can be evicted again.
 * UFFDIO_COPY may do part of its work (EAGAIN) or find the page there (EEXIST); a dead application gives ESRCH.
 
-Several processes (docs/adr/0010): the state of a page is the region's, what a mapping does with it is each process's own.
+Several processes (docs/adr/0007): the state of a page is the region's, what a mapping does with it is each process's own.
 
 * 'clean' means: write-protected or not mapped, in every process. A page that is resident because of another process is a minor
   fault; while it is clean it is mapped write-protected. 'dirty' promises nothing: a process in which it is still protected
