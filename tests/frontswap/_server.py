@@ -215,6 +215,9 @@ class ReferenceRegion:
                 evicted += 1
         return evicted
 
+    def advise(self, kind: str, first: int, count: int) -> None:
+        """Changes nothing that can be seen."""
+
     def check(self, first: int, count: int) -> list[tuple[int, int]]:
         with self._lock:
             return self._lost_runs(first, count)

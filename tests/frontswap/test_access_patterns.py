@@ -39,3 +39,103 @@ assert done["evictions_clean"] == done["evictions"], done
 """,
         start_node("--pattern").socket,
     )
+
+
+@engine
+def test_random_touches_bring_in_one_page_each(start_node: StartNode) -> None:
+    run_script(
+        PASSES
+        + """
+a, region = make(16384, 4096)
+order = np.random.default_rng(1).permutation(16384)[:6000].tolist()
+done = counted(region, lambda: right(a, order))
+assert done["faults"] > 5900 and done["prefetched"] < 60, done
+""",
+        start_node("--pattern").socket,
+    )
+
+
+@engine
+def test_a_column_brings_in_its_pages_and_not_what_is_between_them(start_node: StartNode) -> None:
+    run_script(
+        PASSES
+        + """
+a, region = make(16000, 4000)
+done = counted(region, lambda: right(a, range(3, 16000, 16)))
+assert done["faults"] < 300 and done["faults"] + done["prefetched"] < 1100, done
+assert done["prefetch_hits"] > 700, done
+""",
+        start_node("--pattern").socket,
+    )
+
+
+@engine
+def test_pages_that_leave_before_they_are_used_make_windows_smaller(start_node: StartNode) -> None:
+    """Six readers in turn, with room for a sixth of what each of them would like to have ahead."""
+    run_script(
+        PASSES
+        + """
+a, region = make(12000, 256)
+done = counted(region, lambda: [right(a, (at + turn for at in range(0, 12000, 2000))) for turn in range(1500)])
+assert done["evictions"] < 1.5 * 9000, done
+""",
+        start_node("--pattern").socket,
+    )
+
+
+@engine
+def test_advice(start_node: StartNode) -> None:
+    run_script(
+        PASSES
+        + """
+a, region = make(8192, 2048)
+before = region.statistics()
+region.advise("random", a[:1024])
+done = counted(region, lambda: right(a, range(1024)))
+assert done["faults"] == 1024 and done["prefetched"] == 0, done
+
+# The first touch of a range that is read in order brings in the widest window there is, and more behind it.
+region.advise("sequential", a[2048:4096])
+done = counted(region, lambda: right(a, range(2048, 2049)))
+assert done["faults"] == 1, done
+until(lambda: region.statistics().prefetched == before.prefetched + 127)
+# It leaves behind it what it has read, and nothing else has to go.
+right(a, range(6000, 7000))
+counted(region, lambda: right(a, range(2048, 4096)))
+done = counted(region, lambda: right(a, range(6000, 7000)))
+assert done["faults"] < 5, done
+
+region.advise("cyclic", a[4096:])
+for _ in range(5):
+    right(a, range(4096, 8192))
+done = counted(region, lambda: [right(a, range(4096, 8192)) for _ in range(2)])
+assert done["evictions"] < 0.75 * 2 * 4096, done
+
+region.advise("normal")
+for at in range(64):
+    region.advise("random", a[4 * at : 4 * at + 1])
+try: region.advise("random", a[1000:1001])
+except ramster.UsageError as error: assert "64" in str(error)
+else: raise AssertionError
+region.advise("normal")
+region.advise("random", a[1000:1001])
+""",
+        start_node("--pattern").socket,
+    )
+
+
+@engine
+def test_first_writes_in_order_become_writable_together(start_node: StartNode) -> None:
+    run_script(
+        PASSES
+        + """
+a, region = make(1024, 1024)
+right(a, range(1024))
+def write():
+    for page in range(1024): a[page, 1] = page
+done = counted(region, write)
+assert done["faults_wp"] < 40, done
+assert all(a[page, 1] == page and a[page, 0] == first_word(page) for page in range(1024))
+""",
+        start_node("--pattern").socket,
+    )

@@ -118,6 +118,7 @@ def test_close_and_use_after_close(start_node: StartNode) -> None:
         region.close()
         region.close()
         for use in (region.check, region.pin, region.statistics, lambda: memoryview(region), lambda: region.array(1),
+                    lambda: region.advise("random"),
                     lambda: region.address, lambda: region.touch(0, 1)):
             try: use()
             except ramster.UsageError: pass
@@ -145,6 +146,8 @@ def test_wrong_arguments(start_node: StartNode) -> None:
             lambda: client.empty(3, object), lambda: client.empty(-1), lambda: client.empty((2, -1)),
             lambda: region.array(4 * PAGE + 1, "u1"), lambda: region.array(1, offset=-8), lambda: region.array(1, "V0"),
             lambda: region.pin((0, 5 * PAGE)), lambda: region.check((2, 1)), lambda: region.evict(slice(0, 100, 2)),
+            lambda: region.advise("willneed"), lambda: region.advise("random", (0, 5 * PAGE)),
+            lambda: region.advise(None),
             lambda: region.unpin((0, PAGE)), lambda: region.pin(np.zeros(3)), lambda: ramster.region_of(np.zeros(3)),
         ):
             try: wrong()
@@ -249,6 +252,7 @@ def test_fork_methods_refuse_and_destructors_do_nothing(start_node: StartNode) -
         + """
 def methods():
     for use in (region.pin, region.unpin, region.prefetch, region.evict, region.check, region.statistics, region.close,
+                lambda: region.advise("random"),
                 region.unmap, region.begin_close, lambda: memoryview(region), lambda: region.array(1),
                 lambda: region.touch(0, 1), lambda: region.address, lambda: region.fault_fd,
                 lambda: client.region(1), lambda: client.empty(1)):

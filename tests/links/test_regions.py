@@ -152,8 +152,8 @@ def test_a_page_that_is_here_does_not_wait_for_neighbours_that_are_away(serve: C
     with service.filled() as application:
         for page in range(4):
             application.ask("write", page, 1, 1)
-            for far in range(200, PAGES, 100):  # so that nothing looks like a walk, and no neighbour comes along
-                application.ask("write", far, 1, 1)
+            for at in range(20):  # so that nothing looks like a walk, and no neighbour comes along
+                application.ask("write", 200 + 2 * at * at, 1, 1)
         application.ask("evict", 0, PAGES)
         with service.pair.get.down.held():
             # This is a walk: its last fault asks for the pages after it, too, for which nobody answers.

@@ -78,15 +78,18 @@ class Model:
                 self.pending[self.pending.index(page)] = -1
         elif self.resident() + len(self.queues["ghosts"]) == self.capacity + self.spare + self.ghosts_max:
             self.forget(self.queues["ghosts"][-1])
-        room = len(self.queues["main"]) < self.main_max
+        room = len(self.queues["main"]) < self.main_max and not self.short()
         self.move(page, "behind" if behind else "main" if room and (where == "ghosts" or keep) else "probation")
         self.from_main.discard(page)
         (self.unused.add if ahead else self.unused.discard)(page)
         return met
 
+    def short(self) -> bool:
+        return len(self.queues["probation"]) < self.probation_min // 2
+
     def victim(self) -> int | None:
         probation, main, behind = (self.queues[name] for name in ("probation", "main", "behind"))
-        if len(behind) > self.behind_max:
+        if len(behind) > (0 if self.short() else self.behind_max):
             page = behind[-1]
         else:
             if self.left == 0:
@@ -94,7 +97,7 @@ class Model:
                 if self.credit >= self.burst:
                     self.credit -= self.burst
                     self.left = self.burst
-            if main and (self.left or len(main) > self.main_max or len(probation) < self.probation_min // 2):
+            if main and (self.left or len(main) > self.main_max or self.short()):
                 self.left -= self.left > 0
                 page = main[-1]
             else:

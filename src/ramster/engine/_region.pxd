@@ -4,16 +4,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t, pthread_t
 from ramster.engine._histogram cimport Histogram
 from ramster.engine._link cimport Links, Links_t, Wanted
+from ramster.engine._prefetch cimport WINDOW_MAX, Pattern
 from ramster.engine._resident cimport Resident
 from ramster.engine._store cimport Store_t
 
 cdef enum:
-    WINDOW_MAX = 32                 # pages mapped per fault: 5 us a page at 32, 13 us at 8, hardly less beyond
-    STREAMS = 8                     # access patterns followed at once
     BATCH = 64                      # pages evicted at once
     THREADS_MAX = 16
     ATTACHMENTS_MAX = 32            # processes of one region; the bits of Parked.who
-    BATCHES_MAX = 32                # windows on their way in at once; 128 KiB each once used
+    BATCHES_MAX = 32                # windows on their way in at once; 0.5 MiB each once used
 
 # State of a page of a region. Low nibble; the flags above it.
 cdef enum:
@@ -29,12 +28,6 @@ cdef enum:
     FLAG_WAITERS = 0x20             # somebody faulted while it was in other hands: wake when it is not
     FLAG_REFUSED = 0x40             # given up for want of room, in the processes that waited; nothing of it is lost
     FLAG_AHEAD = 0x80               # being fetched though nobody has asked for it
-
-cdef struct Stream:
-    uint32_t next_up                # a fault here goes on upwards ...
-    uint32_t next_down              # ... or downwards
-    uint32_t window
-    uint64_t used
 
 cdef struct Region_t
 
@@ -114,8 +107,9 @@ cdef struct Region_t:
     uint32_t evictor_threads
     pthread_t evictors[16]
     uint32_t evictors_started
-    Stream streams[8]
-    uint64_t clock
+    Pattern reads                   # which pages come in together: by missing faults
+    Pattern writes                  # which become writable together: by first writes
+    Pattern maps                    # which are mapped together where another process brought them in: by minor faults
     uint64_t faults
     uint64_t faults_local
     uint64_t faults_remote

@@ -56,8 +56,12 @@ from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
     GET_PAGES_MAX, Links, Reply, links_flush, links_get, links_later, links_peer_lost, links_peer_reachable, reply_bytes,
     reply_next)
+from ramster.engine._prefetch cimport (
+    ADVICE_CYCLIC, ADVICE_SEQUENTIAL, RANGES_MAX, SKIP_MAX, Plan, Range, pattern_advise, pattern_fault, pattern_init, pattern_missed, pattern_next,
+    pattern_runs, pattern_skip, pattern_took, range_of)
+from ramster.engine._prefetch import ADVICE
 from ramster.engine._resident cimport (
-    HINT_AHEAD, HINT_FAULT, NOBODY, resident_add, resident_free, resident_gone, resident_init, resident_pin, resident_unpin,
+    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NOBODY, resident_add, resident_free, resident_gone, resident_init, resident_pin, resident_unpin,
     resident_victim)
 from ramster.engine._store cimport (
     BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
@@ -70,9 +74,6 @@ cdef enum:
     RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
     RESIDENT_PAGES_MAX = 1 << 30
     OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
-    SLACK = 8                       # a fault this close behind the end of a stream still belongs to it
-    AHEAD_LOCAL = 1                 # windows read ahead of a sequential stream: here the decoder runs beside the reader,
-    AHEAD_REMOTE = 3                # there a round trip is hidden too
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     GUARD_LOST = 1
     GUARD_NOTE = 2
@@ -356,13 +357,24 @@ cdef void want_room(Region_t *r) noexcept nogil:
         pthread_cond_signal(&r.work)
 
 
+cdef inline int hints_of(Region_t *r, uint64_t page) noexcept nogil:
+    cdef int hints = HINT_AHEAD if r.states[page] & FLAG_AHEAD else HINT_FAULT
+    cdef Range *advised = range_of(&r.reads, page) if r.reads.ranges_count else NULL
+    if advised != NULL and advised.kind == ADVICE_SEQUENTIAL:
+        hints |= HINT_BEHIND
+    elif advised != NULL and advised.kind == ADVICE_CYCLIC:
+        hints |= HINT_KEEP
+    return hints
+
+
 cdef void arrived(Region_t *r, uint64_t first, uint64_t count, int state) noexcept nogil:
     """Pages that were being fetched are resident now."""
     cdef uint64_t page
     cdef bint waiters = False
     pthread_mutex_lock(&r.lock)
     for page in range(first, first + count):
-        resident_add(&r.set, <uint32_t> page, HINT_AHEAD if r.states[page] & FLAG_AHEAD else HINT_FAULT)
+        if resident_add(&r.set, <uint32_t> page, hints_of(r, page)) == MISSED:
+            pattern_missed(&r.reads)
         waiters |= set_state(r, page, state)
     if r.condemned:
         reprieve(r, first, count, state == PAGE_CLEAN)
@@ -444,37 +456,6 @@ cdef void unpark(Region_t *r) noexcept nogil:
 
 
 # --- bringing pages in ---------------------------------------------------------------------------------------------
-
-cdef void window(Region_t *r, uint64_t page, uint64_t *low, uint64_t *high, Stream **stream) noexcept nogil:
-    """Under the lock: which pages this fault asks for. A stream that goes on doubles its window; a stray fault gets one page."""
-    cdef Stream *s
-    cdef Stream *oldest = &r.streams[0]
-    cdef int i
-    r.clock += 1
-    for i in range(STREAMS):
-        s = &r.streams[i]
-        if s.used < oldest.used:
-            oldest = s
-        if s.used == 0:
-            continue
-        if s.next_up <= page < <uint64_t> s.next_up + SLACK:
-            s.window = min(s.window * 2, <uint32_t> WINDOW_MAX)
-            low[0] = page
-            high[0] = min(page + s.window, r.pages)
-            break
-        if page < s.next_down and page + SLACK >= s.next_down:
-            s.window = min(s.window * 2, <uint32_t> WINDOW_MAX)
-            low[0] = page + 1 - min(page + 1, <uint64_t> s.window)
-            high[0] = page + 1
-            break
-    else:
-        s = oldest
-        s.window = 1
-        low[0] = page
-        high[0] = page + 1
-    s.used = r.clock
-    stream[0] = s
-
 
 cdef enum:
     KIND_ABSENT = 0                 # not to be had now: whoever waits faults again
@@ -693,38 +674,47 @@ cdef void forget_stored(Region_t *r, uint64_t first, uint64_t end) noexcept nogi
         store_flush(r.store, r.pool, zero, <uint32_t> page)
 
 
-cdef void read_ahead(Attachment *a, Stream *stream, uint64_t page, bint upwards, int windows, bint write) noexcept nogil:
-    """The thread that faulted runs again; what it will ask for next comes in meanwhile, window by window. Takes room only
-    while evictors keep up."""
+cdef Batch *claim_ahead(Attachment *a, Plan *plan) noexcept nogil:
+    """Under the lock: the next run of a stream that is not here yet, or NULL. Takes room only while evictors keep up."""
     cdef Region_t *r = a.region
     cdef Batch *b
-    cdef uint64_t at
-    cdef int i
-    for i in range(windows):
-        if page >= r.pages:
-            return
-        pthread_mutex_lock(&r.lock)
-        b = NULL
-        if r.states[page] & ~FLAG_PINNED == PAGE_AWAY and \
-                r.resident + r.reserve // 4 + WINDOW_MAX <= r.budget and r.batches_used < BATCHES_MAX // 2:
+    cdef uint64_t page = 0, low = 0, high = 0, at
+    cdef uint32_t skipped = 0
+    if r.resident + r.reserve // 4 + WINDOW_MAX > r.budget or r.batches_used >= BATCHES_MAX // 2:
+        return NULL
+    while pattern_next(&r.reads, plan, &page, &low, &high):
+        if r.states[page] & ~FLAG_PINNED == PAGE_AWAY:
             b = take_batch(a)
-        if b == NULL:
-            pthread_mutex_unlock(&r.lock)
-            return
-        b.fault = False
-        if upwards:
-            claim(r, page, page, min(page + WINDOW_MAX, r.pages), b)
-            page = b.first + b.count
-            stream.next_up = <uint32_t> page
-        else:
-            claim(r, page, page + 1 - min(page + 1, <uint64_t> WINDOW_MAX), page + 1, b)
-            stream.next_down = <uint32_t> b.first
-            page = b.first - 1          # below page 0 this is beyond the end
-        for at in range(b.first, b.first + b.count):
-            r.states[at] |= FLAG_AHEAD
-        b.wanted = WINDOW_MAX           # nobody waits
-        b.write_all = write
+            if b != NULL:
+                b.fault = False
+                claim(r, page, low, high, b)
+                pattern_took(&r.reads, plan, b.first, b.first + b.count, False)
+                for at in range(b.first, b.first + b.count):
+                    r.states[at] |= FLAG_AHEAD
+                b.wanted = WINDOW_MAX   # nobody waits
+            return b
+        skipped += 1
+        if skipped > SKIP_MAX:
+            return NULL
+        pattern_skip(&r.reads, plan)
+    return NULL
+
+
+cdef void read_ahead(Attachment *a, Plan *plan, bint remote, bint write) noexcept nogil:
+    """The thread that faulted runs again; what it will ask for next comes in meanwhile, run by run."""
+    cdef Region_t *r = a.region
+    cdef Batch *b
+    cdef int i, runs
+    pthread_mutex_lock(&r.lock)
+    runs = pattern_runs(&r.reads, plan, remote)
+    pthread_mutex_unlock(&r.lock)
+    for i in range(runs):
+        pthread_mutex_lock(&r.lock)
+        b = claim_ahead(a, plan)
         pthread_mutex_unlock(&r.lock)
+        if b == NULL:
+            return
+        b.write_all = write
         if not links_later(r.links, bring_in_later, b):
             bring_in(r, b)
 
@@ -733,12 +723,9 @@ cdef void read_ahead(Attachment *a, Stream *stream, uint64_t page, bint upwards,
 
 cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     cdef Region_t *r = a.region
-    cdef uint64_t low, high
-    cdef Stream *stream
+    cdef Plan plan
     cdef Batch *b
     cdef int state, met
-    cdef bint sequential, upwards
-    cdef uint64_t next
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
@@ -762,16 +749,12 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
         return
     b.fault = True
-    window(r, page, &low, &high, &stream)
-    sequential = stream.window > 2
-    claim(r, page, low, high, b)
-    stream.next_up = <uint32_t> (b.first + b.count)
-    stream.next_down = <uint32_t> b.first
-    upwards = low == page
-    next = b.first + b.count if upwards else b.first - 1
+    pattern_fault(&r.reads, page, &plan)
+    claim(r, page, plan.low, plan.high, b)
+    pattern_took(&r.reads, &plan, b.first, b.first + b.count, True)
     pthread_mutex_unlock(&r.lock)
     # A writer that goes through the pages in order gets them writable at once: no second fault on each.
-    b.write_all = write and sequential
+    b.write_all = write and plan.sequential
     b.write_wanted = write
     met = bring_in(r, b)
     if met == REMOTE:
@@ -780,8 +763,8 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
         add64(&r.faults_zero, 1, RELAXED)
     elif met == OK:
         add64(&r.faults_local, 1, RELAXED)
-    if stream.window == WINDOW_MAX:
-        read_ahead(a, stream, next, upwards, AHEAD_REMOTE if met == REMOTE else AHEAD_LOCAL, write)
+    if plan.full:
+        read_ahead(a, &plan, met == REMOTE, write)
 
 
 cdef void take_alike(Region_t *r, uint64_t page, uint64_t low, uint64_t high, uint64_t *first, uint64_t *end) noexcept nogil:
@@ -800,8 +783,8 @@ cdef void take_alike(Region_t *r, uint64_t page, uint64_t low, uint64_t high, ui
 cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
     """A write to a page that is protected, and to those after (or before) it when the writer goes on in order."""
     cdef Region_t *r = a.region
-    cdef uint64_t low = page, high = page + 1, first, end
-    cdef Stream *stream
+    cdef uint64_t first, end
+    cdef Plan plan
     cdef int state
     pthread_mutex_lock(&r.lock)
     r.faults_wp += 1
@@ -811,12 +794,11 @@ cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
         # It too is taken in hand while its protection is lifted: an evictor that came in between would lose the write that
         # follows.
         if state == PAGE_CLEAN or r.attached > 1:
-            window(r, page, &low, &high, &stream)
-            take_alike(r, page, low, high, &first, &end)
-            stream.next_up = <uint32_t> end
-            stream.next_down = <uint32_t> first
+            pattern_fault(&r.writes, page, &plan)
+            take_alike(r, page, plan.low, plan.high, &first, &end)
+            pattern_took(&r.writes, &plan, first, end, True)
         else:
-            take_alike(r, page, low, high, &first, &end)
+            take_alike(r, page, page, page + 1, &first, &end)
         pthread_mutex_unlock(&r.lock)
         if state == PAGE_CLEAN:
             forget_stored(r, first, end)
@@ -834,8 +816,8 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
     """In the memfd but not mapped here: another process brought it in. What should not be there (somebody filled the hole behind
     our back) is the page all the same, and counts as dirty. But the event may be older than the page's last eviction."""
     cdef Region_t *r = a.region
-    cdef uint64_t low, high, first, end
-    cdef Stream *stream
+    cdef uint64_t first, end
+    cdef Plan plan
     cdef int state
     cdef bint clean
     pthread_mutex_lock(&r.lock)
@@ -847,15 +829,14 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         return
     clean = state == PAGE_CLEAN
     if state == PAGE_CLEAN or state == PAGE_DIRTY:
-        window(r, page, &low, &high, &stream)
+        pattern_fault(&r.maps, page, &plan)
         if clean and (write or not a.can_continue_protected):
             clean = False
-            if not write or stream.window <= 2:
-                low = page              # neighbours lose their stored copies only where a writer goes on in order
-                high = page + 1
-        take_alike(r, page, low, high, &first, &end)
-        stream.next_up = <uint32_t> end
-        stream.next_down = <uint32_t> first
+            if not write or not plan.sequential:
+                plan.low = page         # neighbours lose their stored copies only where a writer goes on in order
+                plan.high = page + 1
+        take_alike(r, page, plan.low, plan.high, &first, &end)
+        pattern_took(&r.maps, &plan, first, end, True)
     elif lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE):
         pthread_mutex_unlock(&r.lock)
         wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
@@ -1300,6 +1281,9 @@ cdef class Region:
         # Where everything fits, nothing ever has to leave.
         if resident_pages < pages:
             r.reserve = min(max(resident_pages // 16, <uint64_t> BATCH), resident_pages // 4)
+        pattern_init(&r.reads, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
+        pattern_init(&r.writes, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
+        pattern_init(&r.maps, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
         r.full_wait_ns = full_wait_ms * 1000000
         r.fault_threads = fault_threads
         r.evictor_threads = evictor_threads
@@ -1611,6 +1595,25 @@ cdef class Region:
             free(buffer)
             self.end(r, NULL)
 
+    def advise(self, str kind, uint64_t first, uint64_t count):
+        cdef Region_t *r = self.begin(NULL, first, count)
+        cdef int number
+        cdef bint kept
+        try:
+            if kind not in ADVICE:
+                raise errors.UsageError(f"advice: {kind!r}, must be one of {', '.join(ADVICE)}")
+            number = ADVICE[kind]
+            pthread_mutex_lock(&r.lock)
+            kept = pattern_advise(&r.reads, number, first, first + count)
+            if kept:
+                pattern_advise(&r.writes, number, first, first + count)
+                pattern_advise(&r.maps, number, first, first + count)
+            pthread_mutex_unlock(&r.lock)
+            if not kept:
+                raise errors.UsageError(f"more than {RANGES_MAX} ranges of the region have an advice of their own")
+        finally:
+            self.end(r, NULL)
+
     cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count):
         """Runs of pages whose only copy is gone or out of reach."""
         cdef uint64_t page = first, end = first + count, start = 0, until
@@ -1653,7 +1656,7 @@ cdef class Region:
         cdef uint64_t page = 0
         cdef uint32_t n
         cdef uint8_t states[CENSUS]
-        cdef uint64_t now[12]
+        cdef uint64_t now[15]
         memset(census, 0, sizeof(census))
         with nogil:
             while page < r.pages:
@@ -1664,14 +1667,14 @@ cdef class Region:
                 page = store_census(r.store, r.pool, page, n, states, census)
             pthread_mutex_lock(&r.lock)
             now[:] = [r.resident, r.pinned, r.lost, r.attached, r.full, r.faults, r.faults_wp, r.faults_minor, r.faults_parked,
-                      r.evictions, r.evictions_clean, r.refused]
+                      r.evictions, r.evictions_clean, r.refused, r.reads.prefetched, r.reads.hits, r.reads.wasted]
             pthread_mutex_unlock(&r.lock)
         values = dict(
             pages=r.pages, resident_pages=now[0], budget_pages=r.budget, pinned_pages=now[1], attached_processes=now[3],
             local_pages=census[1] + census[2], remote_pages=census[3], lost_pages=now[2] + census[4], faults=now[5],
             faults_local=load64(&r.faults_local, RELAXED), faults_remote=load64(&r.faults_remote, RELAXED),
             faults_zero=load64(&r.faults_zero, RELAXED), faults_wp=now[6], faults_minor=now[7], faults_parked=now[8],
-            evictions=now[9], evictions_clean=now[10], refused=now[11], full=now[4],
+            prefetched=now[12], prefetch_hits=now[13], prefetch_wasted=now[14], evictions=now[9], evictions_clean=now[10], refused=now[11], full=now[4],
             fault_local_p50_us=quantile(&r.local_ns, 0.5) // 1000, fault_local_p99_us=quantile(&r.local_ns, 0.99) // 1000,
             fault_remote_p50_us=quantile(&r.remote_ns, 0.5) // 1000, fault_remote_p99_us=quantile(&r.remote_ns, 0.99) // 1000)
         # Most of a large region is not looked at, so this is what is left.

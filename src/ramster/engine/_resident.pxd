@@ -201,7 +201,8 @@ cdef inline int resident_add(Resident *set, uint32_t page, int hints) noexcept n
         unlink(set, n)
     if hints & HINT_BEHIND:
         queue = Q_BEHIND
-    elif (met != NEW or hints & HINT_KEEP) and set.count[Q_MAIN] < set.main_max:
+    elif (met != NEW or hints & HINT_KEEP) and set.count[Q_MAIN] < set.main_max and \
+            set.count[Q_PROBATION] >= set.probation_min // 2:
         queue = Q_MAIN
     set.nodes[n].flags = UNUSED if hints & HINT_AHEAD else 0
     push(set, n, queue)
@@ -215,7 +216,8 @@ cdef inline uint32_t keep_share(Resident *set) noexcept nogil:
 cdef inline uint32_t choose(Resident *set) noexcept nogil:
     """The node that leaves, or NIL."""
     cdef uint32_t n
-    if set.count[Q_BEHIND] > set.behind_max:
+    cdef bint short = set.count[Q_PROBATION] < set.probation_min // 2
+    if set.count[Q_BEHIND] > (0 if short else set.behind_max):
         return set.tail[Q_BEHIND]
     if set.left == 0:
         set.credit += set.main_rate * set.count[Q_MAIN] / set.capacity
@@ -223,7 +225,7 @@ cdef inline uint32_t choose(Resident *set) noexcept nogil:
             set.credit -= set.burst
             set.left = set.burst
     if set.count[Q_MAIN] > 0 and (set.left > 0 or set.count[Q_MAIN] > set.main_max or
-                                  set.count[Q_PROBATION] < set.probation_min // 2):
+                                  short):
         if set.left > 0:
             set.left -= 1
         return set.tail[Q_MAIN]

@@ -37,6 +37,8 @@ class Region(_region.Region):
         RegionLost before anything moves.
     evict: writes a run out, for all processes; pages that are pinned stay. RegionFull when there is no room for all;
         the rest stays.
+    advise: how a run will be used, "normal", "sequential", "random" or "cyclic" (docs/regions.md); replaces what was
+        said of it before. UsageError for another word and for more than 64 ranges with an advice of their own.
     check: runs of pages whose only copy is gone or out of reach; moves nothing.
     close: detaches every process, ends the threads, forgets every page here and away. Neither poisons nor unregisters.
     """

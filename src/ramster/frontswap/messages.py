@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -30,6 +30,9 @@ NAME_MAX: Final = 48
 GUARD: Final = struct.Struct("<IIQQ64s")
 GUARD_LOST: Final = 1
 GUARD_NOTE: Final = 2
+
+# How a range will be used; see docs/regions.md.
+Advice: TypeAlias = Literal["normal", "sequential", "random", "cyclic"]
 
 Page = Annotated[int, Meta(ge=0, lt=POOL_PAGES_MAX)]
 Count = Annotated[int, Meta(ge=1, le=POOL_PAGES_MAX)]
@@ -87,6 +90,12 @@ class Evict(_Request, tag="evict"):
     count: Count
 
 
+class Advise(_Request, tag="advise"):
+    kind: Advice
+    first: Page
+    count: Count
+
+
 class Check(_Request, tag="check"):
     first: Page
     count: Count
@@ -100,8 +109,8 @@ class Close(_Request, tag="close"):
     pass
 
 
-Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Check
-Request: TypeAlias = Create | Join | Attach | Pin | Unpin | Prefetch | Evict | Check | Statistics | Close
+Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Advise | Check
+Request: TypeAlias = Create | Join | Attach | Pin | Unpin | Prefetch | Evict | Advise | Check | Statistics | Close
 
 
 class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -63,6 +63,7 @@ class EngineRegion(Protocol):
     def unpin(self, number: int, first: int, count: int) -> None: ...
     def prefetch(self, number: int, first: int, count: int) -> int: ...
     def evict(self, first: int, count: int) -> int: ...
+    def advise(self, kind: str, first: int, count: int) -> None: ...
     def check(self, first: int, count: int) -> list[tuple[int, int]]: ...
     def statistics(self) -> dict[str, int]: ...
     def close(self) -> None: ...
@@ -375,7 +376,7 @@ class _Connection:
         first, count = request.first, request.count
         if first + count > region.pages:
             raise UsageError(f"pages {first} to {first + count}, the region has {region.pages}")
-        if count > messages.SPAN_MAX and not isinstance(request, messages.Check):
+        if count > messages.SPAN_MAX and not isinstance(request, messages.Check | messages.Advise):
             raise UsageError(f"{count} pages in one request, allowed are {messages.SPAN_MAX}")
         run = self.service.run
         match request:
@@ -389,6 +390,9 @@ class _Connection:
                 return messages.Reply(ok=True, pages=await run(lambda: region.prefetch(number, first, count)))
             case messages.Evict():
                 return messages.Reply(ok=True, pages=await run(lambda: region.evict(first, count)))
+            case messages.Advise():
+                await run(lambda: region.advise(request.kind, first, count))
+                return messages.Reply(ok=True)
             case messages.Check():
                 runs = await run(lambda: region.check(first, count))
                 more = runs[messages.RUNS_MAX][0] if len(runs) > messages.RUNS_MAX else None

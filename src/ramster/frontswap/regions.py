@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, TypeAlias, get_args
 
 import msgspec
 
@@ -89,6 +89,14 @@ class RegionStatistics:
     """Touches of a page that was in RAM but not mapped: as a rule brought in by another process."""
     faults_parked: int = 0
     """Faults that had to wait for an eviction."""
+    prefetched: int = 0
+    """Pages brought in without a fault of their own."""
+    prefetch_hits: int = 0
+    """Of them, pages whose stream went on behind them."""
+    prefetch_wasted: int = 0
+    """Of them, pages whose stream ended, or that were evicted and then asked for. Pages that are used within their
+    window and never again leave no trace, so a part of these were of use.
+    """
     evictions: int = 0
     evictions_clean: int = 0
     """Evictions that stored nothing, because the stored copy was still right; the others are puts."""
@@ -386,6 +394,22 @@ class Region(Mapping):
         return sum(
             self._control.ask(messages.Evict(first=at, count=size)).pages for at, size in _chunks(first, count)
         ) * PAGE_BYTES  # fmt: skip
+
+    def advise(self, kind: messages.Advice, where: Range = None) -> None:
+        """Say how a range will be used: "normal", "sequential", "random" or "cyclic".
+
+        It changes how much comes in with a fault and what is evicted first, never what is read. It replaces what was
+        said of these pages before and lasts as long as the region. See "Telling how it will be used" in
+        docs/regions.md.
+
+        Raises UsageError for another word, and where more than 64 ranges of the region would have an advice of their
+        own (nothing changes then); NodeUnreachable, ForkedError.
+        """
+        first, count = self._span(where)
+        if kind not in get_args(messages.Advice):
+            raise UsageError(f"advice: {kind!r}, must be one of {', '.join(get_args(messages.Advice))}")
+        if count:
+            self._control.ask(messages.Advise(kind=kind, first=first, count=count))
 
     def check(self, where: Range = None) -> None:
         """Return if every page of a range can still be had; moves nothing.
