@@ -47,6 +47,7 @@ missing_packages() {
     command -v pkg-config >/dev/null || echo pkg-config
     find_python >/dev/null || printf '%s\n' python3-dev python3-venv
     has_header lz4.h || echo liblz4-dev
+    has_header zstd.h || echo libzstd-dev
     has_header isa-l.h || echo libisal-dev
     has_header openssl/ssl.h || echo libssl-dev
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -109,6 +110,39 @@ def test_a_borrower_fills_no_more_than_its_share(make_pair: MakePair, contexts: 
         other.expect(PAGES)
     finally:
         other.close(keep=pair.b)
+
+
+def text(seed: int) -> bytes:
+    """A page that zstd makes clearly smaller than LZ4 does: letters of few kinds in no order."""
+    return bytes(random.Random(seed).choices(b"abcdefghijklmnop", k=4096))
+
+
+@pytest.mark.parametrize("recompress", ["off", "auto", "always"])
+@pytest.mark.parametrize("rate", [None, 2_000_000])
+def test_pages_are_compressed_again_while_the_link_is_slow(
+    make_pair: MakePair, recompress: str, rate: float | None
+) -> None:
+    pair = make_pair(recompress=recompress, segments=64, lend=48)
+    for index in range(300):
+        pair.a.store.put(pair.pool, index, text(index))
+    sparse = pair.a.store.create_pool()
+    pair.a.store.put(sparse, 7, text(7), (1, 2, 3))
+    pair.bulk.up.throttle(rate)
+    pair.ship()
+    pair.bulk.up.throttle(None)
+    statistics = pair.a.store.statistics()
+    assert statistics.segments_local == 0
+    if recompress == "always":
+        assert statistics.recompressed_pages == 301
+        assert statistics.recompressed_saved_bytes > 0.3 * 4096 * 301
+    elif recompress == "off":
+        assert statistics.recompressed_pages == 0
+    elif rate is not None:
+        assert 0 < statistics.recompressed_pages < 301
+    pair.a.store.verify()
+    for index in range(300):
+        assert pair.fetch(index) == text(index)
+    assert pair.a.links.get(sparse, 7, (1, 2, 3)) == text(7)
 
 
 def test_cold_data_in_an_open_segment_leaves(pair: Pair) -> None:

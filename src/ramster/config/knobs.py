@@ -272,6 +272,13 @@ class Remotify:
         at_most=0.95,
         help="Live part of what a lender holds of a segment below which it is told to drop the dead rest; 0 is never.",
     )
+    recompress: str = _choice(
+        "auto",
+        "off",
+        "always",
+        help='Whether pages are compressed again, with zstd, before they leave: "auto" does so while segments '
+        "wait for a link that takes less than 100 MB/s, and puts have room.",
+    )
     tick_ms: int = _time(50, at_least=5, at_most=10_000, help="Pause between two decisions.")
 
 

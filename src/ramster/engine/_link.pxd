@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.openssl cimport SSL
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._histogram cimport Histogram
 from ramster.engine._store cimport ENTRY_BYTES_MAX, RemoteMeta, RemoteRef, Store, Store_t
 
@@ -101,6 +102,8 @@ cdef struct Peer:
     uint32_t credit                 # segments that it says it has room for
     uint32_t shipping
     uint32_t ordered                # orders for it in the queue
+    uint64_t answered_ns            # when it last acknowledged a segment
+    uint64_t pace_ns                # time per segment while several are under way, smoothed
     uint64_t progress_ns            # when an order for it last got further
     uint32_t retell                 # a FREE found no room: all of them again
     uint64_t down_ns                # since when its get channel is down; 0 while up or never seen
@@ -227,6 +230,8 @@ cdef struct Links_t:
     uint32_t orders_count
     uint32_t sealing                # orders taken that are not in 'ships' yet
     EVP_CIPHER_CTX *seal_ctx
+    ZSTD_CCtx *zstd
+    uint32_t recompress             # RECOMPRESS_AUTO ...
     # what is lent
     pthread_mutex_t lender_lock
     uint8_t *lent

@@ -28,6 +28,7 @@ class Links:
         bulk_in_flight: int,
         borrower_share: float,
         compact_below: float,
+        recompress: int,
     ) -> Self: ...
     @property
     def store(self) -> Store: ...

@@ -2,6 +2,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
+from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
@@ -38,6 +39,7 @@ cdef enum Result:
 cdef enum Codec:
     CODEC_LZ4 = 1
     CODEC_RAW = 2
+    CODEC_ZSTD = 3              # in sealed segments alone
 
 cdef enum SegmentState:
     SEG_FREE = 0
@@ -64,6 +66,8 @@ cdef enum Counter:
     C_SHIPPED_SEGMENTS
     C_LOST_SEGMENTS
     C_PLUGGED                   # puts into room that dead entries had left in a sealed segment
+    C_RECOMPRESSED              # pages that left as zstd
+    C_RECOMPRESSED_SAVED        # bytes
     C_TABLE_BYTES               # page-table memory populated (goes up and down)
     C_RAW                       # puts of pages that do not compress
     C_UNTRIED                   # of these, without a try
@@ -290,7 +294,7 @@ cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry
 
 cdef int store_ship_begin(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, RemoteMeta **meta,
-                               EVP_CIPHER_CTX *ctx) noexcept nogil
+                               EVP_CIPHER_CTX *ctx, ZSTD_CCtx *zstd) noexcept nogil
 cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil
 cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
 cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil

@@ -14,6 +14,7 @@ from ramster.constants import SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN
 
 CODEC_LZ4 = 1
 CODEC_RAW = 2
+CODEC_ZSTD = 3
 FLAG_SPARSE = 1
 FRAME_MAGIC = 0x47455352  # "RSEG"
 IMAGE_MAGIC = 0x4C455352  # "RSEL"
@@ -69,7 +70,7 @@ ENTRY_HEADER = Table(
     "EntryHeader",
     (
         Field("length", "H", "bytes after the header, object id included, padding not"),
-        Field("codec", "B", "1 LZ4 block, 2 raw"),
+        Field("codec", "B", "1 LZ4 block, 2 raw, 3 zstd frame (sealed only)"),
         Field("flags", "B", "bit 0: the object id comes first; other bits 0"),
         Field("index", "I", "of the page in its object"),
         Field("version", "Q", "grows with each put of this store"),

@@ -16,6 +16,7 @@ __all__ = ["BULK", "GET", "Connection", "Links", "TlsContext"]
 
 GET: Final = 0
 BULK: Final = 1
+RECOMPRESS: Final = {"auto": 0, "off": 1, "always": 2}
 
 
 class Links(_link.Links):
@@ -32,6 +33,8 @@ class Links(_link.Links):
         bulk_in_flight: segments on their way to one lender at a time.
         borrower_share: part of lend_bytes that one borrower may fill; at least one segment.
         compact_below: live share of what a lender holds of a segment below which it is told to compact it; 0 never.
+        recompress: whether pages leave as zstd: "off", "always", or "auto": while orders wait for
+            a lender that takes less than 100 MB/s, and puts have room.
 
     attach hands a connection over that has been through the handshake; after that only native threads use it.
     ship queues a sealed segment for a lender (False: too many wait, for it or in all). Whatever fails leaves it where
@@ -55,6 +58,7 @@ class Links(_link.Links):
         bulk_in_flight: int = 8,
         borrower_share: float = 1.0,
         compact_below: float = 0.5,
+        recompress: str = "auto",
     ) -> Self:
         return super().__new__(
             cls,
@@ -69,4 +73,5 @@ class Links(_link.Links):
             bulk_in_flight,
             borrower_share,
             compact_below,
+            RECOMPRESS[recompress],
         )

@@ -55,6 +55,8 @@ class StoreStatistics:
     puts_incompressible: int
     puts_untried: int
     ephemeral_dropped: int
+    recompressed_pages: int
+    recompressed_saved_bytes: int
     corrupt_pages: int
     locked: bool
 

@@ -59,6 +59,7 @@ class Node:
             bulk_in_flight=c.links.bulk_in_flight_segments,
             borrower_share=c.lend.borrower_share,
             compact_below=c.remotify.compact_below,
+            recompress=c.remotify.recompress,
         )
         r = c.remotify
         self.remotify = Worker(

@@ -351,7 +351,7 @@ def ship(Store store, uint32_t segment, uint32_t generation, uint32_t peer, uint
     try:
         if out != NULL and ctx != NULL:
             with nogil:
-                size = store_seal_image(s, segment, out, &meta, ctx)
+                size = store_seal_image(s, segment, out, &meta, ctx, NULL)
         if size == 0:
             store_ship_abort(s, segment)
             raise MemoryError("cannot seal")

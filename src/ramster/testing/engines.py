@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ramster.cluster import identity
 from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
@@ -52,7 +52,7 @@ class Side:
     segments: of its own arena; lend: for others. options: of Links; `cleaner` and `full_wait_ms` are the store's.
     """
 
-    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: int) -> None:
+    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: Any) -> None:
         self.number = number
         self.context = context
         self.generation = 1000 + number
