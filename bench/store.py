@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from bench.data import half_pages, real_pages
@@ -44,26 +48,30 @@ def bench_put(name: str, pages: bytes, rounds: int) -> Row:
     return row
 
 
-def bench_overwrite(name: str, pages: bytes, rounds: int) -> Row:
-    """Keys drawn at random in an arena a third larger than what is live: the cleaner works all the time."""
+def bench_overwrite(name: str, pages: bytes, rounds: int, share: float) -> Row:
+    """Keys drawn at random in an arena of which `share` is live: every put needs room that another page left."""
+    pages *= max(1, 8192 * 4096 // len(pages))  # in a small arena two free segments would be a large share
     _, stored = _floors.lz4_compress(pages)
-    live = int((stored + 48) * (len(pages) // 4096))
-    store = Store(max(4 * MIB, live * 4 // 3), lock=True)
+    live = int((stored + 44) * (len(pages) // 4096))
+    store = Store(max(4 * MIB, int(live / share)), lock=True)
     pool = store.create_pool(pages=len(pages) // 4096)
     _floors.store_put_pages(store, pool, pages)
     seeds = itertools.count(1, 1 << 20)
+    before = store.statistics()
     row = compare(
-        f"put over a put, arena 75 % live, {name}",
+        f"put over a put, arena {100 * share:.0f} % live, {name}",
         "ns/page",
         lambda: _floors.store_put_pages(store, pool, pages, next(seeds)),
         "LZ4 compress",
         lambda: _floors.lz4_compress(pages)[0],
         rounds=rounds,
     )
-    cleaned = store.statistics()
+    end = store.statistics()
     store.close()
-    copied = cleaned.cleaned_bytes / cleaned.bytes_compressed
-    return replace(row, note=f"the cleaner copied {copied:.2f} bytes per byte put")
+    put = end.bytes_compressed + 40 * end.puts - before.bytes_compressed - 40 * before.puts
+    amplification = 1 + (end.cleaned_bytes - before.cleaned_bytes) / put
+    live_share = end.live_bytes / end.arena_bytes
+    return replace(row, note=f"write amplification {amplification:.2f}, {100 * live_share:.0f} % live at the end")
 
 
 def bench_local_get(name: str, pages: bytes, rounds: int) -> Row:
@@ -82,6 +90,59 @@ def bench_local_get(name: str, pages: bytes, rounds: int) -> Row:
     return row
 
 
+def bench_incompressible(count: int, rounds: int) -> Row:
+    pages = random.Random(1).randbytes(count * 4096)
+    store = _store(pages)
+    pool = store.create_pool(pages=count)
+    row = compare(
+        "put, random bytes",
+        "ns/page",
+        lambda: _floors.store_put_pages(store, pool, pages),
+        "memcpy + CRC32C",
+        lambda: _floors.copy_and_checksum(pages),
+        rounds=rounds,
+    )
+    statistics = store.statistics()
+    store.close()
+    return replace(row, note=f"LZ4 not tried with {100 * statistics.puts_untried / statistics.puts:.0f} %")
+
+
+def bench_threads(what: str, pages: bytes, threads: int, rounds: int) -> Row:
+    """Wall time per page of so many threads at once, each with a pool of its own in one store; native loops."""
+    store = _store(pages * threads)
+    pools = [store.create_pool(pages=len(pages) // 4096) for _ in range(threads)]
+    for pool in pools:
+        _floors.store_put_pages(store, pool, pages)
+    count = threads * (len(pages) // 4096)
+    with ThreadPoolExecutor(threads) as executor:
+
+        def at_once(each: Callable[[int], float]) -> float:
+            begin = time.perf_counter_ns()
+            list(executor.map(each, pools))
+            return (time.perf_counter_ns() - begin) / count
+
+        if what == "put":
+            row = compare(
+                f"put, {threads} threads",
+                "ns/page",
+                lambda: at_once(lambda pool: _floors.store_put_pages(store, pool, pages)),
+                f"LZ4 compress, {threads} threads",
+                lambda: at_once(lambda _: _floors.lz4_compress(pages)[0]),
+                rounds=rounds,
+            )
+        else:
+            row = compare(
+                f"local get, {threads} threads",
+                "ns/page",
+                lambda: at_once(lambda pool: _floors.store_get_pages(store, pool, pages)),
+                f"LZ4 decode + memcpy, {threads} threads",
+                lambda: at_once(lambda _: _floors.lz4_decode_and_copy(pages)),
+                rounds=rounds,
+            )
+    store.close()
+    return row
+
+
 def run(quick: bool) -> list[Row]:
     count, rounds = (1024, 5) if quick else (8192, 15)
     rows = []
@@ -89,6 +150,11 @@ def run(quick: bool) -> list[Row]:
         rows += [
             bench_put(name, pages, rounds),
             bench_local_get(name, pages, rounds),
-            bench_overwrite(name, pages, rounds),
+            bench_overwrite(name, pages, rounds, 0.75),
+            bench_overwrite(name, pages, rounds, 0.9),
         ]
+    rows.append(bench_incompressible(count, rounds))
+    rows += [
+        bench_threads(what, half_pages(count), threads, rounds) for what in ("put", "get") for threads in (1, 2, 4)
+    ]
     return rows

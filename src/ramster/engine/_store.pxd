@@ -68,6 +68,7 @@ cdef enum Counter:
     C_PLUGGED                   # puts into room that dead entries had left in a sealed segment
     C_RECOMPRESSED              # pages that left as zstd
     C_RECOMPRESSED_SAVED        # bytes
+    C_POOL_BYTES                # pools and their bucket arrays (goes up and down)
     C_TABLE_BYTES               # page-table memory populated (goes up and down)
     C_RAW                       # puts of pages that do not compress
     C_UNTRIED                   # of these, without a try
@@ -161,11 +162,23 @@ cdef struct Leaf:                   # eight consecutive indices of one object
     uint32_t used
     uint64_t slots[8]
 
+cdef struct Nodes:                  # leaves and objects of all sparse pools, carved from chunks that stay until the store goes
+    uint32_t lock
+    uint64_t spare_leaves           # Leaf.next links them
+    uint64_t spare_objects
+    uint64_t used_leaves
+    uint64_t used_objects
+    Leaf *leaves
+    Object *objects
+    void *chunks                    # the first word of each links them
+    uint64_t bytes
+
 cdef struct Pool:
     uint32_t id
     uint64_t serial                 # never used again, unlike the id
     bint ephemeral
     bint dense
+    Nodes *nodes
     uint32_t raw_streak             # pages in a row that did not compress
     int fd
     uint64_t pages
@@ -183,6 +196,7 @@ cdef struct Head:
     uint32_t segment
     uint32_t ephemeral
     uint32_t cleaner                # may use the reserve
+    uint8_t *tail                   # where the next entry will go, as a hint
     uint32_t seen_segment           # what store_seal_cold saw last, and since when
     uint32_t seen_bytes
     uint64_t seen_ms
@@ -227,7 +241,7 @@ cdef struct Store_t:
     uint32_t segment_bytes
     uint32_t frames
     int arena_fd
-    bint locked
+    uint32_t locked                 # arena and tables: what is taken later counts too
     Segment *segments
     uint32_t segments_max
     uint32_t segments_used          # ids ever handed out
@@ -253,6 +267,7 @@ cdef struct Store_t:
     uint32_t waiting                # puts that wait for a frame
     Rooms rooms
     uint32_t hints
+    Nodes nodes
     uint64_t full_wait_ns
     uint64_t epoch
     Reader readers[256]

@@ -19,7 +19,10 @@ class StoreStatistics:
     """One look at a store. Counts are pages unless the name says otherwise; `bytes` are bytes.
 
     Always: pages_stored = pages_local + pages_remote + pages_filled (lost pages are counted apart), and bytes held by
-    local segments = live_bytes + dead_bytes.
+    local segments = live_bytes + dead_bytes. metadata_bytes: everything that is kept beside the entries: page tables, rows
+    and directories of segments, hints, free lists, what is known of segments away, all fixed tables. Headers of entries
+    are part of the entries, in live_bytes. puts_incompressible: stored as they are; puts_untried: of these, without a
+    try; puts_plugged: into the room of dead entries.
     """
 
     arena_bytes: int
@@ -59,6 +62,7 @@ class StoreStatistics:
     recompressed_saved_bytes: int
     corrupt_pages: int
     locked: bool
+    metadata_bytes: int
 
 
 class Store(_store.Store):
@@ -72,7 +76,7 @@ class Store(_store.Store):
             the system cannot give it.
         segment_bytes: 64 KiB to 256 KiB in whole pages; the unit of cleaning and of shipping.
         path: a file on tmpfs that backs the arena; None: an anonymous memfd.
-        lock: try mlock; `statistics().locked` says whether it worked.
+        lock: try mlock, of the tables as they grow too; `statistics().locked` says whether it always worked.
         full_wait_ms: how long a put waits for room before StoreFull.
         node_key: 32 secret bytes that segment keys are derived from; never leaves this process. None: random.
         clean_low: share of free segments below which the cleaner works.

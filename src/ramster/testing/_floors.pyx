@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy, memset, strerror
 
-from ramster.engine._c.codec cimport LZ4_compress_default, LZ4_decompress_safe
+from ramster.engine._c.codec cimport LZ4_compress_default, LZ4_decompress_safe, crc32_iscsi
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, MADV_NOHUGEPAGE, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, MSG_NOSIGNAL, O_CLOEXEC, O_NONBLOCK, POLLIN,
     PROT_READ, PROT_WRITE, SYS_userfaultfd, UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_USER_MODE_ONLY, UFFDIO_API, UFFDIO_COPY,
@@ -84,6 +84,25 @@ def lz4_decode_and_copy(bytes pages):
     if wrong:
         raise AssertionError(f"{wrong} pages came back wrong")
     return begin / <double> n
+
+
+def copy_and_checksum(bytes pages):
+    """What a put of a page that does not compress cannot do without: one memcpy and one CRC32C; ns per page."""
+    cdef uint32_t n = whole_pages(pages), i, crc = 0
+    cdef const uint8_t *data = pages
+    cdef uint8_t *target = <uint8_t *> malloc(len(pages))
+    cdef uint64_t begin
+    if target == NULL:
+        raise MemoryError
+    memset(target, 1, len(pages))
+    with nogil:
+        begin = now_ns()
+        for i in range(n):
+            memcpy(target + <uint64_t> i * PAGE, data + <uint64_t> i * PAGE, PAGE)
+            crc ^= crc32_iscsi(target + <uint64_t> i * PAGE, PAGE, 0)
+        begin = now_ns() - begin
+    free(target)
+    return begin / <double> n if crc != 1 else 0.0      # uses crc, so that it is not left out
 
 
 def store_put_pages(Store store, uint32_t pool, bytes pages, uint64_t shuffle=0):

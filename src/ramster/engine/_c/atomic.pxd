@@ -30,7 +30,7 @@ cdef extern from *:
     void fence "__atomic_thread_fence"(int order) noexcept nogil
     void *load_pointer "__atomic_load_n"(void **where, int order) noexcept nogil
     void store_pointer "__atomic_store_n"(void **where, void *value, int order) noexcept nogil
-    void prefetch "__builtin_prefetch"(const void *where) noexcept nogil
+    void prefetch "__builtin_prefetch"(const void *where, int write) noexcept nogil
     int ctz64 "__builtin_ctzll"(uint64_t value) noexcept nogil
     int popcount64 "__builtin_popcountll"(uint64_t value) noexcept nogil
 
