@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,74 +11,18 @@ from typing import Any
 import pytest
 
 from ramster.cluster import identity
-from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
-from ramster.engine.store import Store
-from ramster.testing.proxy import Proxy, wait_until
+from ramster.engine.links import BULK, GET, Connection, TlsContext
+from ramster.testing.engines import HANDSHAKE_S, SEGMENT, Relay, Side
+from ramster.testing.proxy import wait_until
 
-SEGMENT = 65536
-HANDSHAKE_S = 10.0
+__all__ = ["HANDSHAKE_S", "SEGMENT", "Relay", "Side"]
+
 BORROWER, LENDER, OTHER_LENDER = 1, 2, 3
 
 
 def page(seed: int) -> bytes:
     """A page of which about half is left after compression; another seed is another page."""
     return random.Random(seed).randbytes(2048) + b"\x5a" * 2048
-
-
-class Relay:
-    """A listener behind a proxy; gives pairs of connected sockets, the first of which dialled."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(HANDSHAKE_S)
-        self.proxy = Proxy(self._listener.getsockname())
-
-    def sockets(self) -> tuple[socket.socket, socket.socket]:
-        dialled = socket.create_connection(self.proxy.address, HANDSHAKE_S)
-        accepted, _ = self._listener.accept()
-        for sock in (dialled, accepted):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return dialled, accepted
-
-    def close(self) -> None:
-        self.proxy.close()
-        self._listener.close()
-
-
-class Side:
-    """One node's engine. `generation` is that of its process; `restart` gives it an empty store and a new one."""
-
-    def __init__(self, number: int, context: TlsContext, segments: int, lend: int, **options: Any) -> None:
-        self.number = number
-        self.context = context
-        self.generation = 1000 + number
-        self._segments = segments
-        self._lend = lend
-        self._cleaner = bool(options.pop("cleaner", 0))
-        self._options = {"idle_ms": 60_000, "keepalive_ms": 20_000} | options
-        self._make()
-
-    def _make(self) -> None:
-        self.store = Store(
-            self._segments * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=self._cleaner, full_wait_ms=0
-        )
-        self.links = Links(self.store, self.number, lend_bytes=self._lend * SEGMENT, lock=False, **self._options)
-
-    def stop(self) -> None:
-        self.links.stop()
-        self.store.close()
-
-    def restart(self) -> None:
-        self.stop()
-        self.generation += 100
-        self._make()
-
-    def lent_used(self) -> int:
-        """Segments held for others."""
-        return int(self.links.counters()["lent_images"])
-
-    def up(self, other: Side) -> bool:
-        return self.links.up(other.number, GET) and self.links.up(other.number, BULK)
 
 
 class Pair:

@@ -1,4 +1,38 @@
-"""Ship, get, put and flush in every order that once went wrong; the names are those of the original's races."""
+"""Ship, get, put and flush in every order that once went wrong, each forced.
+
+Proxies hold a link at the moment that matters: a push whose segment has arrived and whose answer has not, a get whose
+request has and whose reply has not. The original's races (those of a region are in test_region_races.py):
+
+=================================================  ====================================================================
+the original's race                                forced by
+=================================================  ====================================================================
+get while the page is being pushed                 test_get_while_the_page_is_being_pushed
+exclusive get while the push is in flight          test_exclusive_get_while_the_push_is_in_flight_leaves_no_orphan,
+                                                   test_ephemeral_get_while_the_push_is_in_flight_leaves_no_orphan
+flush while the push is in flight                  test_flush_while_the_push_is_in_flight_leaves_no_orphan,
+                                                   test_object_flush_while_the_push_is_in_flight_leaves_no_orphan,
+                                                   test_destroy_of_the_pool_while_the_push_is_in_flight
+new put of the key while the push is in flight     test_new_put_of_the_same_key_while_the_push_is_in_flight
+flush while the get is in flight                   test_flush_while_the_get_is_in_flight,
+                                                   test_destroy_of_the_pool_while_the_get_is_in_flight
+duplicate put while the get is in flight           test_duplicate_put_while_the_get_is_in_flight,
+                                                   test_put_and_push_again_while_the_get_is_in_flight,
+                                                   test_a_refused_put_while_the_get_is_in_flight_leaves_nothing
+two gets on one key                                test_two_gets_on_one_key,
+                                                   test_of_two_exclusive_gets_on_one_key_one_has_the_page
+network failure with a get under way               test_link_cut_during_a_get_which_goes_on_with_the_next_connection,
+                                                   test_link_cut_for_longer_than_give_up, test_a_get_has_a_deadline
+ephemeral flush of a remote page                   test_flush_of_ephemeral_remote_pages_frees_the_lenders_frames
+persistent flush of a remote page                  test_flushing_remote_pages_frees_the_lenders_frames,
+                                                   test_freed_while_the_link_is_down_is_told_later
+object flush, destroy of an ephemeral pool         test_object_flush_frees_what_every_lender_has_of_it,
+                                                   test_destroying_a_pool_frees_what_it_has_away
+stale marker after an exclusive or ephemeral get   test_after_an_exclusive_remote_get_nothing_stays_anywhere
+the connection drops while a get waits for it      test_link_cut_during_a_get_which_goes_on_with_the_next_connection,
+                                                   test_a_get_that_waits_for_a_lender_that_restarts_ends_at_once
+object with pages at A, target switched to B       test_object_flush_frees_what_every_lender_has_of_it
+=================================================  ====================================================================
+"""
 
 from __future__ import annotations
 
@@ -67,11 +101,51 @@ def test_flushing_remote_pages_frees_the_lenders_frames(pair: Pair) -> None:
     pair.a.store.verify()
 
 
-def test_destroying_a_pool_frees_what_it_has_away(pair: Pair) -> None:
+@pytest.mark.parametrize("persistent", [True, False])
+def test_destroying_a_pool_frees_what_it_has_away(pair: Pair, persistent: bool) -> None:
+    pair.pool = pair.a.store.create_pool(pages=4096, persistent=persistent)
     pair.put(*PAGES)
     pair.ship()
     pair.a.store.destroy_pool(pair.pool)
     pair.wait_for_frees(0)
+
+
+def test_flush_of_ephemeral_remote_pages_frees_the_lenders_frames(pair: Pair) -> None:
+    pair.pool = pair.a.store.create_pool(pages=4096, persistent=False)
+    pair.put(*PAGES)
+    assert pair.ship() == pair.b.lent_used() > 3
+    for index in PAGES:
+        assert pair.a.store.flush_page(pair.pool, index)
+    pair.wait_for_frees(0)
+    assert all(pair.fetch(index) is None for index in PAGES)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_object_flush_frees_what_every_lender_has_of_it(
+    pair: Pair, contexts: dict[int, TlsContext], persistent: bool
+) -> None:
+    """Half of each of two objects' pages with one lender, half with another; segments are named where they are."""
+    store, links = pair.a.store, pair.a.links
+    other = Pair(pair.a, Side(OTHER_LENDER, contexts[OTHER_LENDER], 8, 16))
+    other.connect()
+    try:
+        pool = store.create_pool(persistent=persistent)
+        for first, lender in ((0, pair), (100, other)):
+            for index in range(first, first + 100):
+                for thing in (1, 2):
+                    store.put(pool, index, page(index + 1000 * thing), (thing, 0, 0))
+            assert lender.ship() == lender.b.lent_used() > 3
+        expected = range(200)
+        assert [links.get(pool, index, (1, 0, 0)) for index in expected] == [page(index + 1000) for index in expected]
+        assert store.flush_object(pool, (1, 0, 0)) == 200
+        assert all(links.get(pool, index, (1, 0, 0)) is None for index in expected)
+        assert [links.get(pool, index, (2, 0, 0)) for index in expected] == [page(index + 2000) for index in expected]
+        store.verify()
+        assert store.flush_object(pool, (2, 0, 0)) == 200
+        pair.wait_for_frees(0)
+        other.wait_for_frees(0)
+    finally:
+        other.close(keep=pair.a)
 
 
 def test_a_full_lender_refuses_and_the_segment_stays(make_pair: MakePair) -> None:
@@ -214,6 +288,54 @@ def test_exclusive_get_while_the_push_is_in_flight_leaves_no_orphan(pair: Pair) 
     assert all(pair.fetch(index) is None for index in PAGES)
 
 
+def test_ephemeral_get_while_the_push_is_in_flight_leaves_no_orphan(pair: Pair) -> None:
+    pair.pool = pair.a.store.create_pool(pages=4096, persistent=False)
+    pair.put(*PAGES)
+    with pair.bulk.down.held():
+        n = pair.order()
+        wait_until(lambda: pair.b.lent_used() == n, "the lender has everything")
+        for index in PAGES:
+            assert pair.fetch(index, mode=0) == page(index)
+    pair.wait_for_frees(0)
+    assert all(pair.fetch(index) is None for index in PAGES)
+
+
+def test_object_flush_while_the_push_is_in_flight_leaves_no_orphan(pair: Pair) -> None:
+    store = pair.a.store
+    pool = store.create_pool()
+    for index in PAGES:
+        store.put(pool, index, page(index), (1, 2, 3))
+    with pair.bulk.down.held():
+        n = pair.order()
+        wait_until(lambda: pair.b.lent_used() == n, "the lender has everything")
+        assert store.flush_object(pool, (1, 2, 3)) == len(PAGES)
+    pair.wait_for_frees(0)
+    assert all(pair.a.links.get(pool, index, (1, 2, 3)) is None for index in PAGES)
+
+
+def test_destroy_of_the_pool_while_the_push_is_in_flight(pair: Pair) -> None:
+    pair.put(*PAGES)
+    with pair.bulk.down.held():
+        n = pair.order()
+        wait_until(lambda: pair.b.lent_used() == n, "the lender has everything")
+        pair.a.store.destroy_pool(pair.pool)
+        assert pair.a.store.create_pool(pages=4096) == pair.pool
+    pair.wait_for_frees(0)
+    assert all(pair.fetch(index) is None for index in PAGES), "nothing of the former pool of that number"
+
+
+def test_destroy_of_the_pool_while_the_get_is_in_flight(pair: Pair) -> None:
+    pair.put(*PAGES)
+    pair.ship()
+    with pair.get.down.held():
+        under_way = pair.later(lambda: pair.fetch(7))
+        pair.a.store.destroy_pool(pair.pool)
+        assert pair.a.store.create_pool(pages=4096) == pair.pool
+        pair.put(8, version=1)
+    assert under_way.result() is None, "the page of the former pool of that number is not this one's"
+    assert pair.fetch(8) == page(100_008)
+
+
 def test_flush_while_the_get_is_in_flight(pair: Pair) -> None:
     pair.put(*PAGES)
     pair.ship()
@@ -276,11 +398,13 @@ def test_of_two_exclusive_gets_on_one_key_one_has_the_page(pair: Pair) -> None:
         assert sorted([each.result() for each in both], key=bool) == [None, page(index)]
 
 
-def test_after_an_exclusive_remote_get_nothing_stays_anywhere(pair: Pair) -> None:
+@pytest.mark.parametrize(("persistent", "mode"), [(True, 1), (False, 1), (False, 0)])
+def test_after_an_exclusive_remote_get_nothing_stays_anywhere(pair: Pair, persistent: bool, mode: int) -> None:
+    pair.pool = pair.a.store.create_pool(pages=4096, persistent=persistent)
     pair.put(*PAGES)
     pair.ship()
     for index in PAGES:
-        assert pair.fetch(index, mode=1) == page(index)
+        assert pair.fetch(index, mode=mode) == page(index)
     pair.wait_for_frees(0)
     asked = pair.a.links.counters()["remote_gets"]
     assert all(pair.fetch(index) is None for index in PAGES)

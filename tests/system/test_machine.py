@@ -11,12 +11,10 @@ HYPOTHESIS_PROFILE=long runs 25 times as many histories, longer ones.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +35,11 @@ from hypothesis.stateful import (
 )
 
 import ramster
-from ramster.config.knobs import Region as RegionSettings
 from ramster.constants import PAGE_BYTES
 from ramster.engine.links import TlsContext
-from ramster.engine.region import Region
 from ramster.errors import KernelUnsupported, PageLost, PermissionMissing, RegionLost, StoreFull
-from ramster.frontswap.region_service import RegionService
 from ramster.testing import _stress, _touch
-from ramster.testing.engines import Side, Wire, contexts
+from ramster.testing.engines import MappedRegion, Side, Wire, contexts
 from ramster.testing.proxy import wait_until
 from ramster.tmem.contract import GetMode, ObjectId
 from ramster.tmem.model import Model
@@ -84,28 +79,10 @@ def region_content(page: int, version: int) -> bytes:
     return half(page * 1000 + version) if version else bytes(PAGE_BYTES)
 
 
-class Loop:
-    """An event loop in a thread, for the region service."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-
-    def run(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
 class World:
     """What lasts for the whole test: certificates and a loop."""
 
     contexts: dict[int, TlsContext]
-    loop: Loop
     directory: Path
     region = True
 
@@ -114,13 +91,11 @@ class World:
 def world() -> Any:
     World.directory = Path(tempfile.mkdtemp(prefix="ramster-"))
     World.contexts = contexts(World.directory / "cluster", 3)
-    World.loop = Loop()
     try:
         _touch.bare_fault(np.zeros(1, np.int64), 1)
     except (KernelUnsupported, PermissionMissing):
         World.region = False
     yield
-    World.loop.close()
     shutil.rmtree(World.directory)
 
 
@@ -148,25 +123,11 @@ class Machine(RuleBasedStateMachine):
         self.lost: set[Key] = set()
         self.versions = [0] * REGION_PAGES
         self.may_be_lost: set[int] = set()
+        self.mapped: MappedRegion | None = None
         self.region: ramster.Region | None = None
         if World.region:
-            self._open_region()
-
-    def _open_region(self) -> None:
-        engines: list[Region] = []
-
-        def make(pages: int, resident: int, name: str) -> Region:
-            engines.append(Region(self.r.links, pages, resident, name=name, full_wait_ms=20_000))
-            return engines[0]
-
-        self.directory = Path(tempfile.mkdtemp(prefix="r-", dir=World.directory))
-        self.service = RegionService(self.directory, make, RegionSettings(full_wait_ms=20_000))
-        World.loop.run(self.service.start())
-        self.region = ramster.connect(self.directory / "region.sock").region(
-            REGION_PAGES * PAGE_BYTES, resident=RESIDENT * PAGE_BYTES, name="machine"
-        )
-        self.view = memoryview(self.region)
-        self.region_pool = engines[0].pool
+            self.mapped = MappedRegion(self.r, REGION_PAGES, RESIDENT)
+            self.region, self.view, self.region_pool = self.mapped.region, self.mapped.view, self.mapped.pool
 
     # --- pools of a ---------------------------------------------------------------------------------------------------
 
@@ -470,11 +431,8 @@ class Machine(RuleBasedStateMachine):
             if self.region is not None:
                 self.read((0, REGION_PAGES))
         finally:
-            if self.region is not None:
-                self.view.release()
-                self.region.close()
-                World.loop.run(self.service.close())
-                shutil.rmtree(self.directory)
+            if self.mapped is not None:
+                self.mapped.close()
         for side in (self.a, self.r):
             side.store.seal_open()
             side.store.verify()

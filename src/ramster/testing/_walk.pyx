@@ -242,7 +242,7 @@ cdef class Walk:
         cdef uint64_t begin
         cdef uint32_t i, started = 0
         names = ("random", "stride", "sequential")
-        if not 0 < threads <= THREADS_MAX or threads > g.pages or order not in names or visits == 0:
+        if not 0 < threads <= THREADS_MAX or (threads > g.pages and not shared) or order not in names or visits == 0:
             raise errors.UsageError(f"1 to {THREADS_MAX} threads, an order of {', '.join(names)}, at least one visit")
         g.threads = threads
         g.order = names.index(order)

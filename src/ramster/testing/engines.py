@@ -1,19 +1,29 @@
-"""Engines of several nodes in this process, linked by real TLS through fault proxies, without a shell around them.
+"""Engines of several nodes in this process, linked by real TLS through fault proxies, no shell around them.
 
-Covers making, linking, cutting and restarting them. Does not cover what decides and connects by itself (`cluster`
-starts real nodes).
+Covers making, linking, cutting and restarting them, and regions that this process maps. Does not cover what decides
+and connects by itself (`cluster` starts real nodes).
 """
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import socket
+import tempfile
 import threading
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
+import ramster
 from ramster.cluster import identity
+from ramster.config.knobs import Region as RegionSettings
+from ramster.constants import PAGE_BYTES
 from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
+from ramster.engine.region import Region
 from ramster.engine.store import Store
+from ramster.frontswap.region_service import RegionService
 from ramster.testing.proxy import Proxy, wait_until
 
 SEGMENT: Final = 65536
@@ -83,8 +93,8 @@ class Side:
         self._make()
 
     def lent_used(self) -> int:
-        counters = self.links.counters()
-        return int(counters["lent_frames"]) - int(counters["lent_free"])
+        """Segments held for others."""
+        return int(self.links.counters()["lent_images"])
 
     def up(self, other: Side) -> bool:
         return self.links.up(other.number, GET) and self.links.up(other.number, BULK)
@@ -119,7 +129,7 @@ class Wire:
             client.handshake(HANDSHAKE_S)
             greeting.join()
             for side, peer, connection in ((self.one, self.other, client), (self.other, self.one, server)):
-                credit = int(peer.links.counters()["lent_frames"])
+                credit = int(peer.links.counters()["lent_free"])
                 side.links.attach(connection, peer.number, kind, peer.generation, credit)
 
     def cut(self, *kinds: int) -> None:
@@ -139,3 +149,67 @@ class Wire:
         self.release()
         for relay in self._relays:
             relay.close()
+
+
+class MappedRegion:
+    """A region of a side's engine that this process maps: `region` is the application's face, `pool` the store's.
+
+    A fault is served by native threads, so a thread may touch it with the GIL held as long as the test need not run
+    meanwhile; a touch of a lost page ends the process. PermissionMissing, KernelUnsupported without userfaultfd.
+    """
+
+    def __init__(self, side: Side, pages: int, resident: int, *, full_wait_ms: int = 20_000) -> None:
+        self.side = side
+        self._engines: list[Region] = []
+        self._full_wait_ms = full_wait_ms
+        self._directory = Path(tempfile.mkdtemp(prefix="ramster-"))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        try:
+            self._service = RegionService(self._directory, self._make, RegionSettings(full_wait_ms=full_wait_ms))
+            self._run(self._service.start())
+            self.region = ramster.connect(self._directory / "region.sock").region(
+                pages * PAGE_BYTES, resident=resident * PAGE_BYTES, name="mapped"
+            )
+        except BaseException:
+            self._end()
+            raise
+        # Requests of an application's connection are served one after the other; the engine's are not.
+        self.engine: Region = self._engines[0]
+        self.pool: int = self.engine.pool
+        self.view: memoryview = memoryview(self.region)
+
+    def _make(self, pages: int, resident: int, name: str) -> Region:
+        self._engines.append(Region(self.side.links, pages, resident, name=name, full_wait_ms=self._full_wait_ms))
+        return self._engines[0]
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def page(self, number: int, count: int = 1) -> memoryview:
+        return self.view[number * PAGE_BYTES : (number + count) * PAGE_BYTES]
+
+    def where(self, number: int) -> int | str:
+        """Where the stored copy of a page is: see Store.where."""
+        return self.side.store.where(self.pool, number)
+
+    def close(self) -> None:
+        self.view.release()
+        self.region.close()
+        self._end()
+
+    def _end(self) -> None:
+        self._run(self._service.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        shutil.rmtree(self._directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
