@@ -227,7 +227,7 @@ def main() -> None:
     walk = Walk(memory, 7)
     for line in sys.stdin:
         before = time.process_time_ns()
-        totals = walk.run(visits=walk.pages, seconds=DEADLINE_S, **json.loads(line))
+        totals = walk.run(**{"visits": walk.pages, "seconds": DEADLINE_S, **json.loads(line)})
         print(json.dumps({**totals, "cpu_ns": time.process_time_ns() - before}), flush=True)
 
 
