@@ -164,14 +164,14 @@ def test_a_pin_while_its_page_is_being_evicted(make_scene: MakeScene) -> None:
     filler = scene.fill()
     evicted = scene.later(scene.out)
     scene.waits_for_room()
-    pinned = scene.later(lambda: scene.mapped.engine.pin(PAGE, 1))
+    pinned = scene.later(lambda: scene.mapped.engine.pin(0, PAGE, 1))
     wait_until(lambda: scene.counter("pinned_pages") == 1, "the pin waits")
     scene.make_room(filler)
     evicted.result(20)
     pinned.result(20)
     assert scene.evict() == 0, "it is pinned"
     scene.touch(write=True)
-    scene.mapped.engine.unpin(PAGE, 1)
+    scene.mapped.engine.unpin(0, PAGE, 1)
     scene.out()
     scene.touch()
 
@@ -206,7 +206,7 @@ def test_a_fault_on_a_page_that_is_being_prefetched_is_one_get(scene: Scene) -> 
     scene.away()
     gets, faults = scene.remote_gets(), scene.counter("faults")
     with scene.pair.get.down.held():
-        prefetched = scene.later(lambda: scene.mapped.engine.prefetch(PAGE, 1))
+        prefetched = scene.later(lambda: scene.mapped.engine.prefetch(0, PAGE, 1))
         wait_until(lambda: scene.pair.pending() > 0, "the get is under way")
         touched = scene.later(lambda: scene.touch(write=True))
         wait_until(lambda: scene.counter("faults") == faults + 1, "the fault waits for it")

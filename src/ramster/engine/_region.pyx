@@ -1167,13 +1167,13 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
             return GONE_FULL
 
 
-cdef void await_others(Region_t *r, uint64_t first, uint64_t end, int state) noexcept nogil:
-    """Until no page of this run is in other hands (fetching, or evicting); bounded as each eviction is."""
-    cdef uint64_t deadline = now_ns() + r.full_wait_ns + 1000000000ull
+cdef void await_others(Region_t *r, uint64_t first, uint64_t end, int state, uint64_t wait_ns) noexcept nogil:
+    """Until no page of this run is in other hands (fetching, or evicting), at most so long."""
+    cdef uint64_t deadline = now_ns() + wait_ns
     pthread_mutex_lock(&r.lock)
     while first < end and now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
         if state_of(r, first) == state:
-            cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
+            cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
         else:
             first += 1
             if first % 65536 == 0:          # nobody who faults waits for a walk through a large region
@@ -1568,8 +1568,9 @@ cdef class Region:
             if buffer == NULL:
                 raise MemoryError
             with nogil:
-                # A page that was just touched may still be in the hands of whoever has mapped it.
-                await_others(r, first, first + count, PAGE_FETCHING)
+                # A page that was just touched may still be in the hands of whoever has mapped it. What a lender is asked for
+                # is not waited for.
+                await_others(r, first, first + count, PAGE_FETCHING, 100000000ull)
                 while page < first + count and not full and not load32(&r.stopping, ACQUIRE):
                     n = 0
                     pthread_mutex_lock(&r.lock)
@@ -1587,7 +1588,7 @@ cdef class Region:
                         evicted += left
                         full = left < n
                         unpark(r)
-                await_others(r, first, first + count, PAGE_EVICTING)
+                await_others(r, first, first + count, PAGE_EVICTING, r.full_wait_ns + 1000000000ull)
             if full:
                 raise errors.RegionFull(f"no room for more pages: {evicted} were written out, the rest stays resident")
             return evicted
