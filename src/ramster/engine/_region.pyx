@@ -1234,10 +1234,10 @@ cdef void leave(Attachment *a) noexcept nogil:
     a.condemned = NULL
     if uffd >= 0:
         r.attached -= 1
-    pthread_rwlock_wrlock(&r.mapped)
+    pthread_mutex_unlock(&r.lock)
+    pthread_rwlock_wrlock(&r.mapped)        # without the other lock: faults go on while a slow request of another process ends
     a.uffd = -1
     pthread_rwlock_unlock(&r.mapped)
-    pthread_mutex_unlock(&r.lock)
     if uffd >= 0:
         close(uffd)
     close(a.guard)
@@ -1409,10 +1409,10 @@ cdef class Region:
             pthread_mutex_lock(&r.lock)
             r.can_poison = r.can_poison and (features & UFFD_FEATURE_POISON) != 0
             r.attached += 1
+            pthread_mutex_unlock(&r.lock)
             pthread_rwlock_wrlock(&r.mapped)
             a.uffd = uffd           # from here on evictors protect here, too
             pthread_rwlock_unlock(&r.mapped)
-            pthread_mutex_unlock(&r.lock)
         for i in range(r.fault_threads):
             if start_thread(&a.threads[i], fault_main, a, b"ramster-fault") != 0:
                 raise MemoryError("cannot start the threads of a region")
