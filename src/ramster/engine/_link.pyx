@@ -45,7 +45,7 @@ from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._histogram cimport Histogram, quantile, record
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
-    REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told,
+    REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told, store_short_of_frames,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
     store_unseal_begin, store_unseal_context, memory_available)
@@ -450,8 +450,8 @@ cdef void lent_release(Links_t *l, uint32_t i) noexcept nogil:
         while link[0] != i:
             link = &l.rows[link[0]].next
         link[0] = row.next
-        l.lent_images -= 1
-        l.lent_bytes -= row.bytes
+        store32(&l.lent_images, l.lent_images - 1, RELAXED)
+        store64(&l.lent_bytes, l.lent_bytes - row.bytes, RELAXED)
     lent_give_back(l, row, 0)
     row.state = LENT_FREE
     row.next = l.rows_free
@@ -484,8 +484,8 @@ cdef int lent_commit(Links_t *l, Peer *peer, uint32_t i, const Frame *f) noexcep
     bucket = lent_bucket(l, row.owner, row.segment, row.generation)
     row.next = bucket[0]
     bucket[0] = i
-    l.lent_images += 1
-    l.lent_bytes += row.bytes
+    store32(&l.lent_images, l.lent_images + 1, RELAXED)
+    store64(&l.lent_bytes, l.lent_bytes + row.bytes, RELAXED)
     pthread_mutex_unlock(&l.lender_lock)
     say(&l.segments_received, 1)
     return S_OK
@@ -541,7 +541,7 @@ cdef bint lent_pack(Links_t *l, Lent *row, const uint8_t *live, bint moving) noe
             offset[0] = 0xffff
     if moving:
         (<ImageHeader *> lent_at(l, row, 0)).data_bytes = to - base
-        l.lent_bytes -= row.bytes - to
+        store64(&l.lent_bytes, l.lent_bytes - (row.bytes - to), RELAXED)
         row.bytes = to
         lent_give_back(l, row, (to + BLOCK_BYTES - 1) // BLOCK_BYTES)
     return True
@@ -1083,7 +1083,7 @@ cdef void orphan_freed(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
         peer.orphan_generations[kept] = peer.orphan_generations[i]
         kept += 1
         told += i < peer.orphans_told
-    peer.orphan_count = kept
+    store32(&peer.orphan_count, kept, RELAXED)
     peer.orphans_told = told
     pthread_mutex_unlock(&l.ship_lock)
 
@@ -1146,7 +1146,7 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     pthread_mutex_unlock(&l.ship_lock)
     # Not while puts are short of frames: they wait for segments to be gone.
     if l.recompress == RECOMPRESS_OFF or (l.recompress == RECOMPRESS_AUTO and (
-            not congested or load32(&l.store.free_count, RELAXED) <= l.store.clean_low_frames)):
+            not congested or store_short_of_frames(l.store))):
         zstd = NULL
     bytes = store_seal_image(l.store, order.segment, image + FRAME_BYTES, &meta, l.seal_ctx, zstd)
     if bytes == 0:
@@ -1369,9 +1369,8 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
         store32(&peer.credit, f.credit, RELAXED)
         if f.request == 0:
             orphan_freed(l, peer, f)
-        elif f.request == <uint64_t> f.segment + 1 and f.segment < l.store.segments_used and \
-                l.store.segments[f.segment].peer == peer.number and l.store.segments[f.segment].generation == f.generation:
-            store_freed_told(l.store, f.segment)
+        elif f.request == <uint64_t> f.segment + 1 and f.segment < load32(&l.store.segments_used, ACQUIRE):
+            store_freed_told(l.store, f.segment, f.generation, peer.number)
     elif f.type == T_COMPACT:
         frame_init(l, &reply, T_COMPACTED, f.request)
         reply.segment = f.segment
@@ -1598,7 +1597,7 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
     cdef int i
     if not is_up(ch) or now < ch.received_ns:
         return
-    if ch.kind == BULK and peer.shipping:
+    if ch.kind == BULK and load32(&peer.shipping, RELAXED):
         pthread_mutex_lock(&l.ship_lock)
         for i in range(SHIPS_MAX):
             if l.ships[i].id != 0 and l.ships[i].peer == peer.number and now > l.ships[i].sent_ns + SHIP_ANSWER_S * 1000000000ull:
@@ -2034,7 +2033,8 @@ cdef class Links:
                     store_peer_lost(l.store, number)
                 lent_drop(l, number, generation)
                 pthread_mutex_lock(&l.ship_lock)
-                peer.orphan_count = peer.orphans_told = 0
+                store32(&peer.orphan_count, 0, RELAXED)
+                peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
                 store64(&peer.generation, generation, RELAXED)
                 store32(&peer.gone, 0, RELEASE)

@@ -314,7 +314,8 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
 cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
 cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil
-cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil
+cdef void store_freed_told(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
+cdef bint store_short_of_frames(Store_t *s) noexcept nogil
 cdef uint32_t store_retell(Store_t *s, uint32_t peer) noexcept nogil
 cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint8_t *live) noexcept nogil
 cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t image_bytes) noexcept nogil

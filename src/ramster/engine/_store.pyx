@@ -2214,10 +2214,20 @@ cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil:
     return result
 
 
-cdef void store_freed_told(Store_t *s, uint32_t segment) noexcept nogil:
+cdef bint store_short_of_frames(Store_t *s) noexcept nogil:
+    """The cleaner is at work, or should be: puts may have to wait."""
+    cdef bint few
+    pthread_mutex_lock(&s.frame_lock)
+    few = s.free_count <= s.clean_low_frames
+    pthread_mutex_unlock(&s.frame_lock)
+    return few
+
+
+cdef void store_freed_told(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
+    """The lender has forgotten this segment: its number may be used again."""
     cdef Segment *row = &s.segments[segment]
     spin_lock(&row.lock)
-    if row.state == SEG_FREE_SENT:
+    if row.state == SEG_FREE_SENT and row.generation == generation and row.peer == peer:
         free_row(s, segment)
     spin_unlock(&row.lock)
 
