@@ -2831,7 +2831,7 @@ cdef class Store:
         cdef uint32_t i
         cdef Segment *row
         cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
-        cdef uint64_t used_r = 0, metadata = 0
+        cdef uint64_t used_r = 0, metadata = 0, rows
         for i in range(load32(&s.segments_used, ACQUIRE)):
             row = &s.segments[i]
             spin_lock(&row.lock)
@@ -2858,10 +2858,13 @@ cdef class Store:
         i = s.free_count
         pthread_mutex_unlock(&s.frame_lock)
         # Rows and ids are mapped for segments_max and taken page by page as numbers are first used.
+        rows = load32(&s.segments_used, ACQUIRE)
         metadata += sizeof(Store_t) + s.frames * (8 + sizeof(Retired)) + s.hints * sizeof(Room) + \
-            (<uint64_t> s.segments_used * sizeof(Segment) + 4095 & ~<uint64_t> 4095) + \
-            (<uint64_t> s.segments_used * 4 + 4095 & ~<uint64_t> 4095) + \
-            total(s, C_TABLE_BYTES) + total(s, C_POOL_BYTES) + s.nodes.bytes
+            (rows * sizeof(Segment) + 4095 & ~<uint64_t> 4095) + (rows * 4 + 4095 & ~<uint64_t> 4095) + \
+            total(s, C_TABLE_BYTES) + total(s, C_POOL_BYTES)
+        spin_lock(&s.nodes.lock)
+        metadata += s.nodes.bytes
+        spin_unlock(&s.nodes.lock)
         filled = total(s, C_FILLED)
         puts = tallied(s, T_PUTS)
         return dict(
