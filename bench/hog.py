@@ -177,7 +177,7 @@ def interruptible() -> Iterator[None]:
 
 
 def run(quick: bool) -> list[Row]:
-    size, resident, rounds = (64 * MIB, 32 * MIB, 1) if quick else (256 * MIB, 128 * MIB, 7)
+    size, resident, rounds = (64 * MIB, 32 * MIB, 2) if quick else (256 * MIB, 128 * MIB, 7)
     rows = []
     try:
         with contextlib.ExitStack() as stack:
