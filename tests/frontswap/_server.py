@@ -273,7 +273,16 @@ async def _serve(arguments: argparse.Namespace) -> None:
     links = Links(store, 1)
 
     def make_engine_region(pages: int, resident_pages: int, name: str) -> Region:
-        region = EngineRegion(links, pages, resident_pages, name=name, poison=arguments.poison)
+        region = EngineRegion(
+            links,
+            pages,
+            resident_pages,
+            name=name,
+            poison=arguments.poison,
+            fault_threads=arguments.threads,
+            busy_poll_us=arguments.busy_poll,
+            evictor_threads=arguments.threads,
+        )
         for page in range(pages if arguments.pattern else 0):
             store.put(region.pool, page, pattern(page))
         return region
@@ -307,6 +316,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--engine", action="store_true", help="regions of the engine, without peers")
+    parser.add_argument("--threads", type=int, default=1, help="of each kind that an engine's region has")
+    parser.add_argument("--busy-poll", type=int, default=0)
     parser.add_argument("--pattern", action="store_true")
     parser.add_argument("--lost", type=_range, default=range(0))
     parser.add_argument("--stalled", type=_range, default=range(0))

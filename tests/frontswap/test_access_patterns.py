@@ -62,7 +62,7 @@ def test_a_column_brings_in_its_pages_and_not_what_is_between_them(start_node: S
         + """
 a, region = make(16000, 4000)
 done = counted(region, lambda: right(a, range(3, 16000, 16)))
-assert done["faults"] < 300 and done["faults"] + done["prefetched"] < 1100, done
+assert done["faults"] < 300 and done["faults_local"] + done["prefetched"] < 1100, done
 assert done["prefetch_hits"] > 700, done
 """,
         start_node("--pattern").socket,
@@ -138,4 +138,87 @@ assert done["faults_wp"] < 40, done
 assert all(a[page, 1] == page and a[page, 0] == first_word(page) for page in range(1024))
 """,
         start_node("--pattern").socket,
+    )
+
+
+@engine
+@pytest.mark.parametrize("threads", [2, 4])
+def test_several_evictors_work_side_by_side(start_node: StartNode, threads: int) -> None:
+    """Eight writers at random places: no page is lost or old, and the budget holds."""
+    run_script(
+        PASSES
+        + """
+a, region = make(4096, 512)
+wrong = []
+def work(seed):
+    dice = np.random.default_rng(seed)
+    mine = np.arange(seed, 4096, 8)
+    for turn in range(1, 5):
+        for page in dice.permutation(mine).tolist():
+            if a[page, 1] != (turn - 1 if turn > 1 else first_word(page)) or a[page, 2] != first_word(page):
+                wrong.append(page)
+            a[page, 1] = turn
+threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+for thread in threads: thread.start()
+while any(thread.is_alive() for thread in threads):
+    assert region.statistics().resident_pages <= 512
+for thread in threads: thread.join()
+assert not wrong
+s = region.statistics()
+assert s.evictions > 3 * 3584 and s.refused == 0, s
+assert s.faults_parked < s.faults // 2, s
+""",
+        start_node("--pattern", "--threads", str(threads)).socket,
+    )
+
+
+@engine
+def test_a_hundred_gibibytes_of_addresses_cost_what_is_touched(start_node: StartNode) -> None:
+    """The node's memory follows the budget and the pages that were touched, not the size of the region."""
+    node = start_node()
+    run_script(
+        PASSES
+        + """
+def used():
+    with open(f"/proc/{sys.argv[2]}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:")) * 1024
+small, _ = make(4096, 1024)
+small[:, 0] = 1
+before = used()
+a, region = make(26_214_400, 1024)
+made = used()
+assert made - before < 4 << 20, made - before
+order = np.arange(20_000) * 1301
+for page in order.tolist(): a[page, 0] = page + 1
+# 8 bytes a slot and a byte of state, in pages of 4096, since each page that was touched is far from the others; and the
+# compressed pages themselves.
+assert used() - made < 20_000 * 4096 * 3, used() - made
+assert all(a[page, 0] == page + 1 for page in order.tolist())
+once = used()
+for page in order.tolist(): a[page, 0]
+assert used() - once < 4 << 20, used() - once
+assert region.statistics().resident_pages <= 1024
+""",
+        node.socket,
+        node.process.pid,
+    )
+
+
+@engine
+def test_polling_is_counted_and_stops_when_idle(start_node: StartNode) -> None:
+    run_script(
+        PASSES
+        + """
+a, region = make(8192, 4096)
+turn = np.random.default_rng(1).permutation(8192).tolist()
+busy = counted(region, lambda: right(a, turn[:4000]))
+assert 0 < busy["polled_us"], busy
+
+def idle():
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end: region.statistics()
+idle()
+assert counted(region, idle)["polled_us"] == 0
+""",
+        start_node("--pattern", "--busy-poll", "1000").socket,
     )

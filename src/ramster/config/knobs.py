@@ -297,6 +297,13 @@ class Region:
         help="Threads that answer page faults, for each region and process that has it mapped.",
     )
     evictor_threads: int = _count(1, at_least=1, at_most=16, help="Threads per region that write pages out.")
+    busy_poll_us: int = _count(
+        0,
+        unit="us",
+        at_least=0,
+        at_most=1000,
+        help="Microseconds that a fault thread stays awake for the next fault while they come so fast; needs a core.",
+    )
     full_wait_ms: int = _time(
         2000,
         at_least=0,

@@ -99,6 +99,8 @@ cdef struct Region_t:
     uint64_t users                  # threads inside prefetch, pin, evict
     bint full
     uint64_t full_wait_ns
+    uint64_t busy_poll_ns           # a fault thread asks again and again for so long before it sleeps; 0: never
+    uint64_t polled_ns
     pthread_mutex_t lock
     pthread_cond_t changed          # something arrived, left, or there is room
     pthread_cond_t work             # for the evictors

@@ -13,6 +13,7 @@ class Region:
         fault_threads: int = ...,
         evictor_threads: int = ...,
         full_wait_ms: int = ...,
+        busy_poll_us: int = ...,
         poison: str = ...,
     ) -> Self: ...
     @property

@@ -14,7 +14,8 @@ __all__ = ["Region"]
 class Region(_region.Region):
     """One region, served from the first `attach` until `close`.
 
-    Region(links, pages, resident_pages, *, name, fault_threads=1, evictor_threads=1, full_wait_ms=2000, poison="auto")
+    Region(links, pages, resident_pages, *, name, fault_threads=1, evictor_threads=1, full_wait_ms=2000,
+    busy_poll_us=0, poison="auto")
 
     Ranges are in pages; UsageError when one is not inside the region. Methods that wait do so without the GIL, within
     [links] give_up + [region] full_wait + 1 s for each window of 32 pages.
@@ -22,7 +23,8 @@ class Region(_region.Region):
     Args:
         pages: size. resident_pages: how many may be in RAM at once, at least 16.
         fault_threads, evictor_threads: 1 to 16 of each; fault threads for each process. full_wait_ms: how long a fault
-            waits for room before SIGBUS.
+            waits for room before SIGBUS. busy_poll_us: how long a fault thread asks for the next fault before it
+            sleeps, while they come that fast.
         poison: "auto" uses UFFDIO_POISON where the applications' kernel has it, "guard" always their guardians.
 
     join: room for one more process: (its number, the far end of its guard channel, which the caller owns). Refused when

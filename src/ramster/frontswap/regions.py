@@ -102,6 +102,8 @@ class RegionStatistics:
     """Evictions that stored nothing, because the stored copy was still right; the others are puts."""
     refused: int = 0
     """Faults that waited for room in vain and ended by SIGBUS."""
+    polled_us: int = 0
+    """CPU time that fault threads spent asking for faults instead of sleeping (`busy_poll_us`)."""
     full: bool = False
     """The node has no room for a further page now."""
     fault_local_p50_us: int = 0

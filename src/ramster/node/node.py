@@ -86,6 +86,7 @@ class Node:
             fault_threads=r.fault_threads,
             evictor_threads=r.evictor_threads,
             full_wait_ms=r.full_wait_ms,
+            busy_poll_us=r.busy_poll_us,
             poison=r.poison,
         )
 
