@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from ramster.engine._c.atomic cimport ACQUIRE, RELAXED, RELEASE, fence, load32, sched_yield, store32
+from ramster.engine._c.atomic cimport ACQUIRE, RELAXED, RELEASE, fence, load32, load64, sched_yield, store32, store64
 from ramster.engine._c.pthread cimport now_ns, pthread_join, pthread_t, start_thread
 
 from ramster import errors
@@ -120,8 +120,14 @@ cdef void visit(Walker *w, uint64_t page, bint rewrite) noexcept nogil:
     cdef Ground *g = w.ground
     cdef uint64_t *p = g.memory + page * WORDS
     cdef uint32_t version = load32(&g.done[page], ACQUIRE)
-    cdef int verdict = judge(p, page, version, g.salt)
-    if g.shared:
+    cdef uint64_t copy[WORDS]
+    cdef int verdict, i
+    if not g.shared:
+        verdict = judge(p, page, version, g.salt)
+    else:
+        for i in range(WORDS):
+            copy[i] = load64(&p[i], RELAXED)
+        verdict = judge(copy, page, version, g.salt)
         fence(ACQUIRE)
         if load32(&g.begun[page], RELAXED) != version:
             w.skipped += 1
@@ -137,7 +143,12 @@ cdef void visit(Walker *w, uint64_t page, bint rewrite) noexcept nogil:
     if rewrite:
         store32(&g.begun[page], version + 1, RELAXED)
         fence(RELEASE)
-        fill(p, page, version + 1, g.salt)
+        if not g.shared:
+            fill(p, page, version + 1, g.salt)
+        else:
+            fill(copy, page, version + 1, g.salt)
+            for i in range(WORDS):
+                store64(&p[i], copy[i], RELAXED)
         store32(&g.done[page], version + 1, RELEASE)
         w.writes += 1
 
