@@ -38,7 +38,7 @@ TSAN_OPTIONS+=":suppressions=$PWD/scripts/tsan.supp"
 # "unexpected memory mapping". -S: none of that interpreter's own packages.
 status=0
 setarch -R env LD_PRELOAD="$preload" "$python" -S -m pytest --capture=sys "$@" || status=$?
-found=$(find "$out" -name 'report.*' -size +0 | wc -l)
+found=$(find "$out" -maxdepth 1 -name 'report.*' -size +0 | wc -l)
 if [ "$found" -gt 0 ]; then
     cat "$reports".* >&2
     echo "tsan: reports of $found processes, above" >&2
