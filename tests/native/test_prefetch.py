@@ -127,6 +127,9 @@ def test_pages_evicted_before_use_shrink_the_window_and_use_grows_it() -> None:
     pattern = AccessPattern(PAGES)
     touch(pattern, range(2000))
     assert pattern.counters["window_now"] == 64
+    for _ in range(1024 // 16):
+        pattern.missed()
+    assert pattern.counters["window_now"] == 64, "what was used speaks for the window"
     for _ in range(3):
         pattern.missed()
     assert pattern.counters["window_now"] == 8

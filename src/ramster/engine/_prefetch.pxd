@@ -21,6 +21,8 @@ cdef enum:
     RUNS = 8                        # run lengths 1, 2, 4 ... 256
     RUNS_KNOWN = 16                 # runs measured before their lengths say anything
     RUNS_MAX = 256                  # ... and after which the old count half
+    MISS_WEIGHT = 16                # one page evicted before it was used outweighs so many that were used
+    CREDIT_MAX = 1024
     SAMPLE = 8                      # one run in so many starts with a single page, to be measured
     RANGES_MAX = 64                 # ranges of a region with an advice of their own
 
@@ -61,6 +63,7 @@ cdef struct Pattern:
     uint32_t births                 # of streams
     uint32_t reached[9]             # measured runs that got to 2^k pages
     uint32_t ended[9]               # ... and those that got no further
+    uint32_t credit                 # confirmed pages that speak for the window
     uint64_t prefetched
     uint64_t hits
     uint64_t wasted
@@ -208,6 +211,7 @@ cdef inline void pattern_fault(Pattern *p, uint64_t at, Plan *plan) noexcept nog
         if s.stride == 0:
             s.stride = 1 if page >= s.next else -1
         p.hits += s.unconfirmed
+        p.credit = <uint32_t> min(p.credit + s.unconfirmed, <uint64_t> CREDIT_MAX)
         s.unconfirmed = 0
         if p.window_now < p.window_max and s.window == p.window_now:
             p.window_now += 1
@@ -266,10 +270,9 @@ cdef inline Stream *stream_of(Pattern *p, Plan *plan) noexcept nogil:
     return &p.streams[plan.stream] if plan.id and p.streams[plan.stream].id == plan.id else NULL
 
 
-cdef inline void pattern_took(Pattern *p, Plan *plan, uint64_t first, uint64_t end, bint wanted) noexcept nogil:
-    """Pages first to end are being fetched for this plan; 'wanted': the faulting page is one of them."""
+cdef inline void pattern_took(Pattern *p, Plan *plan, uint64_t first, uint64_t end, uint32_t extra) noexcept nogil:
+    """Pages first to end are there or being fetched for this plan; 'extra': so many that nobody has asked for."""
     cdef Stream *s = stream_of(p, plan)
-    cdef uint64_t extra = end - first - (1 if wanted else 0)
     p.prefetched += extra
     if s == NULL:
         return
@@ -322,8 +325,13 @@ cdef inline void pattern_skip(Pattern *p, Plan *plan) noexcept nogil:
 
 
 cdef inline void pattern_missed(Pattern *p) noexcept nogil:
-    """A page fetched ahead was evicted before it was used: less at a time, then."""
+    """A page fetched ahead was evicted before anybody was seen to use it: less at a time, if that happens often. Pages that
+    were used without a fault count here, too, on the next pass over them."""
     p.wasted += 1
+    if p.credit >= MISS_WEIGHT:
+        p.credit -= MISS_WEIGHT
+        return
+    p.credit = 0
     p.window_now = max(p.window_now // 2, min(p.window_max, <uint32_t> 4))
 
 

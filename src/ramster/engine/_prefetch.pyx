@@ -87,13 +87,14 @@ cdef class AccessPattern:
             return (away is None or away(at)) and not any(first <= at < end for first, end in runs)
 
         def take(at, low, high, wanted):
-            first, end = at, at + 1
-            while end < high and free(end):
-                end += 1
-            while first > low and free(first - 1):
-                first -= 1
-            pattern_took(&self.p, &plan, first, end, wanted)
-            runs.append((first, end))
+            taken = [near for near in range(low, high) if near == at or free(near)]
+            pattern_took(&self.p, &plan, taken[0], max(taken) + 1, len(taken) - wanted)
+            begin = len(runs)
+            for near in taken:
+                if len(runs) > begin and runs[len(runs) - 1][1] == near:
+                    runs[len(runs) - 1] = (runs[len(runs) - 1][0], near + 1)
+                else:
+                    runs.append((near, near + 1))
 
         pattern_fault(&self.p, page, &plan)
         take(page, plan.low, plan.high, True)

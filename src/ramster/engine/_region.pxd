@@ -60,6 +60,8 @@ cdef struct Batch:                  # the pages of one fault, on their way in to
     uint64_t first
     uint32_t count
     uint32_t wanted                 # which of them a thread waits for
+    uint32_t taken                  # how many of them are this batch's to bring in ...
+    uint8_t ours[WINDOW_MAX]        # ... and which: the others are resident, or in other hands
     uint32_t outstanding            # replies to come, and one for whoever asks
     bint remote
     bint fault                      # asked for by a fault, not by prefetch or pin
@@ -77,7 +79,9 @@ cdef struct Region_t:
     uint32_t pool
     uint64_t pages
     uint64_t budget                 # resident pages allowed
-    uint64_t reserve                # evictors work to keep so many pages of it free
+    uint64_t reserve                # evictors work to keep so many pages of it free ...
+    uint64_t reserve_least          # ... at least so many, and more after faults had to wait
+    uint64_t reserve_changed_ns
     int memfd
     bint can_poison
     Attachment attachments[32]

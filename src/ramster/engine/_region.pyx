@@ -42,11 +42,11 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.linux cimport (
     AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_GETFL, F_SEAL_GROW, F_SEAL_SHRINK, F_SETFL, FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, PRIO_PROCESS, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
+    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
     UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
-    memfd_create, poll, pollfd, pread, read, recv, send, setpriority, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
+    memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -73,7 +73,8 @@ cdef enum:
     PARKED_MAX = 1024
     RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
     RESIDENT_PAGES_MAX = 1 << 30
-    EVICTOR_NICE = 5
+    RESERVE_GROWS_NS = 1000000      # at most once in so long, while faults have to wait for room ...
+    RESERVE_SHRINKS_NS = 500000000  # ... and by an eighth after so long without one
     OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     GUARD_LOST = 1
@@ -417,10 +418,14 @@ cdef inline uint32_t bit_of(Attachment *a) noexcept nogil:
 cdef void park(Attachment *a, uint64_t page) noexcept nogil:
     """Under the lock: a fault waits until an evictor has made room; the evictor wakes it."""
     cdef Region_t *r = a.region
-    cdef uint64_t i
+    cdef uint64_t i, now = now_ns()
     r.faults_parked += 1
+    # Evictors were too late. More is kept free until they have been in time for a while.
+    if now > r.reserve_changed_ns + RESERVE_GROWS_NS:
+        r.reserve = min(2 * r.reserve, r.budget // 4)
+        r.reserve_changed_ns = now
     if r.parked_count == 0:
-        r.parked_since_ns = now_ns()
+        r.parked_since_ns = now
     for i in range(r.parked_count):
         if r.parked[i].page == page:
             r.parked[i].who |= bit_of(a)
@@ -584,6 +589,10 @@ cdef int bring_in(Region_t *r, Batch *b) noexcept nogil:
     cdef bint sent = False
     for i in range(b.count):
         here[i] = KIND_DONE
+        group[i] = 0
+        if not b.ours[i]:
+            b.kinds[i] = KIND_DONE
+            continue
         result = store_get(r.store, r.pool, zero, <uint32_t> (b.first + i), b.bytes + i * PAGE, -1, &ref)
         if i == b.wanted:
             wanted_result = result
@@ -611,7 +620,7 @@ cdef int bring_in(Region_t *r, Batch *b) noexcept nogil:
     for g in range(groups):
         k = at
         for i in range(b.count):
-            if here[i] == KIND_DONE and group[i] == g + 1:
+            if group[i] == g + 1:
                 b.asked[k].slot = slots[i]
                 b.asked[k].index = <uint32_t> (b.first + i)
                 b.asked[k].ordinal = ordinals[i]
@@ -652,20 +661,35 @@ cdef void bring_in_later(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
     bring_in(b.region, b)
 
 
-cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, Batch *b) noexcept nogil:
-    """Under the lock, with room for a page: put the wanted page and the neighbours that are away too into state fetching."""
-    cdef uint64_t end = page + 1, room = r.budget - r.resident
-    cdef uint64_t first = page, at
-    while end < high and end - page < room and r.states[end] & ~FLAG_PINNED == PAGE_AWAY:
-        end += 1
-    while first > low and end - first < room and r.states[first - 1] & ~FLAG_PINNED == PAGE_AWAY:
-        first -= 1
+cdef inline bint is_away(Region_t *r, uint64_t page) noexcept nogil:
+    return r.states[page] & ~FLAG_PINNED == PAGE_AWAY
+
+
+cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ahead, Batch *b) noexcept nogil:
+    """Under the lock, with room for a page: put the wanted page and those of its window that are away too into state
+    fetching. What is resident among them stays as it is: pages that are kept for long must not cut windows short."""
+    cdef uint64_t first = page, end = page + 1, at = page + 1, room = r.budget - r.resident - 1
+    while at < high and room > 0:
+        if is_away(r, at):
+            end = at + 1
+            room -= 1
+        at += 1
+    at = page
+    while at > low and room > 0:
+        at -= 1
+        if is_away(r, at):
+            first = at
+            room -= 1
     b.first = first
     b.count = <uint32_t> (end - first)
     b.wanted = <uint32_t> (page - first)
+    b.taken = 0
     for at in range(first, end):
-        r.states[at] = <uint8_t> ((r.states[at] & ~STATE_MASK) | PAGE_FETCHING | (FLAG_AHEAD if at != page and b.fault else 0))
-    r.resident += b.count
+        b.ours[at - first] = is_away(r, at)
+        if b.ours[at - first]:
+            r.states[at] = <uint8_t> (r.states[at] | PAGE_FETCHING | (FLAG_AHEAD if ahead or (b.fault and at != page) else 0))
+            b.taken += 1
+    r.resident += b.taken
     want_room(r)
 
 
@@ -679,19 +703,17 @@ cdef Batch *claim_ahead(Attachment *a, Plan *plan) noexcept nogil:
     """Under the lock: the next run of a stream that is not here yet, or NULL. Takes room only while evictors keep up."""
     cdef Region_t *r = a.region
     cdef Batch *b
-    cdef uint64_t page = 0, low = 0, high = 0, at
+    cdef uint64_t page = 0, low = 0, high = 0
     cdef uint32_t skipped = 0
-    if r.resident + r.reserve // 4 + WINDOW_MAX > r.budget or r.batches_used >= BATCHES_MAX // 2:
+    if r.resident + r.reserve // 4 + plan.window > r.budget or r.batches_used >= BATCHES_MAX // 2:
         return NULL
     while pattern_next(&r.reads, plan, &page, &low, &high):
-        if r.states[page] & ~FLAG_PINNED == PAGE_AWAY:
+        if is_away(r, page):
             b = take_batch(a)
             if b != NULL:
                 b.fault = False
-                claim(r, page, low, high, b)
-                pattern_took(&r.reads, plan, b.first, b.first + b.count, False)
-                for at in range(b.first, b.first + b.count):
-                    r.states[at] |= FLAG_AHEAD
+                claim(r, page, low, high, True, b)
+                pattern_took(&r.reads, plan, b.first, b.first + b.count, b.taken)
                 b.wanted = WINDOW_MAX   # nobody waits
             return b
         skipped += 1
@@ -751,8 +773,8 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
         return
     b.fault = True
     pattern_fault(&r.reads, page, &plan)
-    claim(r, page, plan.low, plan.high, b)
-    pattern_took(&r.reads, &plan, b.first, b.first + b.count, True)
+    claim(r, page, plan.low, plan.high, False, b)
+    pattern_took(&r.reads, &plan, b.first, b.first + b.count, b.taken - 1)
     pthread_mutex_unlock(&r.lock)
     # A writer that goes through the pages in order gets them writable at once: no second fault on each.
     b.write_all = write and plan.sequential
@@ -797,7 +819,7 @@ cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
         if state == PAGE_CLEAN or r.attached > 1:
             pattern_fault(&r.writes, page, &plan)
             take_alike(r, page, plan.low, plan.high, &first, &end)
-            pattern_took(&r.writes, &plan, first, end, True)
+            pattern_took(&r.writes, &plan, first, end, <uint32_t> (end - first) - 1)
         else:
             take_alike(r, page, page, page + 1, &first, &end)
         pthread_mutex_unlock(&r.lock)
@@ -837,7 +859,7 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
                 plan.low = page         # neighbours lose their stored copies only where a writer goes on in order
                 plan.high = page + 1
         take_alike(r, page, plan.low, plan.high, &first, &end)
-        pattern_took(&r.maps, &plan, first, end, True)
+        pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
     elif lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE):
         pthread_mutex_unlock(&r.lock)
         wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
@@ -1063,13 +1085,14 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef int state
     cdef bint parked, room, short, full
     ASSERT(buffer != NULL, b"no memory for an evictor's buffer")
-    # Of this thread alone: on a core that both want, a fault does not wait until a batch is written out.
-    setpriority(PRIO_PROCESS, 0, EVICTOR_NICE)
     memset(buffer, 0, BATCH * PAGE)
     while not load32(&r.stopping, ACQUIRE):
         pthread_mutex_lock(&r.lock)
         if not is_short(r):
             cond_wait_until(&r.work, &r.lock, now_ns() + 200000000ull)
+        if r.reserve > r.reserve_least and now_ns() > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
+            r.reserve = max(r.reserve_least, r.reserve - r.reserve // 8)
+            r.reserve_changed_ns = now_ns()
         n = 0
         looked = 2 * BATCH if is_short(r) else 0
         while n < BATCH and looked > 0 and r.resident + r.reserve > r.budget + n:
@@ -1170,7 +1193,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
             if b != NULL:
                 b.fault = False
                 b.write_all = writable
-                claim(r, page, page, end, b)
+                claim(r, page, page, end, False, b)
                 pthread_mutex_unlock(&r.lock)
                 bring_in(r, b)
             else:
@@ -1299,7 +1322,7 @@ cdef class Region:
         r.budget = resident_pages
         # Where everything fits, nothing ever has to leave.
         if resident_pages < pages:
-            r.reserve = min(max(resident_pages // 16, <uint64_t> BATCH), resident_pages // 4)
+            r.reserve = r.reserve_least = min(max(resident_pages // 16, <uint64_t> 2 * BATCH), resident_pages // 4)
         pattern_init(&r.reads, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
         pattern_init(&r.writes, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
         pattern_init(&r.maps, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
@@ -1502,7 +1525,7 @@ cdef class Region:
                 for page in range(first, first + count):
                     fits = fits and a.pins[page] < 0xffff
                     fresh += not r.states[page] & FLAG_PINNED
-                fits = fits and r.pinned + fresh + r.reserve <= r.budget
+                fits = fits and r.pinned + fresh + r.reserve_least <= r.budget
                 if fits:
                     for page in range(first, first + count):
                         a.pins[page] += 1
@@ -1513,7 +1536,7 @@ cdef class Region:
                 pthread_mutex_unlock(&r.lock)
             if not fits:
                 raise errors.RegionFull(
-                    f"cannot pin {count} pages: {fresh} are pinned, and at most {r.budget - r.reserve} of the {r.budget} "
+                    f"cannot pin {count} pages: {fresh} are pinned, and at most {r.budget - r.reserve_least} of the {r.budget} "
                     "resident pages may be")
             outcome = self.wait_in(a, first, count, True)
             if outcome != DONE:
@@ -1567,7 +1590,7 @@ cdef class Region:
             pthread_mutex_lock(&r.lock)
             pinned = r.pinned
             pthread_mutex_unlock(&r.lock)
-            count = min(count, r.budget - r.reserve - min(pinned, r.budget - r.reserve))
+            count = min(count, r.budget - r.reserve_least - min(pinned, r.budget - r.reserve_least))
             outcome = self.wait_in(a, first, count, False) if count else GONE_FULL
             if outcome != DONE:
                 self.fail(outcome, first, count)

@@ -402,7 +402,3 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
                        void (*child)() noexcept nogil)
-
-cdef extern from "<sys/resource.h>" nogil:
-    const int PRIO_PROCESS
-    int setpriority(int which, unsigned int who, int priority)
