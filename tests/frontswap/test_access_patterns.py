@@ -62,7 +62,7 @@ def test_a_column_brings_in_its_pages_and_not_what_is_between_them(start_node: S
         + """
 a, region = make(16000, 4000)
 done = counted(region, lambda: right(a, range(3, 16000, 16)))
-assert done["faults"] < 300 and done["faults_local"] + done["prefetched"] < 1100, done
+assert done["faults_local"] < 300 and done["faults_local"] + done["prefetched"] < 1100, done
 assert done["prefetch_hits"] > 700, done
 """,
         start_node("--pattern").socket,
@@ -182,21 +182,22 @@ def test_a_hundred_gibibytes_of_addresses_cost_what_is_touched(start_node: Start
 def used():
     with open(f"/proc/{sys.argv[2]}/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:")) * 1024
+slack = (64 if "san" in os.environ.get("LD_PRELOAD", "") else 4) << 20      # a sanitizer has memory of its own
 small, _ = make(4096, 1024)
 small[:, 0] = 1
 before = used()
 a, region = make(26_214_400, 1024)
 made = used()
-assert made - before < 4 << 20, made - before
+assert made - before < slack, made - before
 order = np.arange(20_000) * 1301
 for page in order.tolist(): a[page, 0] = page + 1
 # 8 bytes a slot and a byte of state, in pages of 4096, since each page that was touched is far from the others; and the
 # compressed pages themselves.
-assert used() - made < 20_000 * 4096 * 3, used() - made
+assert used() - made < 20_000 * 4096 * 3 + slack, used() - made
 assert all(a[page, 0] == page + 1 for page in order.tolist())
 once = used()
 for page in order.tolist(): a[page, 0]
-assert used() - once < 4 << 20, used() - once
+assert used() - once < slack, used() - once
 assert region.statistics().resident_pages <= 1024
 """,
         node.socket,

@@ -2767,6 +2767,7 @@ cdef class Store:
         cdef Pool *pool
         cdef Leaf *leaf
         cdef Segment *row
+        cdef Segment seen
         cdef uint32_t frames = 0, frames_idle
         cdef int64_t overlap
         wrong = []
@@ -2795,22 +2796,25 @@ cdef class Store:
                     leaf = leaf.next
         for k in range(s.segments_used):
             row = &s.segments[k]
-            if SEG_OPEN <= row.state <= SEG_SHIPPING:
+            spin_lock(&row.lock)            # answers of lenders may still come in
+            seen = row[0]
+            spin_unlock(&row.lock)
+            if SEG_OPEN <= seen.state <= SEG_SHIPPING:
                 frames += 1
-                if row.writers:
-                    wrong.append(f"segment {k} has {row.writers} writers")
+                if seen.writers:
+                    wrong.append(f"segment {k} has {seen.writers} writers")
                 overlap = find_overlap(s, row)
                 if overlap >= 0:
                     wrong.append(f"segment {k}: entry {overlap} lies outside, or on another one")
-                if s.frame_segment[row.frame] != k:
-                    wrong.append(f"segment {k} lies in frame {row.frame}, which belongs to segment {s.frame_segment[row.frame]}")
-            if row.state == SEG_FREE or row.state >= SEG_FREEING:
+                if s.frame_segment[seen.frame] != k:
+                    wrong.append(f"segment {k} lies in frame {seen.frame}, which belongs to segment {s.frame_segment[seen.frame]}")
+            if seen.state == SEG_FREE or seen.state >= SEG_FREEING:
                 if entries[k]:
                     wrong.append(f"segment {k} is free but {entries[k]} slots name it")
-            elif row.state == SEG_REMOTE and row.held_bytes < row.live_bytes:
-                wrong.append(f"segment {k}: its lender holds {row.held_bytes} bytes, of which {row.live_bytes} are live")
-            elif row.live_entries != entries[k] or row.live_bytes != sizes[k]:
-                wrong.append(f"segment {k} (state {row.state}) counts {row.live_entries} live entries of {row.live_bytes} bytes, "
+            elif seen.state == SEG_REMOTE and seen.held_bytes < seen.live_bytes:
+                wrong.append(f"segment {k}: its lender holds {seen.held_bytes} bytes, of which {seen.live_bytes} are live")
+            elif seen.live_entries != entries[k] or seen.live_bytes != sizes[k]:
+                wrong.append(f"segment {k} (state {seen.state}) counts {seen.live_entries} live entries of {seen.live_bytes} bytes, "
                              f"the page tables {entries[k]} of {sizes[k]}")
         pthread_mutex_lock(&s.frame_lock)
         frames_idle = s.free_count + s.retired_count

@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strerror
 
+from ramster.engine._c.atomic cimport RELAXED, load64
 from ramster.engine._c.codec cimport LZ4_compress_default, LZ4_decompress_safe
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, MADV_NOHUGEPAGE, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, O_CLOEXEC,
@@ -70,7 +71,7 @@ cdef void touch_all(const uint8_t *memory, const int64_t *order, Py_ssize_t n, b
     for i in range(n):
         if write:
             touch_page(<void *> (memory + order[i] * PAGE))
-        memcpy(&words[i], memory + order[i] * PAGE, 8)
+        words[i] = load64(<uint64_t *> (memory + order[i] * PAGE), RELAXED)     # another thread may be writing it
         end = now_ns()
         took[i] = end - begin
         begin = end
