@@ -698,7 +698,9 @@ cdef uint8_t *plug(Store_t *s, const Reader *reader, uint32_t kind, uint32_t ent
             spare = spare_ordinal(s, row)
             if spare != SEGMENT_FRAMES_NONE:
                 words[-1 - <int64_t> spare] = ((word & DIRECTORY_OFFSET) + units) | DIRECTORY_DEAD | rest << DIRECTORY_SIZE_SHIFT
-                add_hint(s, kind, rest, room.segment, spare, room.epoch, &words[-1 - <int64_t> spare])
+                # Of now, not of the room: the word may have named an entry that died later than what lay in the room, and a
+                # reader who saw that one alive must not find another under its ordinal.
+                add_hint(s, kind, rest, room.segment, spare, load64(&s.epoch, SEQ_CST), &words[-1 - <int64_t> spare])
         # What is left without a word of its own joins the room of a neighbour that dies.
         words[-1 - <int64_t> room.ordinal] = (word & DIRECTORY_OFFSET) | units << DIRECTORY_SIZE_SHIFT
         row.live_entries += 1
@@ -1476,6 +1478,8 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         spin_unlock(&row.lock)
         result = decode_local(place, room, ref, page) if place != NULL else CORRUPT
         if result == CORRUPT:
+            if read_slot(pool, oid, index) != slot:
+                continue                # overwritten since the look: what was read is nobody's any more
             count(s, C_CORRUPT, 1)
             if forget_ephemeral(s, pool, oid, index, slot):
                 continue
