@@ -489,6 +489,23 @@ def test_link_cut_during_a_push_keeps_the_segment_here_and_frees_the_orphan(pair
     assert pair.b.lent_used() == n
 
 
+def test_an_orphan_is_freed_at_a_node_that_lends_nothing(make_pair: MakePair) -> None:
+    """It has no tables to look in; that FREE of what is not there is fine holds for it, too."""
+    pair = make_pair(lend=0)
+    pair.put(*PAGES)
+    with pair.bulk.down.held():
+        pair.order()
+        wait_until(lambda: pair.a.links.counters()["bytes_shipped"] > 0, "on its way")
+        pair.cut()
+    pair.settle()
+    pair.connect()
+    wait_until(
+        lambda: pair.ship() > 0 and pair.a.links.counters()["ships_refused"] > 0,
+        "the orphan is gone: asked again, refused",
+    )
+    pair.expect(PAGES)
+
+
 def test_a_segment_is_not_pushed_again_before_its_orphan_is_gone(pair: Pair) -> None:
     """The FREE of the first copy must not take the second: they have one name."""
     pair.put(*range(40))

@@ -366,17 +366,6 @@ cdef inline uint32_t image_base(uint32_t entries) noexcept nogil:
     return (FRAME_HEADER_BYTES + 2 * entries + 7) & ~<uint32_t> 7
 
 
-cdef void lent_read(Links_t *l, const Lent *row, uint32_t offset, uint32_t bytes, uint8_t *out) noexcept nogil:
-    """Copy out of an image; what is read may lie in several blocks."""
-    cdef uint32_t n
-    while bytes:
-        n = min(bytes, BLOCK_BYTES - offset % BLOCK_BYTES)
-        memcpy(out, lent_at(l, row, offset), n)
-        out += n
-        offset += n
-        bytes -= n
-
-
 cdef void lent_move_down(Links_t *l, const Lent *row, uint32_t to, uint32_t offset, uint32_t bytes) noexcept nogil:
     """Move bytes towards the beginning of their image."""
     cdef uint32_t n
@@ -395,7 +384,10 @@ cdef inline uint32_t *lent_bucket(Links_t *l, uint32_t owner, uint32_t segment, 
 
 cdef uint32_t lent_find(Links_t *l, uint32_t owner, uint32_t segment, uint32_t generation) noexcept nogil:
     """Under lender_lock: the row of an image that is held, or NO_FRAME."""
-    cdef uint32_t i = lent_bucket(l, owner, segment, generation)[0]
+    cdef uint32_t i
+    if l.lent_rows == 0:
+        return NO_FRAME                 # lends nothing, has no tables: a peer may say FREE all the same
+    i = lent_bucket(l, owner, segment, generation)[0]
     while i != NO_FRAME and (l.rows[i].owner != owner or l.rows[i].segment != segment or l.rows[i].generation != generation):
         i = l.rows[i].next
     return i
