@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
-from ramster.engine._c.openssl cimport SSL
+from ramster.engine._c.openssl cimport SSL, SSL_CTX
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._histogram cimport Histogram
@@ -279,6 +279,9 @@ cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+
+cdef class TlsContext:
+    cdef SSL_CTX *context
 
 cdef class Links:
     cdef Links_t *l

@@ -1679,7 +1679,6 @@ cdef str tls_reason(SSL *ssl):
 
 cdef class TlsContext:
     """The node's certificate, its key and the cluster's CA: TLS 1.3 only, both sides must show a certificate."""
-    cdef SSL_CTX *context
 
     def __cinit__(self, str ca, str certificate, str key):
         cdef SSL_CTX *c = SSL_CTX_new(TLS_method())

@@ -367,10 +367,18 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_NOSIGNAL
         MSG_TRUNC
         SHUT_RDWR
+        SOL_SOCKET
+        SO_SNDBUF
+        SO_RCVBUF
     int socketpair(int domain, int type, int protocol, int *fds)
     ssize_t send(int fd, const void *buffer, size_t size, int flags)
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
     int shutdown(int fd, int how)
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    int setsockopt(int fd, int level, int option, const void *value, unsigned int size)
 
 
 cdef extern from "<signal.h>" nogil:

@@ -1,0 +1,1410 @@
+"""The NBD server's transmission phase: requests of a kernel, or of any NBD client, served from the store and the links.
+
+Covers: requests and replies from the end of the handshake on, pages that are away, partial pages, errors. Does not cover: the
+handshake (wire.nbd), who may connect and what exports there are (frontswap.nbd). The protocol is the NBD project's
+doc/proto.md; docs/nbd.md says what of it is served.
+
+Threads: each connection has one, which receives, works and sends, all without the GIL. What is here is answered where it is
+received, many replies per system call. A read that needs a page from elsewhere is parked: its connection goes on, a thread of
+the links fills it, and whoever finishes it sends the answer, so that replies leave in any order. Slow threads do what waits: a
+part of a page that is away is changed, a page moved while it was asked for, ranges too long for a connection to wait for.
+
+Rules:
+
+* Nothing is allocated between receiving a write and acknowledging it. Payload is put page by page as it arrives.
+* A request is checked in one place, valid(), before anything is done; what follows trusts it.
+* Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Reads take no
+  lock: the store answers with the page as it is at that moment.
+* A put that is refused leaves nothing of what the page was (the store's rule). The page counts as failed and reads as
+  EIO until it is written or trimmed: absent pages read as zeros, and these must not.
+* `send_lock` is held by whoever sends. A thread that finds it taken leaves its answer in the queue: the holder looks again after
+  it has let go. Only the connection's own thread waits for a slow client; TLS is spoken by that thread alone.
+* A parked request holds the connection (`users`) until its last thread has let go of it.
+"""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memmove, memset, strerror
+
+from ramster.engine._c.atomic cimport *
+from ramster.engine._c.check cimport ASSERT
+from ramster.engine._c.linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ,
+    PROT_WRITE, SHUT_RDWR, SO_RCVBUF, SO_SNDBUF, SOL_SOCKET, close, eventfd, eventfd_read, eventfd_write, iovec, mmap, msghdr, munmap, poll, pollfd,
+    recv, sendmsg, setsockopt, shutdown)
+from ramster.engine._c.nbd cimport *
+from ramster.engine._c.openssl cimport (
+    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_do_handshake, SSL_free, SSL_get_error,
+    SSL_has_pending, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_fd, SSL_write)
+from ramster.engine._c.pthread cimport (
+    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
+from ramster.engine._link cimport (
+    Links, Reply, TlsContext, Wanted, get_page, links_flush, links_get, reply_bytes, reply_next)
+from ramster.engine._store cimport (
+    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, Store_t, store_flush, store_get, store_put,
+    store_short_of_frames, store_slot, store_where)
+
+import os
+
+from ramster import errors
+
+cdef enum:
+    SEND_S = 120                    # a client that takes nothing for so long is gone; a paused virtual machine comes back sooner
+    LEAVE_MS = 50
+    SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
+    RECEIVE_MAX = 65536             # of one item of the handshake
+
+COUNTERS = (
+    "reads", "writes", "bytes_read", "bytes_written", "flushes", "trims", "zeroes", "caches", "statuses", "refused", "errors",
+    "pages_freed", "pages_remote", "pages_lost", "unaligned")
+
+cdef uint64_t[3] NO_OBJECT = [0, 0, 0]
+
+
+cdef inline void tally(Export *e, int counter, uint64_t amount) noexcept nogil:
+    add64(&e.counters[counter], amount, RELAXED)
+
+
+# --- pages ---------------------------------------------------------------------------------------------------------
+
+cdef inline pthread_mutex_t *lock_of(Export *e, uint64_t page) noexcept nogil:
+    return &e.locks[page % PAGE_LOCKS]
+
+
+cdef inline bint failed(Export *e, uint64_t page) noexcept nogil:
+    return load64(&e.failed_pages, RELAXED) != 0 and load8(&e.failed[page >> 3], RELAXED) >> (page & 7) & 1
+
+
+cdef void set_failed(Export *e, uint64_t page, bint on) noexcept nogil:
+    """With the page's lock held. Eight neighbours share a byte and have other locks."""
+    cdef uint64_t *word = <uint64_t *> (e.failed + (page >> 6) * 8)
+    cdef uint64_t bit = <uint64_t> 1 << (page & 63), before = load64(word, RELAXED)
+    if (before & bit != 0) == on:
+        return
+    while not cas64(word, &before, before | bit if on else before & ~bit, False, RELEASE, RELAXED):
+        pass
+    if on:
+        add64(&e.failed_pages, 1, RELEASE)
+    else:
+        sub64(&e.failed_pages, 1, RELEASE)
+
+
+cdef int load_page(Server_t *s, Export *e, uint64_t page, uint8_t *bytes, RemoteRef *ref) noexcept nogil:
+    """OK, MISS (the bytes are zeros), REMOTE, or what is wrong with it."""
+    cdef int result
+    if failed(e, page):
+        return LOST
+    result = store_get(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, -1, ref)
+    if result == MISS:
+        memset(bytes, 0, PAGE)
+    return result
+
+
+cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
+    cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, s.store.full_wait_ns)
+    if result != OK or load64(&e.failed_pages, ACQUIRE) != 0:
+        set_failed(e, page, result != OK)
+    return result
+
+
+cdef int save_page(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
+    cdef int result
+    pthread_mutex_lock(lock_of(e, page))
+    result = put_locked(s, e, page, bytes)
+    pthread_mutex_unlock(lock_of(e, page))
+    return result
+
+
+cdef int patch_page(Server_t *s, Export *e, uint64_t page, uint32_t low, uint32_t high, const uint8_t *bytes, bint may_wait) noexcept nogil:
+    """Write a part of a page, zeros where 'bytes' is NULL. REMOTE: it is away, and waiting was not allowed."""
+    cdef uint64_t scratch[512]
+    cdef uint8_t *whole = <uint8_t *> scratch
+    cdef RemoteRef ref
+    cdef int result
+    pthread_mutex_lock(lock_of(e, page))
+    result = load_page(s, e, page, whole, &ref)
+    if result == REMOTE and may_wait:
+        result = get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, whole, -1)
+        if result == MISS:
+            memset(whole, 0, PAGE)
+    if result == OK or result == MISS:
+        if bytes == NULL:
+            memset(whole + low, 0, high - low)
+        else:
+            memcpy(whole + low, bytes, high - low)
+        result = put_locked(s, e, page, whole)
+        tally(e, E_UNALIGNED, 1)
+    pthread_mutex_unlock(lock_of(e, page))
+    return result
+
+
+cdef void drop_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noexcept nogil:
+    """Forget pages, here and away. A page that is stored meanwhile may stay: nothing orders the two requests."""
+    cdef uint64_t freed = 0
+    while pages:
+        if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) != 0 or failed(e, page):
+            pthread_mutex_lock(lock_of(e, page))
+            freed += store_flush(s.store, e.pool, NO_OBJECT, <uint32_t> page) == OK
+            set_failed(e, page, False)
+            pthread_mutex_unlock(lock_of(e, page))
+        page += 1
+        pages -= 1
+    tally(e, E_PAGES_FREED, freed)
+
+
+cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noexcept nogil:
+    """Have pages that are away here, as long as there is room for them without pressing others out."""
+    cdef uint64_t scratch[512]
+    cdef uint64_t slot
+    cdef uint32_t peer
+    while pages and not store_short_of_frames(s.store) and not load32(&s.stopping, RELAXED):
+        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE:
+            pthread_mutex_lock(lock_of(e, page))
+            if get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK:
+                put_locked(s, e, page, <uint8_t *> scratch)
+                tally(e, E_PAGES_REMOTE, 1)
+            pthread_mutex_unlock(lock_of(e, page))
+        page += 1
+        pages -= 1
+
+
+cdef uint32_t error_of(int result) noexcept nogil:
+    if result == FULL:
+        return NBD_ENOSPC
+    return NBD_ENOMEM if result == NO_MEMORY else NBD_EIO
+
+
+cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
+    """A page that cannot be had: counted, and left for the node's log."""
+    cdef Server_t *s = c.server
+    tally(c.export, E_PAGES_LOST, 1)
+    spin_lock(&s.events_lock)
+    if s.events_count < EVENTS_MAX:
+        s.events[s.events_count].export = c.number
+        s.events[s.events_count].page = page
+        s.events[s.events_count].kind = <uint32_t> result
+        s.events_count += 1
+    else:
+        s.events_missed += 1
+    spin_unlock(&s.events_lock)
+    eventfd_write(s.event_fd, 1)
+
+
+# --- sending -------------------------------------------------------------------------------------------------------
+
+cdef void stop_connection(Conn *c, const char *reason) noexcept nogil:
+    if not load32(&c.dead, RELAXED):
+        c.reason = reason
+        store32(&c.dead, 1, RELEASE)
+
+
+cdef bint wait_for(Conn *c, short events, uint64_t deadline_ns) noexcept nogil:
+    cdef pollfd p
+    cdef int64_t left
+    p.fd = c.fd
+    p.events = events
+    while True:
+        left = <int64_t> deadline_ns - <int64_t> now_ns()
+        if left <= 0 or load32(&c.server.stopping, RELAXED):
+            return False
+        if poll(&p, 1, <int> min(left // 1000000 + 1, 1000)) > 0:
+            return True
+
+
+cdef int64_t write_some(Conn *c, const iovec *parts, int count, bint may_wait) noexcept nogil:
+    """Bytes that the socket took: at least one if it may wait; 0: it takes none now; -1: the connection has ended."""
+    cdef msghdr message
+    cdef int64_t n
+    cdef int error
+    cdef uint64_t deadline = 0
+    while True:
+        if c.ssl != NULL:
+            ERR_clear_error()
+            n = SSL_write(c.ssl, parts[0].iov_base, <int> parts[0].iov_len)
+            if n > 0:
+                return n
+            error = SSL_get_error(c.ssl, <int> n)
+            if error != SSL_ERROR_WANT_READ and error != SSL_ERROR_WANT_WRITE:
+                return -1
+        else:
+            memset(&message, 0, sizeof(message))
+            message.msg_iov = <iovec *> parts
+            message.msg_iovlen = <size_t> count
+            n = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if n > 0:
+                return n
+            if errno == EINTR:
+                continue
+            if errno != EAGAIN:
+                return -1
+            error = SSL_ERROR_WANT_WRITE
+        if not may_wait:
+            return 0
+        if deadline == 0:
+            deadline = now_ns() + <uint64_t> SEND_S * 1000000000ull
+        if not wait_for(c, POLLOUT if error == SSL_ERROR_WANT_WRITE else POLLIN, deadline):
+            return -1
+
+
+cdef void parked_free(Parked *p) noexcept nogil:
+    cdef Server_t *s = p.conn.server
+    if p.data != p.small:
+        free(p.data)
+    pthread_mutex_lock(&s.free_lock)
+    s.large_bytes -= p.large_bytes
+    p.next = s.parked_free
+    s.parked_free = p
+    pthread_cond_broadcast(&s.freed)
+    pthread_mutex_unlock(&s.free_lock)
+
+
+cdef inline bint waits_to_be_sent(Conn *c) noexcept nogil:
+    return load_pointer(<void **> &c.done_first, ACQUIRE) != NULL or load_pointer(<void **> &c.sending, ACQUIRE) != NULL
+
+
+cdef bint send_parked(Conn *c, bint may_wait) noexcept nogil:
+    """With send_lock held: the answers in the queue. False: some are left, because the socket takes no more or has ended."""
+    cdef Parked *p
+    cdef iovec parts[2]
+    cdef int count
+    cdef int64_t n
+    cdef uint64_t total, payload
+    while True:
+        p = c.sending
+        if p == NULL:
+            spin_lock(&c.done_lock)
+            p = c.done_first
+            if p != NULL:
+                store_pointer(<void **> &c.sending, p, RELAXED)
+                store_pointer(<void **> &c.done_first, p.next, RELEASE)
+                if p.next == NULL:
+                    c.done_last = NULL
+            spin_unlock(&c.done_lock)
+            if p == NULL:
+                return True
+            c.sent = 0
+        payload = p.length if p.type == CMD_READ and p.error == 0 else 0
+        total = p.header_bytes + payload
+        while c.sent < total and not load32(&c.dead, ACQUIRE):
+            count = 0
+            if c.sent < p.header_bytes:
+                parts[0].iov_base = p.header + c.sent
+                parts[0].iov_len = p.header_bytes - c.sent
+                count = 1
+            if payload:
+                n = <int64_t> c.sent - p.header_bytes
+                if n < 0:
+                    n = 0
+                parts[count].iov_base = p.data + p.offset % PAGE + n
+                parts[count].iov_len = payload - <uint64_t> n
+                count += 1
+            n = write_some(c, parts, count, may_wait)
+            if n == 0:
+                return False
+            if n < 0:
+                stop_connection(c, b"the connection was cut")
+                break
+            c.sent += <uint64_t> n
+        store_pointer(<void **> &c.sending, NULL, RELEASE)
+        parked_free(p)
+
+
+cdef void send_what_can(Conn *c) noexcept nogil:
+    """By whoever finished a parked request: never waits."""
+    cdef bint all_sent
+    if c.ssl == NULL:
+        while waits_to_be_sent(c):
+            if pthread_mutex_trylock(&c.send_lock) != 0:
+                return
+            all_sent = send_parked(c, False)
+            pthread_mutex_unlock(&c.send_lock)
+            if not all_sent:
+                break
+        else:
+            return
+    eventfd_write(c.wake, 1)
+
+
+cdef bint flush_out(Conn *c) noexcept nogil:
+    """By the connection's thread: everything that can be sent now is sent. False: the connection has ended."""
+    cdef iovec part
+    cdef int64_t n
+    cdef uint32_t sent
+    while c.out_used or waits_to_be_sent(c):
+        pthread_mutex_lock(&c.send_lock)
+        send_parked(c, True)
+        sent = 0
+        while sent < c.out_used and not load32(&c.dead, ACQUIRE):
+            part.iov_base = c.out + sent
+            part.iov_len = c.out_used - sent
+            n = write_some(c, &part, 1, True)
+            if n < 0:
+                stop_connection(c, b"the connection was cut")
+            else:
+                sent += <uint32_t> n
+        c.out_used = 0
+        pthread_mutex_unlock(&c.send_lock)
+    return not load32(&c.dead, ACQUIRE)
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+cdef uint32_t simple_header(uint8_t *at, uint64_t cookie, uint32_t error) noexcept nogil:
+    cdef SimpleReply *reply = <SimpleReply *> at
+    reply.magic = swap32_bytes(SIMPLE_REPLY_MAGIC)
+    reply.error = swap32_bytes(error)
+    reply.cookie = cookie
+    return sizeof(SimpleReply)
+
+
+cdef uint32_t chunk_header(uint8_t *at, uint64_t cookie, uint16_t type, uint32_t length) noexcept nogil:
+    """The only chunk of its reply."""
+    cdef Chunk *chunk = <Chunk *> at
+    chunk.magic = swap32_bytes(STRUCTURED_REPLY_MAGIC)
+    chunk.flags = swap16(REPLY_DONE)
+    chunk.type = swap16(type)
+    chunk.cookie = cookie
+    chunk.length = swap32_bytes(length)
+    return sizeof(Chunk)
+
+
+cdef inline void put16(uint8_t *at, uint16_t value) noexcept nogil:
+    value = swap16(value)
+    memcpy(at, &value, 2)
+
+
+cdef inline void put32(uint8_t *at, uint32_t value) noexcept nogil:
+    value = swap32_bytes(value)
+    memcpy(at, &value, 4)
+
+
+cdef inline void put64(uint8_t *at, uint64_t value) noexcept nogil:
+    value = swap64_bytes(value)
+    memcpy(at, &value, 8)
+
+
+cdef uint32_t read_header(bint structured, uint8_t *at, uint64_t cookie, uint64_t offset, uint32_t length) noexcept nogil:
+    cdef uint32_t n
+    if not structured:
+        return simple_header(at, cookie, 0)
+    n = chunk_header(at, cookie, REPLY_OFFSET_DATA, length + 8)
+    put64(at + n, offset)
+    return n + 8
+
+
+cdef uint32_t error_header(bint structured, uint8_t *at, uint16_t type, uint64_t cookie, uint32_t error, uint64_t offset) noexcept nogil:
+    """Reads and block status answer in chunks once structured replies are agreed on; others may go on with simple ones."""
+    cdef uint32_t n
+    if not structured or (type != CMD_READ and type != CMD_BLOCK_STATUS):
+        return simple_header(at, cookie, error)
+    n = chunk_header(at, cookie, REPLY_ERROR_OFFSET, 14)
+    put32(at + n, error)
+    put16(at + n + 4, 0)            # no text
+    put64(at + n + 6, offset)
+    return n + 14
+
+
+cdef void answer(Conn *c, uint16_t type, uint64_t cookie, uint32_t error, uint64_t offset) noexcept nogil:
+    """Without payload, by the connection's thread."""
+    if error:
+        c.out_used += error_header(c.structured, c.out + c.out_used, type, cookie, error, offset)
+    else:
+        c.out_used += simple_header(c.out + c.out_used, cookie, 0)
+
+
+cdef void parked_fail(Parked *p, uint64_t page, int result) noexcept nogil:
+    cdef uint32_t none = 0
+    if cas32(&p.error, &none, error_of(result), False, ACQ_REL, RELAXED):
+        p.error_offset = max(page * PAGE, p.offset)
+    if result != FULL and result != NO_MEMORY:
+        report(p.conn, page, result)
+
+
+cdef void parked_done(Parked *p) noexcept nogil:
+    """One thing less that it waits for. The last one answers, and lets go of the connection."""
+    cdef Conn *c = p.conn
+    cdef Export *e = c.export
+    if sub32(&p.left, 1, ACQ_REL) != 0:
+        return
+    if p.error:
+        tally(e, E_ERRORS, 1)
+        p.header_bytes = <uint16_t> error_header(c.structured, p.header, p.type, p.cookie, p.error, p.error_offset)
+    elif p.type == CMD_READ:
+        tally(e, E_BYTES_READ, p.length)
+        p.header_bytes = <uint16_t> read_header(c.structured, p.header, p.cookie, p.offset, p.length)
+    else:
+        p.header_bytes = <uint16_t> simple_header(p.header, p.cookie, 0)
+    p.next = NULL
+    spin_lock(&c.done_lock)
+    if c.done_last == NULL:
+        store_pointer(<void **> &c.done_first, p, RELEASE)
+    else:
+        c.done_last.next = p
+    c.done_last = p
+    spin_unlock(&c.done_lock)
+    send_what_can(c)
+    sub32(&c.users, 1, ACQ_REL)     # the last touch
+
+
+# --- parked requests -----------------------------------------------------------------------------------------------
+
+cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nogil:
+    """A row and memory for so many pages; waits for others to finish. NULL: they did not, or the system has no memory."""
+    cdef Server_t *s = c.server
+    cdef Parked *p
+    cdef uint64_t deadline = now_ns() + s.deadline_ns, large = 0 if pages <= SMALL_PAGES else pages * PAGE
+    flush_out(c)                    # nobody waits for an answer because of this wait
+    pthread_mutex_lock(&s.free_lock)
+    while s.parked_free == NULL or (large and s.large_bytes + large > LARGE_BYTES_MAX):
+        if now_ns() > deadline or load32(&s.stopping, RELAXED):
+            pthread_mutex_unlock(&s.free_lock)
+            return NULL
+        cond_wait_until(&s.freed, &s.free_lock, deadline)
+    p = s.parked_free
+    s.parked_free = p.next
+    s.large_bytes += large
+    pthread_mutex_unlock(&s.free_lock)
+    p.conn = c
+    p.cookie = r.cookie
+    p.offset = r.offset
+    p.length = r.length
+    p.type = r.type
+    p.error = 0
+    p.left = 1
+    p.large_bytes = large
+    p.data = p.small
+    if large:
+        p.data = <uint8_t *> malloc(large)
+        if p.data == NULL:
+            p.data = p.small
+            parked_free(p)
+            return NULL
+    add32(&c.users, 1, RELAXED)
+    return p
+
+
+cdef void piece_free(Server_t *s, Piece *piece) noexcept nogil:
+    pthread_mutex_lock(&s.free_lock)
+    piece.next = s.piece_free
+    s.piece_free = piece
+    pthread_cond_broadcast(&s.freed)
+    pthread_mutex_unlock(&s.free_lock)
+
+
+cdef void later(Server_t *s, Job *job) noexcept nogil:
+    """By a slow thread. The queue is as long as there are rows of requests and pieces, at most."""
+    job.next = NULL
+    pthread_mutex_lock(&s.slow_lock)
+    if s.slow_last == NULL:
+        s.slow_first = job
+    else:
+        s.slow_last.next = job
+    s.slow_last = job
+    pthread_cond_signal(&s.slow_wanted)
+    pthread_mutex_unlock(&s.slow_lock)
+
+
+cdef void piece_again(Piece *piece) noexcept nogil:
+    piece.job.kind = JOB_AGAIN
+    piece.job.piece = piece
+    later(piece.request.conn.server, &piece.job)
+
+
+cdef void piece_answered(void *context, Reply *reply) noexcept nogil:
+    """Called by a thread of the links, once."""
+    cdef Piece *piece = <Piece *> context
+    cdef Parked *p = piece.request
+    cdef Server_t *s = p.conn.server
+    cdef uint64_t first = p.offset // PAGE
+    cdef uint32_t i, again = 0, came = 0
+    cdef int status
+    for i in range(piece.pages):
+        status = reply_next(reply, p.data + <uint64_t> piece.wanted[i].place * PAGE)
+        if status == OK:
+            came += 1
+        elif status == BUSY:
+            piece.wanted[again] = piece.wanted[i]
+            again += 1
+        else:
+            parked_fail(p, first + piece.wanted[i].place, status)
+    tally(p.conn.export, E_PAGES_REMOTE, came)
+    if again:
+        piece.pages = again
+        piece_again(piece)
+    else:
+        piece_free(s, piece)
+        parked_done(p)
+
+
+cdef void piece_send(Server_t *s, Piece *piece, RemoteRef *ref) noexcept nogil:
+    cdef Parked *p = piece.request
+    cdef uint32_t i
+    cdef int result = links_get(s.links, ref, piece.wanted, piece.pages, piece.staging, piece_answered, piece, True)
+    if result == OK:
+        return
+    if result == BUSY:
+        piece_again(piece)
+        return
+    for i in range(piece.pages):
+        parked_fail(p, p.offset // PAGE + piece.wanted[i].place, result)
+    piece_free(s, piece)
+    parked_done(p)
+
+
+cdef Piece *piece_take(Server_t *s, Parked *p, bint may_wait) noexcept nogil:
+    cdef Piece *piece
+    cdef uint64_t deadline = now_ns() + s.deadline_ns
+    pthread_mutex_lock(&s.free_lock)
+    while s.piece_free == NULL:
+        if not may_wait or now_ns() > deadline or load32(&s.stopping, RELAXED):
+            pthread_mutex_unlock(&s.free_lock)
+            return NULL
+        cond_wait_until(&s.freed, &s.free_lock, deadline)
+    piece = s.piece_free
+    s.piece_free = piece.next
+    pthread_mutex_unlock(&s.free_lock)
+    piece.request = p
+    piece.pages = 0
+    add32(&p.left, 1, RELAXED)
+    return piece
+
+
+cdef void read_parked(Conn *c, const Request *r) noexcept nogil:
+    """A read that needs pages from elsewhere, or is large: pages of one segment are asked for together."""
+    cdef Server_t *s = c.server
+    cdef Export *e = c.export
+    cdef uint64_t first = r.offset // PAGE, last = (r.offset + r.length - 1) // PAGE, page
+    cdef Parked *p = parked_take(c, r, last - first + 1)
+    cdef Piece *open_pieces[OPEN_PIECES]
+    cdef RemoteRef refs[OPEN_PIECES]
+    cdef RemoteRef ref
+    cdef Piece *piece
+    cdef uint32_t i, count = 0
+    cdef int result
+    if p == NULL:
+        tally(e, E_ERRORS, 1)
+        answer(c, CMD_READ, r.cookie, NBD_ENOMEM, r.offset)
+        return
+    for page in range(first, last + 1):
+        result = load_page(s, e, page, p.data + (page - first) * PAGE, &ref)
+        if result == OK or result == MISS:
+            continue
+        if result != REMOTE:
+            parked_fail(p, page, result)
+            continue
+        for i in range(count):
+            if refs[i].segment == ref.segment and refs[i].generation == ref.generation and refs[i].peer == ref.peer:
+                break
+        else:
+            i = count
+        if i < count and open_pieces[i].pages == PIECE_PAGES:
+            piece_send(s, open_pieces[i], &refs[i])
+            count -= 1
+            open_pieces[i] = open_pieces[count]
+            refs[i] = refs[count]
+            i = count
+        if i == OPEN_PIECES:
+            piece_send(s, open_pieces[0], &refs[0])
+            count -= 1
+            open_pieces[0] = open_pieces[count]
+            refs[0] = refs[count]
+            i = count
+        if i == count:
+            piece = piece_take(s, p, False)
+            if piece == NULL:       # what is waited for must be under way
+                for i in range(count):
+                    piece_send(s, open_pieces[i], &refs[i])
+                count = i = 0
+                piece = piece_take(s, p, True)
+            if piece == NULL:
+                parked_fail(p, page, NO_MEMORY)
+                continue
+            open_pieces[i] = piece
+            refs[i] = ref
+            count += 1
+        piece = open_pieces[i]
+        piece.wanted[piece.pages].slot = ref.slot
+        piece.wanted[piece.pages].index = ref.index
+        piece.wanted[piece.pages].ordinal = <uint16_t> ref.ordinal
+        piece.wanted[piece.pages].place = <uint16_t> (page - first)
+        piece.pages += 1
+    for i in range(count):
+        piece_send(s, open_pieces[i], &refs[i])
+    parked_done(p)
+
+
+# --- slow threads --------------------------------------------------------------------------------------------------
+
+cdef void again(Server_t *s, Job *job) noexcept nogil:
+    cdef Piece *piece = job.piece
+    cdef Parked *p = piece.request
+    cdef Export *e = p.conn.export
+    cdef uint8_t *bytes
+    cdef uint32_t i
+    cdef int result
+    for i in range(piece.pages):
+        bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
+        result = get_page(s.links, e.pool, NO_OBJECT, piece.wanted[i].index, bytes, -1)
+        if result == MISS:
+            memset(bytes, 0, PAGE)
+        elif result != OK:
+            parked_fail(p, piece.wanted[i].index, result)
+    piece_free(s, piece)
+    parked_done(p)
+
+
+cdef void work(Server_t *s, Job *job) noexcept nogil:
+    cdef Parked *p = job.request
+    cdef Export *e
+    cdef int result
+    if job.kind == JOB_AGAIN:
+        again(s, job)
+        return
+    e = p.conn.export
+    if job.kind == JOB_PATCH:
+        result = patch_page(s, e, job.page, job.low, job.high, job.bytes, True)
+        if result != OK:
+            parked_fail(p, job.page, result)
+    elif job.kind == JOB_FREE:
+        drop_pages(s, e, job.page, job.pages)
+    else:
+        bring_pages(s, e, job.page, job.pages)
+    parked_done(p)
+
+
+cdef void *slow_main(void *argument) noexcept nogil:
+    """Ends when the server stops and nothing is left to do."""
+    cdef Server_t *s = <Server_t *> argument
+    cdef Job *job
+    while True:
+        pthread_mutex_lock(&s.slow_lock)
+        while s.slow_first == NULL and not s.slow_stopping:
+            cond_wait_until(&s.slow_wanted, &s.slow_lock, now_ns() + 500000000ull)
+        job = s.slow_first
+        if job == NULL:
+            pthread_mutex_unlock(&s.slow_lock)
+            return NULL
+        s.slow_first = job.next
+        if job.next == NULL:
+            s.slow_last = NULL
+        pthread_mutex_unlock(&s.slow_lock)
+        work(s, job)
+
+
+# --- requests ------------------------------------------------------------------------------------------------------
+
+cdef uint32_t valid(Conn *c, const Request *r) noexcept nogil:
+    """0, or the errno that the protocol wants for what is wrong with a request."""
+    cdef uint64_t size = load64(&c.export.bytes, ACQUIRE)
+    cdef uint16_t flags = FLAG_FUA
+    if r.type == CMD_READ and c.structured:
+        flags |= FLAG_DF
+    elif r.type == CMD_WRITE_ZEROES:
+        flags |= FLAG_NO_HOLE | FLAG_FAST_ZERO
+    elif r.type == CMD_BLOCK_STATUS:
+        flags |= FLAG_REQ_ONE
+    if r.type > CMD_BLOCK_STATUS or r.flags & ~flags:
+        return NBD_EINVAL
+    if r.type == CMD_FLUSH:
+        return NBD_EINVAL if r.offset or r.length else 0
+    if r.type == CMD_BLOCK_STATUS and not c.allocation:
+        return NBD_EINVAL
+    if c.export.read_only and (r.type == CMD_WRITE or r.type == CMD_TRIM or r.type == CMD_WRITE_ZEROES):
+        return NBD_EPERM
+    if r.length == 0:
+        return NBD_EINVAL
+    if r.offset > size or r.length > size - r.offset:
+        return NBD_ENOSPC if r.type == CMD_WRITE or r.type == CMD_WRITE_ZEROES else NBD_EINVAL
+    if r.length > LENGTH_MAX and (r.type == CMD_READ or r.type == CMD_WRITE):
+        return NBD_EINVAL
+    return 0
+
+
+cdef void read_here(Conn *c, const Request *r) noexcept nogil:
+    """Answer a read at once where all of it is here; else park it."""
+    cdef Server_t *s = c.server
+    cdef Export *e = c.export
+    cdef uint8_t *start = c.out + c.out_used
+    cdef uint8_t *at = start + read_header(c.structured, start, r.cookie, r.offset, r.length)
+    cdef uint8_t *bytes
+    cdef uint64_t offset = r.offset, end = r.offset + r.length
+    cdef uint32_t low, n
+    cdef bint present = False
+    cdef RemoteRef ref
+    cdef int result
+    if r.length > DIRECT_BYTES:
+        read_parked(c, r)
+        return
+    while offset < end:
+        low = <uint32_t> (offset % PAGE)
+        n = <uint32_t> min(PAGE - low, end - offset)
+        bytes = at if n == PAGE and <size_t> at % 4 == 0 else c.page
+        result = load_page(s, e, offset // PAGE, bytes, &ref)
+        if result == REMOTE:
+            read_parked(c, r)
+            return
+        if result != OK and result != MISS:
+            report(c, offset // PAGE, result)
+            tally(e, E_ERRORS, 1)
+            answer(c, CMD_READ, r.cookie, error_of(result), offset)
+            return
+        present |= result == OK
+        if bytes == c.page:
+            memcpy(at, c.page + low, n)
+        at += n
+        offset += n
+    if c.structured and not present:
+        at = start + chunk_header(start, r.cookie, REPLY_OFFSET_HOLE, 12)
+        put64(at, r.offset)
+        put32(at + 8, r.length)
+        at += 12
+    c.out_used += <uint32_t> (at - start)
+    tally(e, E_BYTES_READ, r.length)
+
+
+cdef Parked *patch_later(Conn *c, const Request *r, Parked *p, uint64_t page, uint32_t low, uint32_t high, const uint8_t *bytes) noexcept nogil:
+    """The part of a page that is away waits for it in a slow thread. There are two such pages in a request, at most."""
+    cdef Job *job
+    if p == NULL:
+        p = parked_take(c, r, 2)
+        if p == NULL:
+            return NULL
+        p.length = 0                # jobs so far
+    job = &p.jobs[p.length]
+    job.kind = JOB_PATCH
+    job.request = p
+    job.page = page
+    job.low = low
+    job.high = high
+    job.bytes = NULL
+    if bytes != NULL:
+        memcpy(p.small + p.length * PAGE, bytes, high - low)
+        job.bytes = p.small + p.length * PAGE
+    p.length += 1
+    add32(&p.left, 1, RELAXED)
+    later(c.server, job)
+    return p
+
+
+cdef void write_begins(Conn *c, const Request *r, uint32_t error) noexcept nogil:
+    c.writing = True
+    c.write_cookie = r.cookie
+    c.write_offset = c.write_started = r.offset
+    c.write_left = r.length
+    c.write_error = error
+    c.write_parked = NULL
+
+
+cdef bint write_goes_on(Conn *c) noexcept nogil:
+    """Take what has arrived of a payload. False: more has to arrive. True: all of it has, and the answer is on its way."""
+    cdef Server_t *s = c.server
+    cdef Export *e = c.export
+    cdef uint32_t low, n
+    cdef uint8_t *bytes
+    cdef Parked *p
+    cdef Request r
+    cdef int result
+    while c.write_left:
+        if c.write_error:           # the rest is thrown away
+            n = <uint32_t> min(<uint64_t> (c.end - c.start), c.write_left)
+            if n == 0:
+                return False
+        else:
+            low = <uint32_t> (c.write_offset % PAGE)
+            n = <uint32_t> min(<uint64_t> (PAGE - low), c.write_left)
+            if c.end - c.start < n:
+                return False
+            bytes = c.arrived + c.start
+            if n == PAGE:
+                if <size_t> bytes % 8:
+                    memcpy(c.page, bytes, PAGE)
+                    bytes = c.page
+                result = save_page(s, e, c.write_offset // PAGE, bytes)
+            else:
+                result = patch_page(s, e, c.write_offset // PAGE, low, low + n, bytes, False)
+                if result == REMOTE:
+                    r.cookie = c.write_cookie
+                    r.offset = c.write_started
+                    r.type = CMD_WRITE
+                    p = patch_later(c, &r, c.write_parked, c.write_offset // PAGE, low, low + n, bytes)
+                    if p != NULL:
+                        c.write_parked = p
+                    result = NO_MEMORY if p == NULL else OK
+            if result != OK:
+                c.write_error = error_of(result)
+                tally(e, E_ERRORS, 1)
+                if result == LOST or result == CORRUPT:
+                    report(c, c.write_offset // PAGE, result)
+        c.start += n
+        c.write_offset += n
+        c.write_left -= n
+    c.writing = False
+    if not c.write_error:
+        tally(e, E_BYTES_WRITTEN, c.write_offset - c.write_started)
+    if c.write_parked != NULL:
+        if c.write_error:
+            parked_error(c.write_parked, c.write_error)
+        parked_done(c.write_parked)
+    else:
+        answer(c, CMD_WRITE, c.write_cookie, c.write_error, c.write_started)
+    return True
+
+
+cdef void parked_error(Parked *p, uint32_t error) noexcept nogil:
+    cdef uint32_t none = 0
+    cas32(&p.error, &none, error, False, ACQ_REL, RELAXED)
+
+
+cdef void range_request(Conn *c, const Request *r) noexcept nogil:
+    """TRIM, WRITE_ZEROES and CACHE. TRIM leaves the parts of pages at both ends alone, as it may."""
+    cdef Server_t *s = c.server
+    cdef Export *e = c.export
+    cdef uint64_t end = r.offset + r.length, first = (r.offset + PAGE - 1) // PAGE, last = end // PAGE, page
+    cdef uint32_t low, high, error = 0
+    cdef Parked *p = NULL
+    cdef Parked *longer
+    cdef int i, result
+    if r.type == CMD_CACHE:
+        first = r.offset // PAGE
+        last = (end + PAGE - 1) // PAGE
+    elif r.type == CMD_WRITE_ZEROES:
+        for i in range(2):          # the parts of pages at both ends, which may be one
+            if i == 0:
+                low = <uint32_t> (r.offset % PAGE)
+                page = r.offset // PAGE
+                high = PAGE if page != end // PAGE else <uint32_t> (end % PAGE)
+                if low == 0:
+                    continue
+            else:
+                low = 0
+                page = end // PAGE
+                high = <uint32_t> (end % PAGE)
+                if high == 0 or (page == r.offset // PAGE and r.offset % PAGE):
+                    continue
+            result = patch_page(s, e, page, low, high, NULL, False)
+            if result == REMOTE:
+                longer = patch_later(c, r, p, page, low, high, NULL)
+                result = NO_MEMORY if longer == NULL else OK
+                p = longer if longer != NULL else p
+            if result != OK:
+                error = error_of(result)
+                tally(e, E_ERRORS, 1)
+    if error == 0 and first < last:
+        if last - first <= INLINE_PAGES and r.type != CMD_CACHE:
+            drop_pages(s, e, first, last - first)
+        else:
+            if p == NULL:
+                p = parked_take(c, r, 1)
+            if p == NULL:
+                error = NBD_ENOMEM
+                tally(e, E_ERRORS, 1)
+            else:
+                p.jobs[2].kind = JOB_CACHE if r.type == CMD_CACHE else JOB_FREE
+                p.jobs[2].request = p
+                p.jobs[2].page = first
+                p.jobs[2].pages = last - first
+                add32(&p.left, 1, RELAXED)
+                later(s, &p.jobs[2])
+    if p != NULL:
+        if error:
+            parked_error(p, error)
+        parked_done(p)
+    else:
+        answer(c, r.type, r.cookie, error, r.offset)
+
+
+cdef void block_status(Conn *c, const Request *r) noexcept nogil:
+    """What is stored and what is not; same-filled pages count as stored. At least the first extent, at most EXTENTS_MAX."""
+    cdef Server_t *s = c.server
+    cdef Export *e = c.export
+    cdef uint8_t *start = c.out + c.out_used
+    cdef uint8_t *at = start + sizeof(Chunk) + 4
+    cdef uint64_t page = r.offset // PAGE, looked = 0, end = r.offset + r.length, offset = r.offset, until
+    cdef uint32_t extents = 0, most = 1 if r.flags & FLAG_REQ_ONE else EXTENTS_MAX, state, before = 0, length = 0
+    while offset < end and looked < SCAN_PAGES:
+        state = STATE_HOLE | STATE_ZERO
+        if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) != 0 or failed(e, page):
+            state = 0
+        until = min((page + 1) * PAGE, end)
+        if length and state != before:
+            put32(at, length)
+            put32(at + 4, before)
+            at += 8
+            extents += 1
+            length = 0
+            if extents == most:
+                break
+        before = state
+        length += <uint32_t> (until - offset)
+        offset = until
+        page += 1
+        looked += 1
+    if length:
+        put32(at, length)
+        put32(at + 4, before)
+        at += 8
+    chunk_header(start, r.cookie, REPLY_BLOCK_STATUS, <uint32_t> (at - start) - <uint32_t> sizeof(Chunk))
+    put32(start + sizeof(Chunk), c.allocation_id)
+    c.out_used += <uint32_t> (at - start)
+
+
+cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
+    """One request. False: the connection ends."""
+    cdef Export *e = c.export
+    cdef Request r
+    cdef uint32_t error
+    memcpy(&r, bytes, sizeof(Request))
+    if r.magic != swap32_bytes(REQUEST_MAGIC):
+        stop_connection(c, b"the client sent something that is not a request")
+        return False
+    r.flags = swap16(r.flags)
+    r.type = swap16(r.type)
+    r.offset = swap64_bytes(r.offset)
+    r.length = swap32_bytes(r.length)
+    if r.type == CMD_DISC:
+        c.reason = b"the client said goodbye"
+        return False
+    error = valid(c, &r)
+    if error:
+        tally(e, E_REFUSED, 1)
+        if r.type != CMD_WRITE:
+            answer(c, r.type, r.cookie, error, r.offset)
+        elif r.length > 2 * LENGTH_MAX:
+            stop_connection(c, b"the client sent a write of more than 64 MiB")
+            return False
+        else:
+            write_begins(c, &r, error)
+        return True
+    if r.type == CMD_READ:
+        tally(e, E_READS, 1)
+        read_here(c, &r)
+    elif r.type == CMD_WRITE:
+        tally(e, E_WRITES, 1)
+        write_begins(c, &r, 0)
+    elif r.type == CMD_FLUSH:
+        tally(e, E_FLUSHES, 1)
+        answer(c, r.type, r.cookie, 0, 0)       # what was acknowledged is where every connection sees it
+    elif r.type == CMD_BLOCK_STATUS:
+        tally(e, E_STATUSES, 1)
+        block_status(c, &r)
+    else:
+        tally(e, E_TRIMS if r.type == CMD_TRIM else E_CACHES if r.type == CMD_CACHE else E_ZEROES, 1)
+        range_request(c, &r)
+    return True
+
+
+# --- a connection's thread -----------------------------------------------------------------------------------------
+
+cdef int receive_some(Conn *c, int flags) noexcept nogil:
+    """Bytes that arrived, 0: none are there now, -1: the connection has ended."""
+    cdef int64_t n
+    cdef int error
+    while True:
+        if c.ssl != NULL:
+            ERR_clear_error()
+            n = SSL_read(c.ssl, c.arrived + c.end, <int> (IN_BYTES - c.end))
+            if n > 0:
+                return <int> n
+            error = SSL_get_error(c.ssl, <int> n)
+            return 0 if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE else -1
+        n = recv(c.fd, c.arrived + c.end, IN_BYTES - c.end, flags)
+        if n > 0:
+            return <int> n
+        if n < 0 and errno == EINTR:
+            continue
+        return 0 if n < 0 and errno == EAGAIN else -1
+
+
+cdef bint fill(Conn *c) noexcept nogil:
+    """Wait until something arrives, and send what others finish meanwhile. False: the connection has ended."""
+    cdef pollfd p[2]
+    cdef uint64_t ignored
+    cdef int n
+    cdef bint alone
+    if c.start == c.end:
+        c.start = c.end = 0
+    elif c.end > IN_BYTES - 2 * PAGE:
+        memmove(c.arrived, c.arrived + c.start, c.end - c.start)
+        c.end -= c.start
+        c.start = 0
+    while True:
+        # With nobody else about, the socket is all there is to wait for.
+        alone = c.ssl == NULL and load32(&c.users, ACQUIRE) == 0 and not waits_to_be_sent(c)
+        n = receive_some(c, 0 if alone else MSG_DONTWAIT)
+        if n > 0:
+            c.end += <uint32_t> n
+            return True
+        if n < 0 or load32(&c.server.stopping, RELAXED):
+            stop_connection(c, b"the client went away" if n < 0 else b"the node stops")
+            return False
+        p[0].fd = c.fd
+        p[0].events = POLLIN
+        p[1].fd = c.wake
+        p[1].events = POLLIN
+        if poll(p, 2, 1000) > 0 and p[1].revents:
+            eventfd_read(c.wake, &ignored)
+        if not flush_out(c):
+            return False
+
+
+cdef void serve(Conn *c) noexcept nogil:
+    cdef bint more = True
+    while more:
+        if c.writing:
+            more = write_goes_on(c) or (flush_out(c) and fill(c))
+        elif c.end - c.start >= sizeof(Request):
+            c.start += sizeof(Request)
+            more = handle(c, c.arrived + c.start - sizeof(Request))
+        else:
+            more = flush_out(c) and fill(c)
+        if c.out_used >= FLUSH_BYTES and more:
+            more = flush_out(c)
+    if c.writing and c.write_parked != NULL:
+        parked_done(c.write_parked)
+    flush_out(c)
+    while load32(&c.users, ACQUIRE) or waits_to_be_sent(c):
+        wait_for_users(c)
+        flush_out(c)
+
+
+cdef void wait_for_users(Conn *c) noexcept nogil:
+    """Bounded: whatever a parked request waits for has a deadline of its own."""
+    cdef pollfd p
+    cdef uint64_t ignored
+    p.fd = c.wake
+    p.events = POLLIN
+    if poll(&p, 1, LEAVE_MS) > 0:
+        eventfd_read(c.wake, &ignored)
+
+
+# --- Python: the server and its connections ------------------------------------------------------------------------
+
+cdef class NbdServer:
+    """The transmission phase of every export of a node. ramster.engine.nbd documents it."""
+
+    def __cinit__(self, Links links not None, uint32_t slow_threads, uint32_t requests_max):
+        cdef Server_t *s = <Server_t *> calloc(1, sizeof(Server_t))
+        cdef uint32_t i
+        cdef uint64_t staging = (<uint64_t> reply_bytes(PIECE_PAGES) + PAGE - 1) & ~<uint64_t> (PAGE - 1), small = SMALL_PAGES * PAGE
+        if s == NULL:
+            raise MemoryError
+        self.s = s
+        self.links = links
+        self.connections = set()
+        s.event_fd = -1
+        if not 1 <= slow_threads <= SLOW_MAX or not 1 <= requests_max <= REQUESTS_MAX:
+            raise errors.UsageError(f"slow_threads {slow_threads}, requests_max {requests_max}: allowed are 1 to {SLOW_MAX} and 1 to {REQUESTS_MAX}")
+        s.links = links.live()
+        s.store = s.links.store
+        s.deadline_ns = 2 * s.links.give_up_ns
+        pthread_mutex_init(&s.free_lock, NULL)
+        cond_init_monotonic(&s.freed)
+        pthread_mutex_init(&s.slow_lock, NULL)
+        cond_init_monotonic(&s.slow_wanted)
+        s.parked_rows = <Parked *> calloc(requests_max, sizeof(Parked))
+        s.piece_rows = <Piece *> calloc(requests_max, sizeof(Piece))
+        s.memory_bytes = requests_max * (small + staging)
+        # Address space; a row's memory becomes RAM when it is used first, and rows are used last in, first out.
+        s.memory = <uint8_t *> mmap(NULL, s.memory_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        s.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if s.parked_rows == NULL or s.piece_rows == NULL or s.memory == <uint8_t *> MAP_FAILED or s.event_fd < 0:
+            raise MemoryError
+        for i in range(requests_max):
+            s.parked_rows[i].small = s.memory + i * small
+            s.parked_rows[i].next = &s.parked_rows[i + 1] if i + 1 < requests_max else NULL
+            s.piece_rows[i].staging = s.memory + requests_max * small + i * staging
+            s.piece_rows[i].next = &s.piece_rows[i + 1] if i + 1 < requests_max else NULL
+        s.parked_free = s.parked_rows
+        s.piece_free = s.piece_rows
+        for i in range(slow_threads):
+            if start_thread(&s.slow[i], slow_main, s, b"ramster-nbdslow") != 0:
+                raise MemoryError
+            s.slow_started += 1
+
+    cdef Export *export(self, uint32_t number) except NULL:
+        if number >= EXPORTS_MAX or not self.s.exports[number].used:
+            raise errors.UsageError(f"export {number}: there is none of that number")
+        return &self.s.exports[number]
+
+    @property
+    def event_fd(self):
+        return self.s.event_fd
+
+    def add_export(self, uint32_t pool, uint64_t size_bytes, uint64_t max_bytes, bint read_only=False):
+        cdef Export *e = NULL
+        cdef uint32_t i, k
+        if not 0 < size_bytes <= max_bytes or size_bytes % PAGE or max_bytes % PAGE:
+            raise errors.UsageError(f"size {size_bytes}, at most {max_bytes}: whole pages of {PAGE} bytes, and at least one")
+        for i in range(EXPORTS_MAX):
+            if not self.s.exports[i].used:
+                e = &self.s.exports[i]
+                break
+        else:
+            raise errors.Refused(f"{EXPORTS_MAX} exports are the most that a node serves")
+        memset(e, 0, sizeof(Export))
+        e.pages_max = max_bytes // PAGE
+        e.failed = <uint8_t *> calloc((e.pages_max + 63) // 64, 8)
+        if e.failed == NULL:
+            raise MemoryError
+        for k in range(PAGE_LOCKS):
+            pthread_mutex_init(&e.locks[k], NULL)
+        e.pool = pool
+        e.read_only = read_only
+        e.bytes = size_bytes
+        e.used = 1
+        return i
+
+    def resize(self, uint32_t number, uint64_t size_bytes):
+        cdef Export *e = self.export(number)
+        if size_bytes < e.bytes or size_bytes > e.pages_max * PAGE or size_bytes % PAGE:
+            raise errors.UsageError(f"size {size_bytes}: an export of {e.bytes} bytes grows in whole pages up to {e.pages_max * PAGE}")
+        store64(&e.bytes, size_bytes, RELEASE)
+
+    def remove_export(self, uint32_t number):
+        cdef Export *e = self.export(number)
+        cdef uint32_t k
+        if e.connections:
+            raise errors.Refused(f"{e.connections} connections use the export")
+        e.used = 0
+        for k in range(PAGE_LOCKS):
+            pthread_mutex_destroy(&e.locks[k])
+        free(e.failed)
+        e.failed = NULL
+
+    def statistics(self, uint32_t number):
+        cdef Export *e = self.export(number)
+        cdef dict found = {name: load64(&e.counters[i], RELAXED) for i, name in enumerate(COUNTERS)}
+        found["connections"] = e.connections
+        found["pages_failed"] = load64(&e.failed_pages, RELAXED)
+        return found
+
+    def events(self):
+        """What was found lost since the last call: (export, page, what happened), the first EVENTS_MAX of them."""
+        cdef Event found[EVENTS_MAX]
+        cdef uint32_t i, count
+        cdef uint64_t ignored
+        eventfd_read(self.s.event_fd, &ignored)
+        spin_lock(&self.s.events_lock)
+        count = self.s.events_count
+        memcpy(found, self.s.events, count * sizeof(Event))
+        self.s.events_count = 0
+        spin_unlock(&self.s.events_lock)
+        kinds = {LOST: "lost", CORRUPT: "corrupt", UNREACHABLE: "unreachable"}
+        return [(found[i].export, found[i].page, kinds.get(found[i].kind, "lost")) for i in range(count)]
+
+    def stop(self):
+        """Every connection ends, threads are joined. Again: does nothing."""
+        cdef Server_t *s = self.s
+        cdef uint32_t i
+        cdef uint64_t deadline
+        if self.stopped or s == NULL:
+            return
+        self.stopped = True
+        store32(&s.stopping, 1, RELEASE)
+        pthread_mutex_lock(&s.free_lock)
+        pthread_cond_broadcast(&s.freed)
+        pthread_mutex_unlock(&s.free_lock)
+        for connection in list(self.connections):
+            connection.shutdown()
+        deadline = now_ns() + 2 * s.deadline_ns
+        while self.connections:
+            ASSERT(now_ns() < deadline, b"whatever a connection waits for has a deadline")
+            with nogil:
+                poll(NULL, 0, 1)
+        pthread_mutex_lock(&s.slow_lock)
+        s.slow_stopping = 1
+        pthread_cond_broadcast(&s.slow_wanted)
+        pthread_mutex_unlock(&s.slow_lock)
+        for i in range(s.slow_started):
+            with nogil:
+                pthread_join(s.slow[i], NULL)
+        s.slow_started = 0
+
+    def __dealloc__(self):
+        cdef Server_t *s = self.s
+        cdef uint32_t i
+        if s == NULL:
+            return
+        if s.slow_started:
+            self.stop()
+        for i in range(EXPORTS_MAX):
+            free(s.exports[i].failed)
+        if s.memory != NULL and s.memory != <uint8_t *> MAP_FAILED:
+            munmap(s.memory, s.memory_bytes)
+        free(s.parked_rows)
+        free(s.piece_rows)
+        if s.event_fd >= 0:
+            close(s.event_fd)
+        free(s)
+
+
+cdef class NbdConnection:
+    """A connected socket of an NBD client. ramster.engine.nbd documents it."""
+
+    def __cinit__(self, int fd):
+        cdef int size = SOCKET_BYTES
+        self.fd = fd
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(int))
+        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(int))
+        os.set_blocking(fd, True)
+
+    def __dealloc__(self):
+        self.close()
+
+    cpdef close(self):
+        if self.serving:
+            raise errors.UsageError("the connection is being served: shut it down first")
+        if self.ssl != NULL:
+            SSL_free(self.ssl)
+            self.ssl = NULL
+        if self.fd >= 0:
+            close(self.fd)
+            self.fd = -1
+
+    def shutdown(self):
+        if self.fd >= 0:
+            shutdown(self.fd, SHUT_RDWR)
+
+    cdef int wait(self, short events, uint64_t deadline_ns) except -1:
+        cdef pollfd p
+        cdef int64_t left = <int64_t> deadline_ns - <int64_t> now_ns()
+        cdef int n = 0
+        p.fd = self.fd
+        p.events = events
+        if left > 0:
+            with nogil:
+                n = poll(&p, 1, <int> (left // 1000000) + 1)
+        if n <= 0:
+            raise TimeoutError("the client did not go on in time")
+        return 0
+
+    cdef int wait_tls(self, int result, uint64_t deadline_ns) except -1:
+        cdef int error = SSL_get_error(self.ssl, result)
+        cdef const char *reason
+        if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE:
+            return self.wait(POLLIN if error == SSL_ERROR_WANT_READ else POLLOUT, deadline_ns)
+        reason = ERR_reason_error_string(ERR_get_error())
+        raise ConnectionError("the client went away" if reason == NULL else f"TLS: {reason.decode()}")
+
+    def receive(self, uint32_t size, double timeout_s):
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef uint32_t got = 0
+        cdef int64_t n
+        if size > RECEIVE_MAX:
+            raise errors.UsageError(f"{size} bytes at once: at most {RECEIVE_MAX}")
+        data = PyBytes_FromStringAndSize(NULL, size)
+        cdef char *at = PyBytes_AS_STRING(data)
+        while got < size:
+            if self.ssl != NULL:
+                ERR_clear_error()
+                n = SSL_read(self.ssl, at + got, <int> (size - got))
+                if n <= 0:
+                    self.wait_tls(<int> n, deadline)
+                    continue
+            else:
+                n = recv(self.fd, at + got, size - got, MSG_DONTWAIT)
+                if n == 0 or (n < 0 and errno != EAGAIN and errno != EINTR):
+                    raise ConnectionError("the client went away")
+                if n < 0:
+                    self.wait(POLLIN, deadline)
+                    continue
+            got += <uint32_t> n
+        return data
+
+    def send(self, bytes data, double timeout_s):
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef char *at = PyBytes_AS_STRING(data)
+        cdef size_t left = <size_t> PyBytes_GET_SIZE(data)
+        cdef int64_t n
+        cdef iovec part
+        cdef msghdr message
+        while left:
+            if self.ssl != NULL:
+                ERR_clear_error()
+                n = SSL_write(self.ssl, at, <int> min(left, 16384))
+                if n <= 0:
+                    self.wait_tls(<int> n, deadline)
+                    continue
+            else:
+                part.iov_base = at
+                part.iov_len = left
+                memset(&message, 0, sizeof(message))
+                message.msg_iov = &part
+                message.msg_iovlen = 1
+                n = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if n < 0 and errno != EAGAIN and errno != EINTR:
+                    raise ConnectionError("the client went away")
+                if n < 0:
+                    self.wait(POLLOUT, deadline)
+                    continue
+            at += n
+            left -= <size_t> n
+
+    def start_tls(self, TlsContext context not None, double timeout_s):
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef int result
+        self.context = context
+        os.set_blocking(self.fd, False)
+        self.ssl = SSL_new(context.context)
+        if self.ssl == NULL or SSL_set_fd(self.ssl, self.fd) != 1:
+            raise MemoryError
+        SSL_set_accept_state(self.ssl)
+        while True:
+            ERR_clear_error()
+            with nogil:
+                result = SSL_do_handshake(self.ssl)
+            if result == 1:
+                return
+            self.wait_tls(result, deadline)
+
+    def serve(self, NbdServer server not None, uint32_t number, bint structured, allocation_context):
+        cdef Export *e = server.export(number)
+        cdef Conn *c
+        if self.serving or self.fd < 0:
+            raise errors.UsageError("the connection is closed or served already")
+        if server.stopped:
+            return "the node stops"
+        c = <Conn *> calloc(1, sizeof(Conn))
+        if c == NULL:
+            raise MemoryError
+        c.server = server.s
+        c.export = e
+        c.number = number
+        c.fd = self.fd
+        c.ssl = self.ssl
+        c.structured = structured
+        c.allocation = allocation_context is not None
+        c.allocation_id = allocation_context or 0
+        c.arrived = <uint8_t *> malloc(IN_BYTES)
+        c.out = <uint8_t *> malloc(OUT_BYTES)
+        c.page = <uint8_t *> malloc(PAGE)
+        c.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        try:
+            if c.arrived == NULL or c.out == NULL or c.page == NULL or c.wake < 0:
+                raise MemoryError
+            # Touched before the first request: a write waits for no memory.
+            memset(c.arrived, 0, IN_BYTES)
+            memset(c.out, 0, OUT_BYTES)
+            pthread_mutex_init(&c.send_lock, NULL)
+            e.connections += 1
+            self.serving = True
+            server.connections.add(self)
+            try:
+                with nogil:
+                    serve(c)
+            finally:
+                server.connections.discard(self)
+                self.serving = False
+                e.connections -= 1
+                pthread_mutex_destroy(&c.send_lock)
+            return c.reason.decode() if c.reason != NULL else "the client went away"
+        finally:
+            if c.wake >= 0:
+                close(c.wake)
+            free(c.arrived)
+            free(c.out)
+            free(c.page)
+            free(c)
