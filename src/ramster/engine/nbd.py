@@ -1,7 +1,7 @@
 """The documented face of the NBD server's transmission phase: exports over dense pools, and connections that use them.
 
-Covers the contract. The mechanism and its rules are in `_nbd.pyx`; the handshake is `ramster.wire.nbd`; names, sockets and who
-may connect are `ramster.frontswap.nbd`.
+Covers the contract. The mechanism and its rules are in `_nbd.pyx`; the handshake is `ramster.wire.nbd`; names, sockets
+and who may connect are `ramster.frontswap.nbd`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class NbdServer(_nbd.NbdServer):
     stop: ends every connection, then the threads.
 
     An `NbdConnection` owns a connected stream socket. receive, send and start_tls carry the handshake, with deadlines
-    (TimeoutError; ConnectionError once the client is gone); serve then answers requests without the GIL until the client
-    goes, and returns why it ended. shutdown may be called from any thread and makes all of them end.
+    (TimeoutError; ConnectionError once the client is gone); serve then answers requests without the GIL until the
+    client goes, and returns why it ended. shutdown may be called from any thread and makes all of them end.
     """
 
     def __new__(cls, links: Links, *, slow_threads: int = 2, requests_max: int = 512) -> Self:
