@@ -20,7 +20,7 @@ from ramster.engine.links import Links
 from ramster.engine.nbd import LENGTH_MAX, NbdServer
 from ramster.engine.store import Store
 from ramster.errors import Refused, UsageError
-from ramster.testing.nbd import ALLOCATION_ID, NbdClient, ServedExport
+from ramster.testing.nbd import NbdClient, ServedExport
 from ramster.testing.proxy import wait_until
 from ramster.wire.nbd import Command, CommandFlag, Errno, ExtentState, ReplyType
 
@@ -566,8 +566,3 @@ def test_sizes_of_exports_are_whole_pages(serve: Serve, size: int, most: int) ->
 def test_limits_of_the_server_are_checked(serve: Serve, threads: int, requests: int) -> None:
     with pytest.raises(UsageError):
         NbdServer(serve().links, slow_threads=threads, requests_max=requests)
-
-
-def test_the_number_of_the_context_is_the_one_agreed_on(serve: Serve) -> None:
-    assert serve().connect().ask(Command.BLOCK_STATUS, 0, 4096).runs == [(4096, HOLE)]
-    assert ALLOCATION_ID != 0
