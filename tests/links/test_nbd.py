@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.links.conftest import LENDER, MakePair, Pair
 
+from ramster.cluster import identity
 from ramster.constants import PAGE_BYTES
-from ramster.engine.links import Links
+from ramster.engine.links import Links, TlsContext
 from ramster.engine.nbd import LENGTH_MAX, NbdServer
 from ramster.engine.store import Store
 from ramster.errors import Refused, UsageError
@@ -336,6 +338,33 @@ def test_more_parked_reads_than_there_are_rows_wait_their_turn(serve: Serve, pai
     asked = [(n * 37 % 120, client.send(Command.READ, n * 37 % 120 * PAGE_BYTES, 8 * PAGE_BYTES)) for n in range(300)]
     for page, cookie in asked:
         assert client.wait(cookie).data == before[page * PAGE_BYTES : (page + 8) * PAGE_BYTES]
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[TlsContext, ssl.SSLContext]:
+    """The server's side and a client's, of one cluster."""
+    server, client = identity.create_cluster(tmp_path_factory.mktemp("cluster"), "nbd", ["server", "client"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(server.ca)
+    context.load_cert_chain(client.cert, client.key)
+    return TlsContext(str(server.ca), str(server.cert), str(server.key)), context
+
+
+def test_the_same_over_tls(serve: Serve, pair: Pair, tls: tuple[TlsContext, ssl.SSLContext]) -> None:
+    export = serve(pair)
+    client = export.connect(tls=tls)
+    before = content(1, 128 * PAGE_BYTES)
+    client.write(0, before)
+    away(pair, export, range(128))
+    with pair.get.up.held():
+        parked = client.send(Command.READ, 100, 64 * PAGE_BYTES)
+        client.write(200 * PAGE_BYTES, content(2, 300_000))
+        assert client.read(200 * PAGE_BYTES, 300_000) == content(2, 300_000)
+    assert client.wait(parked).data == before[100 : 100 + 64 * PAGE_BYTES]
+    cookies = [client.send(Command.READ, n * PAGE_BYTES, 20 * PAGE_BYTES) for n in range(100)]
+    for n, cookie in enumerate(cookies):
+        assert client.wait(cookie).data == before[n * PAGE_BYTES : (n + 20) * PAGE_BYTES]
 
 
 # --- loss ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import ssl
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from ramster.constants import PAGE_BYTES
-from ramster.engine.links import Links
+from ramster.engine.links import Links, TlsContext
 from ramster.engine.nbd import NbdConnection, NbdServer
 from ramster.testing.proxy import wait_until
 from ramster.wire import nbd
@@ -159,11 +160,17 @@ class ServedExport:
         self._threads: list[threading.Thread] = []
         self._clients: list[NbdClient] = []
 
-    def connect(self, *, structured: bool = True) -> NbdClient:
-        """A client that has been through the handshake, by a Unix socket pair."""
+    def connect(self, *, structured: bool = True, tls: tuple[TlsContext, ssl.SSLContext] | None = None) -> NbdClient:
+        """A client past its handshake, by a Unix socket pair. tls: the server's side and the client's."""
         ours, theirs = socket.socketpair()
+        connection = NbdConnection(theirs.detach())
+        if tls is not None:
+            greeting = threading.Thread(target=connection.start_tls, args=(tls[0], DEADLINE_S))
+            greeting.start()
+            ours = tls[1].wrap_socket(ours)
+            greeting.join(DEADLINE_S)
         client = NbdClient(ours)
-        self.serve(NbdConnection(theirs.detach()), structured=structured)
+        self.serve(connection, structured=structured)
         self._clients.append(client)
         return client
 
