@@ -40,13 +40,17 @@ CODEC: Final = "lz4"  # the codec that we use; a kernel without it takes its own
 CONTROL: Final = Path("/sys/class/zram-control")
 DEADLINE_S: Final = 120.0
 
-# order, every n-th visited page is rewritten, name of the path
+# order, every n-th visited page is rewritten, both walks bound to one processor, name of the path
 WALKS: Final = (
-    ("random", 2, "verifying random walk, half rewritten"),
-    ("random", 0, "verifying random walk, reading"),
-    ("stride", 2, "verifying walk by one large stride, half rewritten"),
-    ("sequential", 2, "verifying sequential pass, half rewritten"),
-    ("sequential", 0, "verifying sequential pass, reading"),
+    ("random", 2, False, "verifying random walk, half rewritten"),
+    ("random", 0, False, "verifying random walk, reading"),
+    ("random", 2, True, "the same on one processor, half rewritten"),
+    ("random", 0, True, "the same on one processor, reading"),
+    ("stride", 2, False, "verifying walk by one large stride, half rewritten"),
+    ("sequential", 2, False, "verifying sequential pass, half rewritten"),
+    ("sequential", 0, False, "verifying sequential pass, reading"),
+    ("sequential", 2, True, "the same on one processor, half rewritten"),
+    ("sequential", 0, True, "the same on one processor, reading"),
 )
 
 
@@ -146,6 +150,10 @@ class Hog:
         self.cpu_us = answer["cpu_ns"] / answer["visits"] / 1000
         return float(answer["visits"]) * 1e9 / float(answer["ns"])
 
+    def bind(self, cpus: set[int]) -> None:
+        """Where the walk may run; it has one thread that matters."""
+        os.sched_setaffinity(self._process.pid, cpus)
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -189,7 +197,10 @@ def run(quick: bool) -> list[Row]:
             ours = stack.enter_context(Hog("region", nodes["a"].region_socket, size, resident))
             node = nodes["a"].process
             assert node is not None
-            for order, dirty, name in WALKS:
+            everywhere = os.sched_getaffinity(0)
+            for order, dirty, bound, name in WALKS:
+                for walk in (ours, theirs):
+                    walk.bind({min(everywhere)} if bound else everywhere)
                 row = compare(
                     name,
                     "pages/s",

@@ -22,6 +22,7 @@ import os
 import select
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from tests.links.conftest import LENDER, MakePair, Pair
@@ -272,3 +273,35 @@ def test_a_region_ends_while_its_pages_are_being_pushed(make_pair: MakePair) -> 
         scene.close()
         assert pair.a.store.statistics().pages_stored == 0
     pair.wait_for_frees(0)
+
+
+def test_faults_are_served_on_the_processors_that_the_application_may_use(pair: Pair) -> None:
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("one processor: nothing to choose")
+
+    def fault_thread() -> set[int]:
+        found = [
+            int(task.name)
+            for task in Path("/proc/self/task").iterdir()
+            if "ramster-fault" in (task / "comm").read_text()
+        ]
+        assert len(found) == 1
+        return os.sched_getaffinity(found[0])
+
+    def touch(first: int, cpus: set[int]) -> None:
+        os.sched_setaffinity(0, cpus)  # of this thread alone
+        for number in range(first, first + 100):
+            mapped.page(number)[0]
+
+    try:
+        mapped = MappedRegion(pair.a, 400, 400)
+    except (PermissionMissing, KernelUnsupported) as error:
+        pytest.skip(str(error))
+    with mapped, ThreadPoolExecutor(1) as thread:
+        mapped.region.advise("random")
+        for turn, cpu in enumerate(sorted(everywhere)[:2]):
+            thread.submit(touch, 100 * turn, {cpu}).result()
+            assert fault_thread() == {cpu}
+        thread.submit(touch, 200, everywhere).result()
+        assert fault_thread() == everywhere

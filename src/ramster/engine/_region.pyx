@@ -42,7 +42,7 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.linux cimport (
     AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_GETFL, F_SEAL_GROW, F_SEAL_SHRINK, F_SETFL, FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
+    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, CPU_AND, CPU_COUNT, CPU_EQUAL, cpu_set_t, sched_getaffinity, sched_setaffinity, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
     UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
@@ -75,6 +75,7 @@ cdef enum:
     RESIDENT_PAGES_MAX = 1 << 30
     RESERVE_GROWS_NS = 1000000      # at most once in so long, while faults have to wait for room ...
     RESERVE_SHRINKS_NS = 500000000  # ... and by an eighth after so long without one
+    FOLLOW_READS = 64               # between two looks where the application runs; one costs half a microsecond
     OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     GUARD_LOST = 1
@@ -898,16 +899,33 @@ cdef void await_events(Region_t *r, pollfd *fds, uint64_t *gap) noexcept nogil:
     gap[0] = (7 * gap[0] + min(now - begin, 16 * r.busy_poll_ns)) // 8
 
 
+cdef void follow(int thread, const cpu_set_t *all, cpu_set_t *now) noexcept nogil:
+    """Serve faults on the processors that the faulting thread may use: to wake a thread of another processor that sleeps
+    costs several times what a fault does. 'all': those of the node. A thread that has ended leaves things as they are."""
+    cdef cpu_set_t theirs, both
+    if thread == 0 or sched_getaffinity(thread, sizeof(cpu_set_t), &theirs) != 0:
+        return
+    CPU_AND(&both, &theirs, all)
+    if CPU_COUNT(&both) == 0:
+        both = all[0]
+    if not CPU_EQUAL(&both, now) and sched_setaffinity(0, sizeof(cpu_set_t), &both) == 0:
+        now[0] = both
+
+
 cdef void *fault_main(void *argument) noexcept nogil:
     cdef Attachment *a = <Attachment *> argument
     cdef Region_t *r = a.region
     cdef uffd_msg_t events[16]
     cdef pollfd fds[2]
+    cdef cpu_set_t all_cpus, cpus
+    cdef uint32_t reads = 0
     cdef int i
     cdef ssize_t got
     cdef uint64_t page, gap = r.busy_poll_ns
     # With several threads each takes one event: what one thread has read no other can serve.
     cdef size_t room = sizeof(events) if r.fault_threads == 1 else sizeof(uffd_msg_t)
+    sched_getaffinity(0, sizeof(cpu_set_t), &all_cpus)
+    cpus = all_cpus
     fds[0].fd = a.uffd
     fds[1].fd = a.stop_fd
     fds[0].events = fds[1].events = POLLIN
@@ -916,6 +934,9 @@ cdef void *fault_main(void *argument) noexcept nogil:
         got = read(a.uffd, events, room)
         if got <= 0:
             continue
+        if reads % FOLLOW_READS == 0:
+            follow(<int> events[0].ptid, &all_cpus, &cpus)
+        reads += 1
         for i in range(<int> (got // <ssize_t> sizeof(uffd_msg_t))):
             if events[i].event != UFFD_EVENT_PAGEFAULT or events[i].address < a.base:
                 continue

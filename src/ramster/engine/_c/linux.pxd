@@ -381,6 +381,16 @@ cdef extern from "<sys/socket.h>" nogil:
     int setsockopt(int fd, int level, int option, const void *value, unsigned int size)
 
 
+cdef extern from "<sched.h>" nogil:
+    ctypedef struct cpu_set_t:
+        pass
+    int sched_getaffinity(pid_t thread, size_t size, cpu_set_t *cpus)
+    int sched_setaffinity(pid_t thread, size_t size, const cpu_set_t *cpus)
+    void CPU_AND(cpu_set_t *to, const cpu_set_t *one, const cpu_set_t *other)
+    int CPU_EQUAL(const cpu_set_t *one, const cpu_set_t *other)
+    int CPU_COUNT(const cpu_set_t *cpus)
+
+
 cdef extern from "<signal.h>" nogil:
     enum:
         SIG_BLOCK
