@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 
-from ramster.config.knobs import SECTIONS, default_text, knobs
+from ramster.config.knobs import ARRAYS, SECTIONS, default_text, knobs
 from ramster.config.units import SIZE_RULE, TIME_RULE
 from ramster.errors import every_error
 
@@ -61,7 +61,7 @@ def configuration() -> str:
             constant = knob.default_rule is None
             shown = "required" if default is None else f"`{default}`" if constant else default
             rows.append([f"`{key}`", shown, knob.allowed, knob.help])
-        heading = f"[[{name}]]" if name == "peers" else f"[{name}]"
+        heading = f"[[{name}]]" if name in ARRAYS else f"[{name}]"
         text = title.partition(": ")[2]
         parts.append(f"\n## {heading}\n\n{' '.join([text[0].upper() + text[1:], *rest])}\n\n")
         parts.append(_table(["key", "default", "allowed", "meaning"], rows))

@@ -47,6 +47,7 @@ REGION_MESSAGE_BYTES_MAX: Final = 64 * KIB
 # sun_path with its terminating NUL, in every Linux.
 SOCKET_PATH_BYTES_MAX: Final = 107
 REGION_SOCKET: Final = "region.sock"
+NBD_SOCKET: Final = "nbd.sock"
 CONTROL_SOCKET: Final = "control.sock"
 
 assert PAGE_BYTES & (PAGE_BYTES - 1) == 0

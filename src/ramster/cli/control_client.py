@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ramster.errors import NodeUnreachable, PermissionMissing, ProtocolError, RamsterError, from_code
 
@@ -55,6 +56,28 @@ class ControlClient:
             raise ProtocolError(f"the answer on {self.path} is not a list of regions")
         return regions
 
+    def exports(self) -> list[dict[str, Any]]:
+        """The exports that the node serves. Raises as `status` does."""
+        exports = self._ask("GET", "/v1/exports").get("exports")
+        if not isinstance(exports, list):
+            raise ProtocolError(f"the answer on {self.path} is not a list of exports")
+        return exports
+
+    def create_export(
+        self, name: str, size_bytes: int, *, max_bytes: int | None = None, read_only: bool = False
+    ) -> dict[str, Any]:
+        """Makes an export and returns it, with "notes". Raises as `status` does, Refused where it exists."""
+        order = {"name": name, "size_bytes": size_bytes, "max_bytes": max_bytes, "read_only": read_only}
+        return self._ask("POST", "/v1/exports", order)
+
+    def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
+        """Lets an export grow and returns it, with "notes". Raises as `status` does."""
+        return self._ask("PATCH", f"/v1/exports/{quote(name, safe='')}", {"size_bytes": size_bytes})
+
+    def remove_export(self, name: str, *, force: bool = False) -> None:
+        """Removes an export with its pages. Raises as `status` does, Refused while it is in use and not forced."""
+        self._ask("DELETE", f"/v1/exports/{quote(name, safe='')}?force={int(force)}")
+
     def stop(self, *, force: bool) -> StopAnswer:
         """Asks the node to stop; returns at once, while an accepting node still stops. Raises as `status` does."""
         status, answer = self._request("POST", "/v1/stop", {"force": force})
@@ -63,8 +86,8 @@ class ControlClient:
         self._raise_for(status, answer)
         return StopAnswer(accepted=True, would_lose=dict(answer.get("would_lose") or {}))
 
-    def _ask(self, method: str, path: str) -> dict[str, Any]:
-        status, answer = self._request(method, path, None)
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        status, answer = self._request(method, path, body)
         self._raise_for(status, answer)
         return answer
 

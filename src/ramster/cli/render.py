@@ -22,6 +22,7 @@ def status_tables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _memory(status)
     yield _peers(status.get("peers") or [])
     yield _regions(status.get("regions") or [])
+    yield _exports(status.get("exports") or [])
     yield _foreign(status.get("lend") or {})
 
 
@@ -35,7 +36,11 @@ def losses(would_lose: Mapping[str, Any]) -> list[str]:
         name = region.get("name") or f"region {region.get('id', '?')}"
         size = show_size(int(region.get("pages", 0)) * PAGE_BYTES)
         lines.append(f"{size} of {name} of process {region.get('pid', '?')}, which runs on it")
-    known = {"foreign", "regions"}
+    for export in would_lose.get("exports") or []:
+        size, clients = show_size(int(export.get("pages", 0)) * PAGE_BYTES), int(export.get("connections", 0))
+        used = f", which {clients} connection{'s' * (clients != 1)} use{'s' * (clients == 1)}" if clients else ""
+        lines.append(f"{size} stored in export {export.get('name', '?')}{used}")
+    known = {"foreign", "regions", "exports"}
     lines += [f"{key}: {value}" for key, value in sorted(would_lose.items()) if key not in known and value]
     return lines
 
@@ -152,6 +157,26 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
             str(_int(region, "faults")),
             f"{_int(region, 'fault_local_p50_us')}/{_int(region, 'fault_local_p99_us')} us",
             f"{_int(region, 'fault_remote_p50_us')}/{_int(region, 'fault_remote_p99_us')} us",
+        )
+    return table
+
+
+def _exports(exports: list[Mapping[str, Any]]) -> RenderableType:
+    if not exports:
+        return Text("No exports.\n")
+    table = _table("Exports (NBD)", "name", "size", "here", "away", "lost", "connections", "reads", "writes", "errors")
+    for export in exports:
+        gone, errors = _int(export, "pages_gone"), _int(export, "errors")
+        table.add_row(
+            str(export.get("name", "?")) + (" (read-only)" if export.get("read_only") else ""),
+            show_size(_int(export, "size_bytes")),
+            show_size(_int(export, "pages_here") * PAGE_BYTES),
+            show_size(_int(export, "pages_away") * PAGE_BYTES),
+            Text(str(gone), style="red" if gone else ""),
+            str(_int(export, "connections")),
+            str(_int(export, "reads")),
+            str(_int(export, "writes")),
+            Text(str(errors), style="red" if errors else ""),
         )
     return table
 

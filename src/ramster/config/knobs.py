@@ -8,7 +8,7 @@ bytes, milliseconds, pages; fractions have none.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
-from ipaddress import AddressValueError, IPv4Address, IPv6Address
+from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from ramster.constants import (
     NAME_RULE,
     NODE_NUMBER_MAX,
     PAGE_BYTES,
+    POOL_PAGES_MAX,
     PORT_DEFAULT,
     SEGMENT_BYTES_DEFAULT,
     SEGMENT_BYTES_MAX,
@@ -41,6 +42,11 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether this machine alone can reach it."""
+        return ip_address(self.host).is_loopback
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +83,9 @@ def _ranged(
     return check, f"{rule}: {bounds}" if rule else bounds
 
 
-def _size(default: int, *, at_least: int = 0, at_most: int | None = None, help: str) -> Any:
+def _size(default: object, *, at_least: int = 0, at_most: int | None = None, rule: str = "", help: str) -> Any:
     parse, allowed = _ranged(parse_bytes, format_bytes, at_least, at_most, "size")
-    return _declare(Knob(help, allowed, "_bytes", parse, format_bytes), default)
+    return _declare(Knob(help, allowed, "_bytes", parse, format_bytes, rule or None), default)
 
 
 def _time(default: int, *, at_least: int = 1, at_most: int, help: str) -> Any:
@@ -165,6 +171,21 @@ def _address(default: object = MISSING, *, port_min: int, help: str) -> Any:
     return _declare(Knob(help, allowed, "", lambda value: parse_address(value, port_min), lambda a: f'"{a}"'), default)
 
 
+def _addresses(*, port_min: int, at_most: int, help: str) -> Any:
+    each = f'"IPv4:port" or "[IPv6]:port", port {port_min} to {_PORT_MAX}'
+
+    def parse(value: object) -> tuple[Address, ...]:
+        given = value if isinstance(value, list) else [value]
+        if len(given) > at_most:
+            raise ValueError(f"allowed are {at_most} addresses")
+        return tuple(parse_address(one, port_min) for one in given)
+
+    def show(addresses: tuple[Address, ...]) -> str:
+        return "[" + ", ".join(f'"{one}"' for one in addresses) + "]"
+
+    return _declare(Knob(help, f"{each}; or a list of up to {at_most} of them", "", parse, show), ())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """`[node]`: who this node is."""
@@ -174,7 +195,7 @@ class Node:
         MISSING, at_least=0, at_most=NODE_NUMBER_MAX, help="Number of this node, unique in the cluster."
     )
     run_dir: Path = _path(
-        factory=default_run_dir, rule=DEFAULT_RUN_DIR_RULE, help="Folder of the node's two sockets; made when missing."
+        factory=default_run_dir, rule=DEFAULT_RUN_DIR_RULE, help="Folder of the node's sockets; made when missing."
     )
 
 
@@ -322,6 +343,59 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Nbd:
+    """`[nbd]`: the server of block devices. It always listens on nbd.sock in run_dir, which needs no knob."""
+
+    listen: tuple[Address, ...] = _addresses(
+        port_min=0,
+        at_most=8,
+        help="Where it listens on TCP as well, 10809 being the usual port; port 0 lets the kernel choose.",
+    )
+    tls: str = _choice(
+        "auto",
+        "require",
+        help='Which TCP connections must turn to TLS, with a certificate of the cluster: "auto" all but those to a '
+        'loopback address, "require" those too. With a [cluster], TLS is offered everywhere.',
+    )
+    connections_max: int = _count(
+        64, at_least=1, at_most=1024, help="Connections served at a time; each costs a thread and some buffers."
+    )
+    handshake_timeout_ms: int = _time(
+        10_000, at_least=100, at_most=600_000, help="How long a client may take to choose an export."
+    )
+    requests_max: int = _count(
+        512,
+        at_least=16,
+        at_most=4096,
+        help="Requests of all connections that may wait for other nodes at a time; further ones wait unread.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """`[[exports]]`: a block device that is there from the start, empty; one table each, none is usual.
+
+    `ramster export create` makes further ones while the node runs.
+    """
+
+    name: str = _name(help="Its name in URIs and in messages.")
+    size_bytes: int = _size(
+        MISSING,
+        at_least=1,
+        at_most=POOL_PAGES_MAX * PAGE_BYTES,
+        help="How large it is; rounded up to whole pages of 4096 bytes. It takes RAM for what is written alone.",
+    )
+    max_size_bytes: int | None = _size(
+        None,
+        at_least=1,
+        at_most=POOL_PAGES_MAX * PAGE_BYTES,
+        rule="size",
+        help="How large it may ever grow.",
+    )
+    read_only: bool = _switch(False, help="Whether clients may only read.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """`[[peers]]`: another node; one table each, none for a node on its own."""
 
@@ -341,10 +415,12 @@ class Config:
     links: Links = field(default_factory=Links)
     remotify: Remotify = field(default_factory=Remotify)
     region: Region = field(default_factory=Region)
+    nbd: Nbd = field(default_factory=Nbd)
+    exports: tuple[Export, ...] = ()
     peers: tuple[Peer, ...] = ()
 
 
-#: TOML table name -> its class, in the order of the documentation; `peers` is an array of tables.
+#: TOML table name -> its class, in the order of the documentation.
 SECTIONS: Final[dict[str, type]] = {
     "node": Node,
     "cluster": Cluster,
@@ -353,8 +429,13 @@ SECTIONS: Final[dict[str, type]] = {
     "links": Links,
     "remotify": Remotify,
     "region": Region,
+    "nbd": Nbd,
+    "exports": Export,
     "peers": Peer,
 }
+
+#: Those of them that are arrays of tables: each begins with [[name]].
+ARRAYS: Final = frozenset({"exports", "peers"})
 
 
 def knobs(section: type) -> Iterator[tuple[str, Field[Any], Knob]]:
@@ -395,6 +476,17 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if config.cluster is None and (config.peers or config.lend.size_bytes):
         why = "peers" if config.peers else "lend"
         yield (why,), "needs a [cluster] section with id, ca, cert and key (ramster cluster init makes them)"
+    bare = [a for a in config.nbd.listen if config.nbd.tls == "require" or not a.loopback]
+    if config.cluster is None and bare:
+        wrong = f"{bare[0]} is served with TLS only, which needs a [cluster] section (ramster cluster init makes one); "
+        yield ("nbd", "listen"), wrong + "without one allowed are loopback addresses, not with tls = require"
+    taken: set[str] = set()
+    for index, export in enumerate(config.exports):
+        if export.name in taken:
+            yield ("exports", index, "name"), "another export has this name too"
+        taken.add(export.name)
+        if export.max_size_bytes is not None and export.max_size_bytes < export.size_bytes:
+            yield ("exports", index, "max_size"), f"allowed is size, {format_bytes(export.size_bytes)}, or more"
     names, numbers = {config.node.name: "this node"}, {config.node.number: "this node"}
     for index, peer in enumerate(config.peers):
         if peer.name in names:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from ramster.config.knobs import SECTIONS, Config, conflicts, knobs
+from ramster.config.knobs import ARRAYS, SECTIONS, Config, conflicts, knobs
 from ramster.errors import ConfigError
 
 # A configuration is a page or two; a larger file is somebody's mistake (a disk image, /dev/zero).
@@ -87,9 +87,9 @@ class _Reader:
             self.report((name,), f"no such section{_suggest(name, SECTIONS)}")
         for name, cls in SECTIONS.items():
             table = tables.get(name)
-            if name == "peers":
+            if name in ARRAYS:
                 if not isinstance(table, list | None) or not all(isinstance(each, dict) for each in table or ()):
-                    self.report((name,), "allowed are tables that begin with [[peers]]")
+                    self.report((name,), f"allowed are tables that begin with [[{name}]]")
                     continue
                 values[name] = tuple(self.section((name, i), cls, each) for i, each in enumerate(table or ()))
             elif not isinstance(table, dict | None):

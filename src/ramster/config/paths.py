@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ramster.constants import CONTROL_SOCKET, REGION_SOCKET
+from ramster.constants import CONTROL_SOCKET, NBD_SOCKET, REGION_SOCKET
 
 #: What `default_run_dir` does, for help texts.
 DEFAULT_RUN_DIR_RULE = "/run/ramster as root, else $XDG_RUNTIME_DIR/ramster, else /tmp/ramster-UID"
@@ -26,3 +26,8 @@ def region_socket(run_dir: Path) -> Path:
 def control_socket(run_dir: Path) -> Path:
     """Where `ramster status` and `ramster stop` connect."""
     return run_dir / CONTROL_SOCKET
+
+
+def nbd_socket(run_dir: Path) -> Path:
+    """Where NBD clients connect."""
+    return run_dir / NBD_SOCKET

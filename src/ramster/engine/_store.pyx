@@ -2686,6 +2686,24 @@ cdef class Store:
         cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
         return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, peer)
 
+    def census(self, uint32_t pool):
+        """Pages of a dense pool by where they are: here (same-filled ones too), away, lost. A glance, while others go on; the
+        pool must not be destroyed meanwhile."""
+        cdef Store_t *s = self.live()
+        cdef Pool *p = pool_at(s, pool)
+        cdef uint64_t found[5]
+        cdef uint64_t pages, first = 0
+        cdef uint8_t nobody[4096]       # divides SLOTS_PER_CHUNK
+        if p == NULL or not p.dense:
+            raise errors.UsageError(f"pool {pool}: there is no dense pool of that number")
+        pages = p.pages
+        memset(found, 0, sizeof(found))
+        memset(nobody, 0, sizeof(nobody))
+        with nogil:
+            while first < pages:
+                first = store_census(s, pool, first, <uint32_t> min(<uint64_t> sizeof(nobody), pages - first), nobody, found)
+        return {"here": found[1] + found[2], "away": found[3], "lost": found[4]}
+
     def seal_open(self):
         cdef Store_t *s = self.live()
         cdef uint32_t sealed

@@ -1,32 +1,30 @@
 """The node's control API: JSON over HTTP on a Unix socket that only the node's user and group may open.
 
-Routes: GET /v1/status, GET /v1/regions, POST /v1/stop {"force": bool}. Errors are JSON objects {"error", "message"}.
-The server knows the node only as a `NodeView`.
+Routes: GET /v1/status, GET /v1/regions, POST /v1/stop {"force": bool}; GET and POST /v1/exports, PATCH and DELETE
+/v1/exports/NAME. Errors are JSON objects {"error", "message"}. The server knows the node only as a `NodeView`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from ramster.constants import SOCKET_PATH_BYTES_MAX
-from ramster.errors import PortTaken, RamsterError, UsageError
+from ramster.errors import PortTaken, RamsterError, Refused, UsageError
+from ramster.frontswap.sockets import BACKLOG, listen_unix
 
 log = logging.getLogger(__name__)
 
-SOCKET_MODE = 0o660
-BODY_BYTES_MAX = 4096  # the largest request is {"force": false}
+BODY_BYTES_MAX = 4096  # the largest request makes an export
 REQUESTS_MAX = 32  # at a time; people and scrapers, not a data path
-BACKLOG = 64
 SHUTDOWN_S = 2.0  # an answer under way may finish
 _ACCEPT_TURNS = 5
 
@@ -43,10 +41,23 @@ class NodeView(Protocol):
         """One object per region: id, name, pid, pids (all processes that use it) and the region's statistics."""
 
     async def would_lose(self) -> dict[str, Any]:
-        """What is lost if the node stops now: {"foreign": {owner: bytes}, "regions": [{"id", "name", "pid", "pages"}]}.
+        """What is lost if the node stops now: {"foreign": {owner: bytes}, "regions": [{"id", "name", "pid", "pages"}],
+        "exports": [{"name", "pages", "connections"}]}.
 
         Empty when nothing would be. Keys whose value is empty may be left out or empty.
         """
+
+    async def exports(self) -> list[dict[str, Any]]:
+        """One object per export: what `create_export` returns."""
+
+    async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
+        """Makes an empty export and describes it. UsageError, Refused."""
+
+    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
+        """Lets it grow and describes it. UsageError, Refused."""
+
+    async def remove_export(self, name: str, force: bool) -> None:
+        """Forgets it and its pages, here and away. Refused while it is in use, unless forced. UsageError."""
 
     def request_stop(self, force: bool) -> None:
         """Begins an orderly stop and returns at once. A second call changes nothing."""
@@ -84,11 +95,15 @@ class ControlServer:
         app = web.Application(middlewares=[guard], client_max_size=BODY_BYTES_MAX)
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/regions", self._regions)
+        app.router.add_get("/v1/exports", self._exports)
+        app.router.add_post("/v1/exports", self._create_export)
+        app.router.add_patch("/v1/exports/{name}", self._resize_export)
+        app.router.add_delete("/v1/exports/{name}", self._remove_export)
         app.router.add_post("/v1/stop", self._stop)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:
-            self._listener = _bind(self._path)
+            self._listener = listen_unix(self._path)
             await web.SockSite(runner, self._listener, backlog=BACKLOG).start()
         except BaseException:
             await runner.cleanup()
@@ -119,6 +134,8 @@ class ControlServer:
         except web.HTTPException as error:
             code = {404: "not-found", 405: "method-not-allowed", 413: "too-large"}.get(error.status, "bad-request")
             return _error(error.status, code, f"{request.method} {request.path}: {error.reason}")
+        except Refused as error:
+            return _error(409, error.code, str(error))
         except RamsterError as error:
             return _error(400 if error.blame == "caller" else 500, error.code, str(error))
         except Exception:
@@ -133,8 +150,26 @@ class ControlServer:
     async def _regions(self, request: web.Request) -> web.Response:
         return _answer({"regions": await self._view.regions()})
 
+    async def _exports(self, request: web.Request) -> web.Response:
+        return _answer({"exports": await self._view.exports()})
+
+    async def _create_export(self, request: web.Request) -> web.Response:
+        order = _read(await request.read(), NewExport)
+        return _answer(await self._view.create_export(order.name, order.size_bytes, order.max_bytes, order.read_only))
+
+    async def _resize_export(self, request: web.Request) -> web.Response:
+        order = _read(await request.read(), NewSize)
+        return _answer(await self._view.resize_export(request.match_info["name"], order.size_bytes))
+
+    async def _remove_export(self, request: web.Request) -> web.Response:
+        name, force = request.match_info["name"], request.query.get("force", "0")
+        if force not in ("0", "1") or request.query.keys() - {"force"}:
+            raise UsageError("the query may be force=0 or force=1")
+        await self._view.remove_export(name, force == "1")
+        return _answer({"removed": name})
+
     async def _stop(self, request: web.Request) -> web.Response:
-        force = _read_force(await request.read())
+        force = _read(await request.read() or b"{}", StopOrder).force
         would_lose = {key: value for key, value in (await self._view.would_lose()).items() if value}
         if would_lose and not force:
             return _answer(
@@ -149,14 +184,38 @@ class ControlServer:
         return _answer({"stopping": True, "would_lose": would_lose})
 
 
-def _read_force(body: bytes) -> bool:
+class NewExport(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /v1/exports."""
+
+    name: str
+    size_bytes: int
+    max_bytes: int | None = None
+    read_only: bool = False
+
+
+class NewSize(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of PATCH /v1/exports/NAME."""
+
+    size_bytes: int
+
+
+class StopOrder(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /v1/stop."""
+
+    force: bool = False
+
+
+_Order = TypeVar("_Order", NewExport, NewSize, StopOrder)
+
+
+def _read(body: bytes, kind: type[_Order]) -> _Order:
     try:
-        order = msgspec.json.decode(body) if body else {}
-    except msgspec.DecodeError:
-        raise UsageError('the body is not JSON; send {"force": false}') from None
-    if not isinstance(order, dict) or not isinstance(order.get("force", False), bool) or order.keys() - {"force"}:
-        raise UsageError('the body must be {"force": true} or {"force": false}')
-    return bool(order.get("force", False))
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        keys = ", ".join(kind.__struct_fields__)
+        raise UsageError(f"the body must be a JSON object with {keys}: {error}") from None
+    except UnicodeDecodeError:
+        raise UsageError("the body is not UTF-8") from None
 
 
 def _answer(data: dict[str, Any], status: int = 200) -> web.Response:
@@ -178,25 +237,3 @@ def _answers(path: Path) -> bool:
         except OSError:
             return path.is_socket()  # a listener that is too busy to accept is alive all the same
         return True
-
-
-def _bind(path: Path) -> socket.socket:
-    """A listening socket at `path` with its final mode from the first moment on.
-
-    Bound under another name, then renamed: bind() applies the umask, and a chmod afterwards would leave a gap.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    staging = path.with_name(f".{os.getpid()}")  # not longer than control.sock, so the checked length holds
-    try:
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        staging.unlink(missing_ok=True)
-        sock.bind(str(staging))
-        staging.chmod(SOCKET_MODE)
-        sock.listen(BACKLOG)
-        staging.rename(path)
-    except BaseException:
-        sock.close()
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
-        raise
-    return sock

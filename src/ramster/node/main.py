@@ -67,4 +67,7 @@ def describe_loss(lost: dict[str, object]) -> str:
     regions = lost.get("regions")
     if isinstance(regions, list):
         parts += [f"process {each['pid']} uses region {each['name']}" for each in regions]
+    exports = lost.get("exports")
+    if isinstance(exports, list):
+        parts += [f"export {each['name']} holds {each['pages']} pages" for each in exports]
     return "; ".join(parts)

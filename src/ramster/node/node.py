@@ -15,8 +15,10 @@ from ramster.cluster import identity
 from ramster.config import paths
 from ramster.config.knobs import Config
 from ramster.engine.links import Links, TlsContext
+from ramster.engine.nbd import NbdServer
 from ramster.engine.region import Region
 from ramster.engine.store import Store
+from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
 from ramster.node.control import ControlServer
 from ramster.node.peering import Peering
@@ -66,10 +68,11 @@ class Node:
             self.store, self.links, Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms)), r.tick_ms
         )
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
+        context = None if c.cluster is None else TlsContext(*map(str, (c.cluster.ca, c.cluster.cert, c.cluster.key)))
+        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
         self.peering: Peering | None = None
-        if c.cluster is not None:
-            context = TlsContext(str(c.cluster.ca), str(c.cluster.cert), str(c.cluster.key))
+        if context is not None:
             self.peering = Peering(
                 self.links, context, self.hello, c.peers, c.links, c.node.number, c.lend.foreign_grace_ms
             )
@@ -90,6 +93,9 @@ class Node:
             poison=r.poison,
         )
 
+    def make_nbd_server(self) -> NbdServer:
+        return NbdServer(self.links, requests_max=self.config.nbd.requests_max)
+
     def hello(self, kind: str) -> Hello:
         assert self.config.cluster is not None
         return Hello(
@@ -105,7 +111,8 @@ class Node:
     async def start(self) -> None:
         """Open the sockets and begin to work. PortTaken, UsageError: nothing is left open."""
         try:
-            await self.region_service.start()
+            await self.region_service.start()  # first: it makes sure that the run directory is ours alone
+            await self.export_service.start(self.config.exports)
             await self.control.start()
             if self.peering is not None:
                 await self.peering.start()
@@ -120,12 +127,13 @@ class Node:
         await self._stop.wait()
 
     async def close(self) -> None:
-        """Orderly: the applications' regions end, lenders and borrowers hear goodbye, threads are joined."""
+        """Orderly: regions and the exports' connections end, lenders and borrowers hear goodbye, threads are joined."""
         self.state = "stopping"
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
         await self.region_service.close()
+        await self.export_service.close()
         await asyncio.to_thread(self.links.goodbye)
         if self.peering is not None and self.peering.address is not None:
             await self.peering.close()
@@ -139,7 +147,7 @@ class Node:
         self._stop.set()
 
     async def would_lose(self) -> dict[str, Any]:
-        """Foreign segments that have their only copy here, and regions of running applications."""
+        """Foreign segments that have their only copy here, regions of running applications, exports with pages."""
         names = {peer.number: peer.name for peer in self.config.peers}
         segment = self.config.arena.segment_bytes
         foreign = {names.get(owner, f"node {owner}"): n * segment for owner, n in self.links.foreign().items()}
@@ -147,13 +155,31 @@ class Node:
             {"id": each.number, "name": each.name, "pid": each.pid, "pages": each.statistics["pages"]}
             for each in await self.region_service.describe()
         ]
-        return {"foreign": foreign, "regions": regions} if foreign or regions else {}
+        exports = [
+            {"name": each["name"], "pages": each["pages_stored"], "connections": each["connections"]}
+            for each in await self.export_service.describe()
+            if each["pages_stored"]
+        ]
+        found = {"foreign": foreign, "regions": regions, "exports": exports}
+        return found if any(found.values()) else {}
 
     async def regions(self) -> list[dict[str, Any]]:
         return [
             {"id": each.number, "name": each.name, "pid": each.pid, "pids": list(each.pids), **each.statistics}
             for each in await self.region_service.describe()
         ]
+
+    async def exports(self) -> list[dict[str, Any]]:
+        return await self.export_service.describe()
+
+    async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
+        return await self.export_service.create(name, size_bytes, max_bytes, read_only)
+
+    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
+        return await self.export_service.resize(name, size_bytes)
+
+    async def remove_export(self, name: str, force: bool) -> None:
+        await self.export_service.remove(name, force)
 
     async def status(self) -> dict[str, Any]:
         arena = dataclasses.asdict(self.store.statistics())
@@ -196,6 +222,8 @@ class Node:
             },
             "peers": peers,
             "regions": await self.regions(),
+            "exports": await self.exports(),
+            "nbd": {"socket": str(self.export_service.path), "listen": self.export_service.addresses},
             "counters": {
                 "puts": arena["puts"],
                 "local_gets": arena["local_gets"],
@@ -205,6 +233,7 @@ class Node:
                 **{key: value for key, value in links.items() if not key.startswith("le")},
                 **peering,
                 **{f"region_{key}": value for key, value in dataclasses.asdict(self.region_service.counters).items()},
+                **{f"nbd_{key}": value for key, value in dataclasses.asdict(self.export_service.counters).items()},
             },
             "remotify": {
                 "enabled": self.config.remotify.enabled,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import random
@@ -22,7 +21,8 @@ from ramster.cluster import identity
 from ramster.config.knobs import Links as LinkSettings
 from ramster.config.knobs import Peer
 from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
-from ramster.errors import CertificateError, PortTaken, ProtocolError, RamsterError, UsageError
+from ramster.errors import CertificateError, ProtocolError, RamsterError
+from ramster.frontswap.sockets import listen_tcp
 from ramster.wire import frames, hello
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Peering:
 
     async def start(self) -> None:
         """Listen and begin to connect. PortTaken when somebody else listens there."""
-        self._listener = _listen(self.settings.listen.host, self.settings.listen.port)
+        self._listener = listen_tcp(self.settings.listen.host, self.settings.listen.port, "[links] listen")
         self.address = self._listener.getsockname()[:2]
         loop = asyncio.get_running_loop()
         loop.add_reader(self.links.event_fd, self._changed)
@@ -291,20 +291,3 @@ def _words(error: BaseException) -> str:
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     return str(error)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(64)
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise PortTaken(
-                f"port {port} on {host} is taken by another program; set another one with [links] listen"
-            ) from error
-        raise UsageError(f"cannot listen on {host}:{port} ([links] listen): {error.strerror}") from error
-    return sock

@@ -41,10 +41,10 @@ def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="The configu
 
 @app.command("list", help=LIST_HELP)
 def list_() -> None:
-    from ramster.config.knobs import SECTIONS, default_text, knobs
+    from ramster.config.knobs import ARRAYS, SECTIONS, default_text, knobs
 
     for number, (section, kind) in enumerate(SECTIONS.items()):
-        title = f"[[{section}]]" if section == "peers" else f"[{section}]"
+        title = f"[[{section}]]" if section in ARRAYS else f"[{section}]"
         typer.echo(("\n" if number else "") + title)
         for key, field, knob in knobs(kind):
             default = default_text(field, knob)

@@ -17,8 +17,8 @@ from ramster.errors import NodeUnreachable, Refused
 HELP = """Stop a node and wait until it is gone.
 
 A node that holds data which exists nowhere else refuses, and this prints
-what would be lost: pages kept for other nodes, and regions of running
-processes. --force stops it all the same; those pages are then lost, never
+what would be lost: pages kept for other nodes, regions of running
+processes, and exports with pages in them. --force stops it all the same; those pages are then lost, never
 wrong.
 
 \b
@@ -47,7 +47,7 @@ def stop(
             raise Refused(
                 f"node {name} was not stopped, because this would be lost:\n"
                 + "".join(f"  {line}\n" for line in lines)
-                + "close the regions and stop the owners first, or use --force to lose it"
+                + "close the regions, remove the exports and stop the owners first, or use --force to lose it"
             )
         for line in lines:
             typer.echo(f"lost: {line}", err=True)

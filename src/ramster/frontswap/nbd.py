@@ -1,0 +1,607 @@
+"""Block devices for anybody who speaks NBD: named exports, the sockets they are served on, a thread per connection.
+
+An export is a name and a dense, persistent pool of the store: what was never written takes nothing, what is discarded
+is freed here and away. A connection is handed to the engine after the handshake; from then on Python sees neither its
+requests nor its pages, only how it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+from urllib.parse import quote
+
+from ramster.config.units import format_bytes
+from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES, POOL_PAGES_MAX
+from ramster.engine.links import TlsContext
+from ramster.engine.nbd import NbdConnection, NbdServer
+from ramster.engine.store import Store
+from ramster.errors import RamsterError, Refused, UsageError
+from ramster.frontswap.sockets import listen_tcp, listen_unix
+from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve, StartTls, Tls
+
+log = logging.getLogger("ramster.nbd")
+
+# As many as the engine has rows for; a machine has a handful.
+EXPORTS_MAX: Final = 256
+# Connections that have not chosen an export yet. Beyond, new ones are closed unheard.
+HANDSHAKES_MAX: Final = 32
+# How long a connection that was told to end may take: its requests under way have deadlines of their own.
+END_S: Final = 10.0
+ACCEPT_PAUSE_S: Final = 0.1
+# Lost pages come by the thousand when a lender dies; the log says the first ones and how many there were.
+LOG_LINES: Final = 10
+LOG_WINDOW_S: Final = 10.0
+# Dead hosts are noticed after two minutes; a client that merely has nothing to say is never dropped.
+_KEEPALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+)
+
+
+class Address(Protocol):
+    """What is used of a configured address."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def loopback(self) -> bool: ...
+
+
+class Settings(Protocol):
+    """What is used of the configuration's [nbd] section."""
+
+    @property
+    def listen(self) -> Sequence[Address]: ...
+    @property
+    def tls(self) -> str: ...
+    @property
+    def connections_max(self) -> int: ...
+    @property
+    def handshake_timeout_ms(self) -> int: ...
+
+
+class Configured(Protocol):
+    """What is used of the configuration's [[exports]]."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def max_size_bytes(self) -> int | None: ...
+    @property
+    def read_only(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class Counters:
+    """Events since the node started."""
+
+    connections: int = 0
+    """That chose an export."""
+    refused: int = 0
+    """Closed unheard, or refused by a limit."""
+    broken: int = 0
+    """Closed because what they sent is no NBD."""
+    unfinished: int = 0
+    """That ended, or took too long, before they chose an export."""
+    pages_lost: int = 0
+    """Reads that met a page that nobody has any more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Export:
+    """A registered export. Changed under the service's lock."""
+
+    name: str
+    number: int
+    pool: int
+    size_bytes: int
+    max_bytes: int
+    read_only: bool
+    clients: set[_Connection] = field(default_factory=set)
+    removing: bool = False
+
+    def wire(self) -> Export:
+        text = format_bytes(self.size_bytes) + (", read-only" if self.read_only else "")
+        return Export(self.name, self.number, self.size_bytes, self.read_only, text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    sock: socket.socket
+    tls: Tls
+    where: str
+
+
+class _Connection:
+    """One client, in a thread of its own from the first byte to the last."""
+
+    def __init__(self, service: ExportService, sock: socket.socket, listener: _Listener) -> None:
+        self.service = service
+        self.tls = listener.tls
+        self.who = _describe_peer(sock, listener.where)
+        self.export: _Export | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._connection = NbdConnection(sock.detach())
+        self._open = threading.Lock()
+        self._closed = False
+        self.thread = threading.Thread(target=self._run, name="ramster-nbd")
+
+    def start(self) -> None:
+        try:
+            self.thread.start()
+        except RuntimeError:  # no more threads
+            self._connection.close()
+            raise
+
+    def shutdown(self) -> None:
+        """From any thread: it ends soon."""
+        with self._open:
+            if not self._closed:
+                self._connection.shutdown()
+
+    # --- the catalogue that its handshake sees --------------------------------------------------------------------
+
+    def exports(self) -> Iterable[Export]:
+        return self.service.wire_exports()
+
+    def find(self, name: str) -> Export | Refusal:
+        return self.service.find(name)
+
+    def enter(self, name: str) -> Export | Refusal:
+        return self.service.enter(name, self)
+
+    # --- in its thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except TimeoutError:
+            self.service.counters.unfinished += 1
+            log.info("%s took too long to choose an export", self.who)
+        except (OSError, RamsterError) as error:
+            self.service.counters.unfinished += self.export is None
+            log.info("%s: %s", self.who, str(error) or type(error).__name__)
+        except Exception:
+            log.exception("%s: its connection failed", self.who)
+        finally:
+            with self._open:
+                self._closed = True
+                self._connection.close()
+            self.service.leave(self)
+            self._loop.call_soon_threadsafe(self.service.gone, self)
+
+    def _serve(self) -> None:
+        deadline = time.monotonic() + self.service.settings.handshake_timeout_ms / 1000
+        connection = self._connection
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
+        handshake = Handshake(self, self.tls)
+        connection.send(handshake.greeting, left())
+        while True:
+            step = handshake.feed(connection.receive(handshake.wants, left()))
+            if step.reply:
+                connection.send(step.reply, left())
+            match step.decision:
+                case None:
+                    pass
+                case StartTls():
+                    assert self.service.context is not None
+                    connection.start_tls(self.service.context, left())
+                    handshake.tls_started()
+                case End(kind, reason):
+                    self.service.ended(self, kind, reason)
+                    return
+                case Serve(export, structured, context):
+                    self.service.counters.connections += 1
+                    log.info("export %s: %s connected", export.name, self.who)
+                    assert self.service.server is not None
+                    why = connection.serve(self.service.server, export.number, structured, context)
+                    log.info("export %s: %s left: %s", export.name, self.who, why)
+                    return
+
+
+def _describe_peer(sock: socket.socket, where: str) -> str:
+    """For the log: who it is, as far as the system knows."""
+    with contextlib.suppress(OSError):
+        if sock.family == socket.AF_UNIX:
+            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return f"process {pid} of user {uid}"
+        host, port = sock.getpeername()[:2]
+        return f"{host} port {port}"
+    return f"a client on {where}"
+
+
+class ExportService:
+    """Serves `nbd.sock` in the run directory, and the TCP addresses of [nbd] listen.
+
+    store: exports are pools of it. make_server: makes the engine's server, when the first export is made: a node
+    without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. `create`, `resize`
+    and `remove` come one after the other; what they do survives nothing: exports end with the node.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        store: Store,
+        make_server: Callable[[], NbdServer],
+        settings: Settings,
+        context: TlsContext | None,
+    ) -> None:
+        self.path = run_dir / NBD_SOCKET
+        self.store = store
+        self.make_server = make_server
+        self.settings = settings
+        self.context = context
+        self.server: NbdServer | None = None
+        self.counters = Counters()
+        self.addresses: list[str] = []
+        self._exports: dict[str, _Export] = {}
+        self._lock = threading.Lock()  # of the exports and who uses them; held for no I/O
+        self._changing = asyncio.Lock()
+        self._connections: set[_Connection] = set()
+        self._listeners: list[_Listener] = []
+        self._closing = False
+        self._watched: int | None = None
+        self._log_window = 0.0
+        self._log_lines = 0
+        self._log_suppressed: Counter[str] = Counter()
+
+    async def start(self, exports: Iterable[Configured] = ()) -> None:
+        """Make the configured exports, then listen. PortTaken, UsageError, StoreFull: call `close`."""
+        for each in exports:
+            await self.create(each.name, each.size_bytes, each.max_size_bytes, each.read_only)
+        offered = Tls.OFF if self.context is None else Tls.OFFERED
+        self._listen(_Listener(listen_unix(self.path), offered, str(self.path)))
+        for address in self.settings.listen:
+            required = self.settings.tls == "require" or not address.loopback
+            if required and self.context is None:
+                raise UsageError(f"{address} is served with TLS only, which needs a [cluster] section")
+            sock = listen_tcp(address.host, address.port, "[nbd] listen")
+            host, port = sock.getsockname()[:2]
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self._listen(_Listener(sock, Tls.REQUIRED if required else offered, where))
+            self.addresses.append(where)
+
+    # --- exports --------------------------------------------------------------------------------------------------
+
+    async def create(
+        self, name: str, size_bytes: int, max_bytes: int | None = None, read_only: bool = False
+    ) -> dict[str, Any]:
+        """A new, empty export, described as by `describe` with "notes", what was not taken literally.
+
+        UsageError for a wrong name or size, Refused where it exists, StoreFull where the store has no pool left.
+        """
+        if not NAME_PATTERN.fullmatch(name):
+            raise UsageError(f"an export's name is {NAME_RULE}; given was {name!r:.80}")
+        notes: list[str] = []
+        size = _whole_pages("size", size_bytes, notes)
+        most = size if max_bytes is None else _whole_pages("max_bytes", max_bytes, notes)
+        if most < size:
+            raise UsageError(f"max_bytes, {most}, is less than size_bytes, {size}")
+        async with self._changing:
+            if name in self._exports:
+                raise Refused(f"there is an export {name} already; remove it first, or choose another name")
+            if len(self._exports) >= EXPORTS_MAX:
+                raise Refused(f"this node has {EXPORTS_MAX} exports already, its limit")
+            if self._closing:
+                raise Refused("the node is stopping")
+            if self.server is None:
+                self.server = await asyncio.to_thread(self.make_server)
+                self._watched = self.server.event_fd
+                asyncio.get_running_loop().add_reader(self._watched, self._watch)
+            export = await asyncio.to_thread(self._make, self.server, name, size, most, read_only)
+            with self._lock:
+                self._exports[name] = export
+            described = await asyncio.to_thread(self._describe, export)
+        log.info("export %s: made, %s", name, format_bytes(size))
+        return {**described, "notes": notes}
+
+    def _make(self, server: NbdServer, name: str, size: int, most: int, read_only: bool) -> _Export:
+        """In a thread."""
+        pool = self.store.create_pool(pages=most // PAGE_BYTES, persistent=True)
+        try:
+            number = server.add_export(pool, size, most, read_only)
+        except BaseException:
+            self.store.destroy_pool(pool)
+            raise
+        return _Export(name, number, pool, size, most, read_only)
+
+    async def resize(self, name: str, size_bytes: int) -> dict[str, Any]:
+        """Lets it grow; clients see the new size when they connect next. UsageError where it would shrink or outgrow
+        its max_bytes.
+        """
+        notes: list[str] = []
+        size = _whole_pages("size", size_bytes, notes)
+        async with self._changing:
+            export = self._get(name)
+            if size < export.size_bytes:
+                raise UsageError(
+                    f"export {name} has {export.size_bytes} bytes and cannot shrink to {size}; "
+                    "discard what is not needed, which frees it"
+                )
+            if size > export.max_bytes:
+                raise UsageError(
+                    f"export {name} may grow to {export.max_bytes} bytes, not to {size}; "
+                    "the limit is set when it is made"
+                )
+            assert self.server is not None
+            await asyncio.to_thread(self.server.resize, export.number, size)
+            with self._lock:
+                export.size_bytes = size
+            described = await asyncio.to_thread(self._describe, export)
+        if export.clients:
+            notes.append("clients that are connected see the new size when they connect again")
+        return {**described, "notes": notes}
+
+    async def remove(self, name: str, force: bool = False) -> None:
+        """Forgets an export and every page of it, here and away. UsageError where there is none; Refused while clients
+        use it: force ends their connections first.
+        """
+        async with self._changing:
+            export = self._get(name)
+            with self._lock:
+                clients = list(export.clients)
+                if clients and not force:
+                    shown = ", ".join(client.who for client in clients[:3]) + (", ..." if len(clients) > 3 else "")
+                    raise Refused(
+                        f"export {name} is in use by {len(clients)} connection{'s' * (len(clients) > 1)} ({shown}); "
+                        "disconnect first, or force it: their further requests then fail"
+                    )
+                export.removing = True  # nobody enters any more
+            try:
+                still = await _end(clients)
+                if still:
+                    raise Refused(
+                        f"export {name}: {still} of its connections did not end within {END_S:g} s; try again"
+                    )
+                await asyncio.to_thread(self._forget, export)
+            except BaseException:
+                with self._lock:
+                    export.removing = False
+                raise
+            with self._lock:
+                del self._exports[name]
+        log.info("export %s: removed", name)
+
+    def _forget(self, export: _Export) -> None:
+        """In a thread."""
+        assert self.server is not None
+        self.server.remove_export(export.number)
+        self.store.destroy_pool(export.pool)
+
+    def _get(self, name: str) -> _Export:
+        export = self._exports.get(name)
+        if export is None:
+            raise UsageError(f"there is no export {name!r:.80}; there are: {', '.join(self._exports) or 'none'}")
+        return export
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """Every export with its counters, in the order of their making: name, size_bytes, max_bytes, read_only,
+        pages_stored (of these pages_here and pages_away), pages_gone (lost ones), connections, uris, and what the
+        engine counts.
+        """
+        async with self._changing:
+            return await asyncio.to_thread(lambda: [self._describe(export) for export in self._exports.values()])
+
+    def _describe(self, export: _Export) -> dict[str, Any]:
+        """Looks at every slot that was ever used: some milliseconds per 8 GiB."""
+        assert self.server is not None
+        census = self.store.census(export.pool)
+        return {
+            **self.server.statistics(export.number),
+            "pages_stored": census["here"] + census["away"],
+            "pages_here": census["here"],
+            "pages_away": census["away"],
+            "pages_gone": census["lost"],
+            "name": export.name,
+            "size_bytes": export.size_bytes,
+            "max_bytes": export.max_bytes,
+            "read_only": export.read_only,
+            "connections": len(export.clients),
+            "uris": self.uris(export.name),
+        }
+
+    def uris(self, name: str) -> list[str]:
+        """Where clients reach an export; the first is on this machine."""
+        uris = [f"nbd+unix:///{name}?socket={quote(str(self.path))}"]
+        for listener in self._listeners:
+            if listener.sock.family != socket.AF_UNIX:
+                host, _, port = listener.where.rpartition(":")
+                host = socket.gethostname() if host in ("0.0.0.0", "[::]") else host
+                scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
+                uris.append(f"{scheme}://{host}:{port}/{name}")
+        return uris
+
+    # --- what connections ask, from their threads -----------------------------------------------------------------
+
+    def wire_exports(self) -> list[Export]:
+        with self._lock:
+            return [export.wire() for export in self._exports.values() if not export.removing]
+
+    def find(self, name: str) -> Export | Refusal:
+        with self._lock:
+            found = self._find(name)
+            return found if isinstance(found, Refusal) else found.wire()
+
+    def enter(self, name: str, connection: _Connection) -> Export | Refusal:
+        with self._lock:
+            found = self._find(name)
+            if isinstance(found, Refusal):
+                return found
+            limit = self.settings.connections_max
+            if sum(len(export.clients) for export in self._exports.values()) >= limit:
+                self.counters.refused += 1
+                return Refusal(
+                    OptionReply.ERR_POLICY, f"this node serves {limit} connections already ([nbd] connections_max)"
+                )
+            connection.export = found
+            found.clients.add(connection)
+            return found.wire()
+
+    def _find(self, name: str) -> _Export | Refusal:
+        if self._closing:
+            return Refusal(OptionReply.ERR_SHUTDOWN, "the node is stopping")
+        export = self._exports.get(name)
+        if export is None:
+            text = "there is no export of that name" if name else "there is no default export: name one"
+            return Refusal(OptionReply.ERR_UNKNOWN, text)
+        return Refusal(OptionReply.ERR_SHUTDOWN, "the export is being removed") if export.removing else export
+
+    def leave(self, connection: _Connection) -> None:
+        with self._lock:
+            if connection.export is not None:
+                connection.export.clients.discard(connection)
+
+    def ended(self, connection: _Connection, kind: str, reason: str) -> None:
+        """A handshake came to nothing."""
+        if kind == "abort":
+            return  # a client that only asked
+        if kind == "broken":
+            self.counters.broken += 1
+        else:
+            self.counters.refused += 1
+        log.info("closed the connection of %s: %s", connection.who, reason)
+
+    # --- on the event loop ----------------------------------------------------------------------------------------
+
+    def gone(self, connection: _Connection) -> None:
+        """Its thread has come to its end."""
+        self._connections.discard(connection)
+        if not connection.ended.done():
+            connection.ended.set_result(None)
+
+    def _listen(self, listener: _Listener) -> None:
+        listener.sock.setblocking(False)
+        self._listeners.append(listener)
+        asyncio.get_running_loop().add_reader(listener.sock, self._accept, listener)
+
+    def _accept(self, listener: _Listener) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            sock, _ = listener.sock.accept()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError | InterruptedError | ConnectionError):
+                # Out of descriptors, as a rule: the connection stays in the queue, so look again a little later.
+                log.error("cannot accept on %s: %s", listener.where, error)
+                loop.remove_reader(listener.sock)
+                loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
+            if sum(each.export is None for each in self._connections) >= HANDSHAKES_MAX:
+                self.counters.refused += 1
+                log.warning(
+                    "closed a connection on %s: %d others are choosing an export", listener.where, HANDSHAKES_MAX
+                )
+                return
+            if sock.family != socket.AF_UNIX:
+                for level, option, value in _KEEPALIVE:
+                    sock.setsockopt(level, option, value)
+            try:
+                connection = _Connection(self, sock, listener)
+                connection.start()
+            except (RuntimeError, RamsterError, OSError, MemoryError) as error:
+                self.counters.refused += 1
+                log.error("cannot serve a connection on %s: %s", listener.where, error)
+                return
+            self._connections.add(connection)
+
+    def _accept_again(self, listener: _Listener) -> None:
+        if not self._closing:
+            asyncio.get_running_loop().add_reader(listener.sock, self._accept, listener)
+
+    def _watch(self) -> None:
+        """The engine found pages that nobody has any more."""
+        assert self.server is not None
+        names = {export.number: name for name, export in self._exports.items()}
+        for number, page, what in self.server.events():
+            self.counters.pages_lost += 1
+            self._log_lost(names.get(number, f"number {number}"), page, what)
+
+    def _log_lost(self, name: str, page: int, what: str) -> None:
+        now = time.monotonic()
+        if now - self._log_window >= LOG_WINDOW_S:
+            self._log_window, self._log_lines = now, 0
+        self._log_lines += 1
+        if self._log_lines <= LOG_LINES:
+            log.error(
+                "export %s: page %d (byte %d) is %s; reads of it fail with EIO", name, page, page * PAGE_BYTES, what
+            )
+            return
+        if not self._log_suppressed:
+            asyncio.get_running_loop().call_later(LOG_WINDOW_S, self._log_rest)
+        self._log_suppressed[name] += 1
+
+    def _log_rest(self) -> None:
+        suppressed, self._log_suppressed = self._log_suppressed, Counter()
+        for name, count in suppressed.items():
+            log.error("export %s: %d further pages are gone; reads of them fail with EIO", name, count)
+
+    async def close(self) -> None:
+        """Stop listening, end every connection, join the threads. The exports' pages end with the store. Again: does
+        nothing.
+        """
+        with self._lock:
+            self._closing = True
+        loop = asyncio.get_running_loop()
+        if self._listeners:
+            self.path.unlink(missing_ok=True)
+        for listener in self._listeners:
+            loop.remove_reader(listener.sock)
+            listener.sock.close()
+        self._listeners.clear()
+        async with self._changing:
+            if still := await _end(list(self._connections)):
+                log.error("%d connections did not end within %g s", still, END_S)
+            if self._watched is not None:
+                loop.remove_reader(self._watched)
+                self._watched = None
+            if self.server is not None:
+                await asyncio.to_thread(self.server.stop)
+        if self._log_suppressed:
+            self._log_rest()
+
+
+async def _end(connections: Sequence[_Connection]) -> int:
+    """Tell them to end and wait; how many have not, in time."""
+    if not connections:
+        return 0
+    for connection in connections:
+        connection.shutdown()
+    _, still = await asyncio.wait([connection.ended for connection in connections], timeout=END_S)
+    return len(still)
+
+
+def _whole_pages(what: str, size_bytes: int, notes: list[str]) -> int:
+    """A size in whole pages, at least one; a note where it is not the one asked for. UsageError beyond the limit."""
+    most = POOL_PAGES_MAX * PAGE_BYTES
+    if not 0 < size_bytes <= most:
+        raise UsageError(
+            f"{what} of {size_bytes} bytes: allowed are 1 to {most} ({format_bytes(most)}, "
+            f"{POOL_PAGES_MAX} pages of {PAGE_BYTES} bytes)"
+        )
+    rounded = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+    if rounded != size_bytes:
+        notes.append(f"{what} {size_bytes} is rounded up to {rounded} bytes, whole pages of {PAGE_BYTES}")
+    return rounded
