@@ -16,7 +16,7 @@ import pytest
 
 from ramster.cli import main
 from ramster.cli.control_client import ControlClient
-from ramster.errors import NodeUnreachable, PortTaken, ProtocolError, RamsterError, UsageError
+from ramster.errors import NodeUnreachable, PortTaken, ProtocolError, RamsterError, Refused, UsageError
 from ramster.node.control import REQUESTS_MAX, ControlServer
 
 STATUS: dict[str, Any] = {
@@ -51,6 +51,8 @@ STATUS: dict[str, Any] = {
     "regions": [{"id": 1, "name": "big", "pid": 42, "pages": 131072, "resident_pages": 16384, "local_pages": 20000,
                  "remote_pages": 40000, "lost_pages": 0, "faults": 99, "fault_local_p50_us": 20,
                  "attached_processes": 37}],
+    "exports": [{"name": "swap", "size_bytes": 8 << 30, "pages_here": 256, "pages_away": 512, "pages_gone": 0,
+                 "connections": 2, "reads": 11, "writes": 12, "errors": 0, "read_only": False}],
     "counters": {"puts": 5, "local_gets": 6, "remote_gets": 7},
     "remotify": {},
 }  # fmt: skip
@@ -63,6 +65,7 @@ class View:
         self.data = dict(STATUS)
         self.losses: dict[str, Any] = {}
         self.stopped: list[bool] = []
+        self.ordered: list[tuple[Any, ...]] = []
         self.failure: Exception | None = None
 
     async def status(self) -> dict[str, Any]:
@@ -76,6 +79,25 @@ class View:
 
     async def would_lose(self) -> dict[str, Any]:
         return self.losses
+
+    async def exports(self) -> list[dict[str, Any]]:
+        exports: list[dict[str, Any]] = self.data["exports"]
+        return exports
+
+    async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
+        if any(each["name"] == name for each in self.data["exports"]):
+            raise Refused(f"there is an export {name} already")
+        self.ordered.append(("create", name, size_bytes, max_bytes, read_only))
+        return {"name": name, "notes": []}
+
+    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
+        self.ordered.append(("resize", name, size_bytes))
+        return {"name": name, "size_bytes": size_bytes}
+
+    async def remove_export(self, name: str, force: bool) -> None:
+        if name == "swap" and not force:
+            raise Refused("export swap is in use by 2 connections")
+        self.ordered.append(("remove", name, force))
 
     def request_stop(self, force: bool) -> None:
         self.stopped.append(force)
@@ -179,6 +201,54 @@ def test_stop_with_nothing_to_lose(node: Node) -> None:
     assert node.view.stopped == [False]
 
 
+def test_orders_about_exports_reach_the_node(node: Node) -> None:
+    assert node.client.exports() == STATUS["exports"]
+    assert node.client.create_export("vm", 5000, max_bytes=1 << 40)["name"] == "vm"
+    node.client.create_export("old", 1, read_only=True)
+    assert node.client.resize_export("vm", 1 << 20)["size_bytes"] == 1 << 20
+    node.client.remove_export("vm")
+    node.client.remove_export("swap", force=True)
+    assert node.view.ordered == [
+        ("create", "vm", 5000, 1 << 40, False),
+        ("create", "old", 1, None, True),
+        ("resize", "vm", 1 << 20),
+        ("remove", "vm", False),
+        ("remove", "swap", True),
+    ]
+
+
+def test_what_a_node_refuses_is_409_and_refused(node: Node) -> None:
+    for order in (lambda: node.client.create_export("swap", 1), lambda: node.client.remove_export("swap")):
+        with pytest.raises(Refused, match="export swap"):
+            order()
+    answer = raw(node.path, b"DELETE /v1/exports/swap HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer.split()[1] == b"409" and json.loads(answer.partition(b"\r\n\r\n")[2])["error"] == "refused"
+    assert node.view.ordered == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/exports", b""),
+        ("POST", "/v1/exports", b'{"name": "x"}'),
+        ("POST", "/v1/exports", b'{"name": "x", "size_bytes": "1GiB"}'),
+        ("POST", "/v1/exports", b'{"name": "x", "size_bytes": 1.5}'),
+        ("POST", "/v1/exports", b'{"name": "x", "size_bytes": 1, "sise": 2}'),
+        ("POST", "/v1/exports", b'{"name": "\xff", "size_bytes": 1}'),
+        ("PATCH", "/v1/exports/x", b'{"size": 1}'),
+        ("PATCH", "/v1/exports/x", b'{"size_bytes": 1e999}'),
+        ("DELETE", "/v1/exports/x?force=yes", b""),
+        ("DELETE", "/v1/exports/x?forse=1", b""),
+    ],
+)
+def test_bad_orders_about_exports_change_nothing(node: Node, method: str, path: str, body: bytes) -> None:
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    answer = raw(node.path, head.encode() + body)
+    assert answer.split()[1] == b"400"
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"] == "usage"
+    assert node.view.ordered == []
+
+
 @pytest.mark.parametrize("body", [b"[", b"[]", b'{"force": 1}', b'{"forse": true}', b"\xff", b" " * 5000])
 def test_a_bad_stop_body_changes_nothing(node: Node, body: bytes) -> None:
     head = f"POST /v1/stop HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -266,7 +336,7 @@ def test_status_command_shows_everything(node: Node, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     for text in (
         "alpha", "1 h 1 min", "48 MiB of 64 MiB", "192 / 300", "2.00 : 1", "beta", "up", "88 us",
-        "gamma", "down (connection refused)", "big", "37", "512 MiB", "512 KiB of 1 MiB",
+        "gamma", "down (connection refused)", "big", "37", "512 MiB", "512 KiB of 1 MiB", "swap", "8 GiB", "2 MiB",
     ):  # fmt: skip
         assert text in shown, text
 
@@ -286,11 +356,15 @@ def test_stop_command_prints_what_would_be_lost(node: Node, capsys: pytest.Captu
     node.view.losses = {
         "foreign": {"beta": 3 << 20},
         "regions": [{"id": 1, "name": "big", "pid": 42, "pages": 256}],
+        "exports": [{"name": "vm", "pages": 512, "connections": 0}, {"name": "swap", "pages": 1, "connections": 1}],
     }
     assert main(["stop", "--socket", str(node.path)]) == 5
     printed = capsys.readouterr()
     assert printed.out == ""
-    for text in ("3 MiB kept for node beta", "1 MiB of big of process 42", "--force"):
+    for text in (
+        "3 MiB kept for node beta", "1 MiB of big of process 42", "--force",
+        "2 MiB stored in export vm\n", "4 KiB stored in export swap, which 1 connection uses",
+    ):  # fmt: skip
         assert text in printed.err
     assert node.view.stopped == []
 

@@ -58,6 +58,18 @@ def test_peers_are_read_in_order_with_ipv4_and_ipv6() -> None:
     assert [str(peer.address) for peer in config.peers] == ["10.0.0.2:7777", "[fd00::2]:7778"]
 
 
+def test_exports_are_read_in_order_and_one_address_is_a_list_of_one() -> None:
+    exports = '[[exports]]\nname = "b"\nsize = "1GiB"\n[[exports]]\nname = "a"\nsize = 1\nmax_size = "1MiB"\n'
+    config = read(NODE + '[nbd]\nlisten = "127.0.0.1:10809"\n' + exports)
+    assert [(each.name, each.size_bytes, each.max_size_bytes) for each in config.exports] == [
+        ("b", 1 << 30, None),
+        ("a", 1, 1 << 20),
+    ]
+    assert config.nbd.listen == (Address("127.0.0.1", 10809),)
+    assert read(NODE + '[nbd]\nlisten = ["127.0.0.1:1", "[::1]:2"]\n').nbd.listen[1].loopback
+    assert read(NODE + CLUSTER + '[nbd]\nlisten = "[::]:10809"\n').nbd.listen == (Address("::", 10809),)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -77,6 +89,11 @@ def test_peers_are_read_in_order_with_ipv4_and_ipv6() -> None:
         ("", "node.toml:1: node.name: missing"),
         ('node = "a"\n', 'node.toml:1: node = "a": allowed is a section that begins with [node]'),
         (NODE + "[peers]\n", "node.toml:4: peers: allowed are tables that begin with [[peers]]"),
+        (NODE + "[exports]\n", "node.toml:4: exports: allowed are tables that begin with [[exports]]"),
+        (NODE + '[[exports]]\nname = "a b"\nsize = 1\n', 'node.toml:5: exports[0].name = "a b": allowed are 1 to 63'),
+        (NODE + '[[exports]]\nname = "a"\n', "node.toml:4: exports[0].size: missing; allowed is size: 1B to 16TiB"),
+        (NODE + '[nbd]\nlisten = ["127.0.0.1:1", 5]\n', 'node.toml:5: nbd.listen = ["127.0.0.1:1", 5]: allowed is'),
+        (NODE + '[nbd]\ntls = "off"\n', 'node.toml:5: nbd.tls = "off": allowed is "auto" or "require"'),
         (NODE + "[arena\n", "node.toml:4: not TOML:"),
         (NODE + "arena = { size = 5 }\n", "node.toml:4: node.arena = "),
     ],
@@ -93,6 +110,13 @@ def test_a_mistake_is_named_with_line_key_value_and_what_is_allowed(text: str, e
         ('[arena]\nsegment = "1MiB"\n', '5: arena.segment = "1MiB": allowed is 64KiB to 256KiB'),
         ('[links]\ngive_up = "1s"\n', "4: links.request_deadline: allowed is give_up, 1s, or less"),
         ("[remotify]\nlow = 0.8\n", "5: remotify.low = 0.8: allowed is high, 0.75, or less"),
+        ('[nbd]\nlisten = "10.0.0.1:1"\n', '5: nbd.listen = "10.0.0.1:1": 10.0.0.1:1 is served with TLS only'),
+        ('[nbd]\nlisten = "127.0.0.1:1"\ntls = "require"\n', "5: nbd.listen = "),
+        (
+            '[[exports]]\nname = "a"\nsize = 8192\nmax_size = 4096\n',
+            "7: exports[0].max_size = 4096: allowed is size, 8KiB",
+        ),
+        (2 * '[[exports]]\nname = "a"\nsize = 1\n', '8: exports[1].name = "a": another export has this name too'),
         ('[lend]\nsize = "1GiB"\n', "4: lend: needs a [cluster] section"),
         (
             CLUSTER + '[[peers]]\nname = "alpha"\nnumber = 3\naddress = "1.1.1.1:1"\n',
@@ -146,7 +170,7 @@ def test_every_default_is_allowed() -> None:
 
 
 def default_toml(default: object, shown: str) -> str:
-    return shown if isinstance(default, bool | float) or shown.isdigit() or shown[0] == '"' else f'"{shown}"'
+    return shown if isinstance(default, bool | float) or shown.isdigit() or shown[0] in '"[' else f'"{shown}"'
 
 
 def test_every_knob_has_help_that_is_a_sentence() -> None:

@@ -145,5 +145,5 @@ def _suggest(word: str, known: Mapping[str, object]) -> str:
 
 
 def _toml(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, str | bool | list) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -486,7 +486,8 @@ class ExportService:
     # --- on the event loop ----------------------------------------------------------------------------------------
 
     def gone(self, connection: _Connection) -> None:
-        """Its thread has come to its end."""
+        """Saying so was its thread's last act."""
+        connection.thread.join()
         self._connections.discard(connection)
         if not connection.ended.done():
             connection.ended.set_result(None)

@@ -1,0 +1,582 @@
+"""Exports and their connections: names, sizes, growth, removal, limits, TLS, losses. The engine is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import ssl
+import stat
+import struct
+import threading
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ramster.cluster import identity
+from ramster.config.knobs import Address
+from ramster.config.knobs import Export as ExportKnobs
+from ramster.config.knobs import Nbd as NbdKnobs
+from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
+from ramster.engine.links import Links, TlsContext
+from ramster.engine.nbd import NbdServer
+from ramster.engine.store import Store
+from ramster.errors import PortTaken, Refused, UsageError
+from ramster.frontswap import nbd as service_module
+from ramster.frontswap.nbd import HANDSHAKES_MAX, ExportService
+from ramster.testing.nbd import NbdClient
+from ramster.testing.nbd_handshake import Dialled
+from ramster.testing.proxy import wait_until
+from ramster.wire import nbd
+from ramster.wire.nbd import Command, Errno, Option, OptionReply
+
+T = TypeVar("T")
+LOOPBACK = Address("127.0.0.1", 0)
+WAIT_S = 30.0
+
+
+class Served:
+    """A service on a loop of its own, over a store of 4 MiB."""
+
+    def __init__(self, run_dir: Path, knobs: NbdKnobs, context: TlsContext | None, exports: Any = ()) -> None:
+        run_dir.mkdir(exist_ok=True)
+        self.store = Store(4 << 20, segment_bytes=65536, lock=False, cleaner=False, full_wait_ms=0)
+        self.links = Links(self.store, 1, lock=False)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, context)
+        try:
+            self.call(self.service.start(exports))
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+
+    def create(self, name: str, pages: int = 16, **options: Any) -> dict[str, Any]:
+        return self.call(self.service.create(name, pages * PAGE_BYTES, **options))
+
+    def described(self, name: str) -> dict[str, Any]:
+        return next(each for each in self.call(self.service.describe()) if each["name"] == name)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.service.addresses[0].rpartition(":")
+        return host, int(port)
+
+    def dial(self, flags: int = 3) -> Dialled:
+        return Dialled(self.service.path, flags)
+
+    def client(self, name: str) -> NbdClient:
+        return self.dial().go(name)
+
+    def close(self) -> None:
+        self.call(self.service.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(WAIT_S)
+        self.loop.close()
+        self.links.stop()
+        self.store.verify()
+        self.store.close()
+        names = [thread.name for thread in threading.enumerate()]
+        assert "ramster-nbd" not in names, "a connection's thread outlives the service"
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    made = Served(tmp_path / "run", NbdKnobs(), None)
+    yield made
+    made.close()
+
+
+def page(number: int) -> bytes:
+    """Of its own, and does not compress to nothing."""
+    return struct.pack(">Q", number) * (PAGE_BYTES // 8)
+
+
+# --- names and sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "a b", "A", "-a", "a/b", "..", "x" * 64, "\u00e4", "a\0"])
+def test_names_that_would_need_quoting_are_refused(served: Served, name: str) -> None:
+    with pytest.raises(UsageError, match="name is 1 to 63"):
+        served.create(name)
+    assert served.call(served.service.describe()) == []
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 4096), (4095, 4096), (4096, 4096), (4097, 8192), (10_000, 12_288)])
+def test_sizes_are_rounded_up_to_pages_and_the_answer_says_so(served: Served, asked: int, given: int) -> None:
+    made = served.call(served.service.create("swap", asked))
+    assert (made["size_bytes"], made["max_bytes"]) == (given, given)
+    assert bool(made["notes"]) == (asked != given)
+    if made["notes"]:
+        assert str(asked) in made["notes"][0] and str(given) in made["notes"][0]
+
+
+@pytest.mark.parametrize("size", [0, -1, POOL_PAGES_MAX * PAGE_BYTES + 1, 1 << 70])
+def test_sizes_that_no_pool_can_have_are_refused_with_the_limit(served: Served, size: int) -> None:
+    with pytest.raises(UsageError, match=rf"allowed are 1 to .*16TiB, {POOL_PAGES_MAX} pages"):
+        served.call(served.service.create("swap", size))
+    with pytest.raises(UsageError, match="max_bytes"):
+        served.call(served.service.create("swap", 4096, POOL_PAGES_MAX * PAGE_BYTES + 1))
+    with pytest.raises(UsageError, match="less than"):
+        served.call(served.service.create("swap", 8192, 4096))
+
+
+def test_the_largest_export_takes_address_space_and_no_memory(served: Served) -> None:
+    made = served.create("huge", POOL_PAGES_MAX // 64)
+    assert made["pages_stored"] == 0
+    client = served.client("huge")
+    last = made["size_bytes"] - PAGE_BYTES
+    client.write(last, page(1))
+    assert client.read(last, PAGE_BYTES) == page(1)
+    client.close()
+
+
+def test_a_name_is_taken_once(served: Served) -> None:
+    served.create("swap")
+    with pytest.raises(Refused, match="there is an export swap already"):
+        served.create("swap")
+
+
+def test_configured_exports_are_there_from_the_start(tmp_path: Path) -> None:
+    exports = (
+        ExportKnobs(name="one", size_bytes=4096),
+        ExportKnobs(name="two", size_bytes=5000, max_size_bytes=1 << 20, read_only=True),
+    )
+    served = Served(tmp_path / "run", NbdKnobs(), None, exports)
+    shown = [(each["name"], each["size_bytes"], each["max_bytes"], each["read_only"]) for each in
+             served.call(served.service.describe())]  # fmt: skip
+    assert shown == [("one", 4096, 4096, False), ("two", 8192, 1 << 20, True)]
+    served.close()
+
+
+def test_without_exports_the_engine_is_not_even_made(served: Served) -> None:
+    assert served.service.server is None
+    with served.dial() as client:
+        assert client.option(Option.LIST) == [(OptionReply.ACK, b"")]
+        [(reply, text)] = client.option(Option.GO, nbd.pack_info("swap"))
+        assert reply == OptionReply.ERR_UNKNOWN and b"no export" in text
+
+
+# --- use ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_comes_back_from_its_own_export_alone(served: Served) -> None:
+    for name in ("one", "two"):
+        served.create(name)
+    one, two = served.client("one"), served.client("two")
+    one.write(0, page(1))
+    two.write(PAGE_BYTES, page(2))
+    assert one.read(0, 2 * PAGE_BYTES) == page(1) + bytes(PAGE_BYTES)
+    assert two.read(0, 2 * PAGE_BYTES) == bytes(PAGE_BYTES) + page(2)
+    for name in ("one", "two"):
+        shown = served.described(name)
+        assert (shown["pages_stored"], shown["connections"], shown["writes"]) == (1, 1, 1)
+    one.close()
+    two.close()
+    wait_until(lambda: served.described("one")["connections"] == 0, "it has left")
+
+
+def test_there_is_no_default_export_even_with_a_single_one(served: Served) -> None:
+    served.create("swap")
+    with served.dial() as client:
+        [(reply, text)] = client.option(Option.GO, nbd.pack_info(""))
+        assert reply == OptionReply.ERR_UNKNOWN and b"default" in text
+
+
+def test_list_shows_names_and_sizes(served: Served) -> None:
+    served.create("one", 256)
+    served.create("two", 1, read_only=True)
+    with served.dial() as client:
+        *shown, _ = client.option(Option.LIST)
+    assert [body[4:] for _, body in shown] == [b"one1MiB", b"two4KiB, read-only"]
+
+
+def test_a_read_only_export_refuses_writes(served: Served) -> None:
+    served.create("old", read_only=True)
+    dialled = served.dial()
+    client = dialled.go("old")
+    assert dialled.flags & nbd.TransmissionFlag.READ_ONLY
+    assert client.ask(Command.WRITE, 0, PAGE_BYTES, payload=page(1)).error == Errno.EPERM
+    assert client.read(0, PAGE_BYTES) == bytes(PAGE_BYTES)
+    client.close()
+
+
+def test_a_client_of_the_old_way_in_is_served(served: Served) -> None:
+    served.create("swap")
+    dialled = served.dial(flags=0)
+    dialled.socket.sendall(nbd.pack_option(Option.EXPORT_NAME, b"swap"))
+    size, _ = struct.unpack(">QH", dialled.receive(10))
+    assert size == 16 * PAGE_BYTES and dialled.receive(124) == bytes(124)
+    client = NbdClient(dialled.socket)
+    client.write(100, b"some")
+    assert client.read(98, 8) == b"\0\0some\0\0"
+    client.close()
+
+
+# --- growth -------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_grows_and_shows_it_to_clients_that_come_next(served: Served) -> None:
+    served.create("swap", 2, max_bytes=8 * PAGE_BYTES)
+    before = served.client("swap")
+    before.write(0, page(1))
+    grown = served.call(served.service.resize("swap", 5 * PAGE_BYTES - 1))
+    assert grown["size_bytes"] == 5 * PAGE_BYTES
+    assert any("rounded" in note for note in grown["notes"]) and any("connect again" in note for note in grown["notes"])
+    dialled = served.dial()
+    after = dialled.go("swap")
+    assert dialled.size == 5 * PAGE_BYTES
+    after.write(4 * PAGE_BYTES, page(4))
+    assert after.read(0, 5 * PAGE_BYTES) == page(1) + bytes(3 * PAGE_BYTES) + page(4)
+    assert after.ask(Command.READ, 5 * PAGE_BYTES, 1).error == Errno.EINVAL
+    before.close()
+    after.close()
+
+
+def test_an_export_neither_shrinks_nor_outgrows_its_limit(served: Served) -> None:
+    served.create("swap", 2, max_bytes=4 * PAGE_BYTES)
+    with pytest.raises(UsageError, match="cannot shrink"):
+        served.call(served.service.resize("swap", PAGE_BYTES))
+    with pytest.raises(UsageError, match="may grow to 16384"):
+        served.call(served.service.resize("swap", 5 * PAGE_BYTES))
+    with pytest.raises(UsageError, match=r"there is no export 'swab'; there are: swap"):
+        served.call(served.service.resize("swab", 5 * PAGE_BYTES))
+    assert served.described("swap")["size_bytes"] == 2 * PAGE_BYTES
+
+
+# --- removal ------------------------------------------------------------------------------------------------------
+
+
+def test_removal_frees_every_page_and_the_name_starts_anew_empty(served: Served) -> None:
+    served.create("swap")
+    with served.dial() as dialled:
+        client = dialled.go("swap")
+        client.write(0, page(1) + page(2))
+        assert served.store.statistics().pages_stored == 2
+        client.send(Command.DISC)
+        assert dialled.closed() == b""
+    wait_until(lambda: served.described("swap")["connections"] == 0, "it has left")
+    served.call(served.service.remove("swap"))
+    assert served.call(served.service.describe()) == []
+    found = served.store.statistics()
+    assert (found.pages_stored, found.live_bytes) == (0, 0)
+    served.create("swap")
+    client = served.client("swap")
+    assert client.read(0, 2 * PAGE_BYTES) == bytes(2 * PAGE_BYTES)
+    client.close()
+
+
+def test_removal_is_refused_while_the_export_is_in_use(served: Served) -> None:
+    served.create("swap")
+    client = served.client("swap")
+    client.write(0, page(1))
+    with pytest.raises(Refused, match=rf"in use by 1 connection \(process {os.getpid()} of user {os.getuid()}\)"):
+        served.call(served.service.remove("swap"))
+    assert client.read(0, PAGE_BYTES) == page(1)
+    client.close()
+
+
+def test_forced_removal_ends_the_connections_first(served: Served) -> None:
+    served.create("swap")
+    served.create("other")
+    clients = [served.client("swap") for _ in range(3)]
+    bystander = served.client("other")
+    clients[0].write(0, page(1))
+    served.call(served.service.remove("swap", force=True))
+    for client in clients:
+        with pytest.raises((ConnectionError, BrokenPipeError)):
+            client.read(0, PAGE_BYTES)
+        client.close()
+    bystander.write(0, page(2))
+    assert bystander.read(0, PAGE_BYTES) == page(2)
+    assert served.store.statistics().pages_stored == 1
+    bystander.close()
+
+
+def test_removing_what_is_not_there(served: Served) -> None:
+    with pytest.raises(UsageError, match="there are: none"):
+        served.call(served.service.remove("swap"))
+
+
+# --- limits -------------------------------------------------------------------------------------------------------
+
+
+def test_one_connection_too_many_is_told_why_and_may_come_back(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(connections_max=2), None)
+    served.create("swap")
+    clients = [served.client("swap") for _ in range(2)]
+    with served.dial() as late:
+        [(reply, text)] = late.option(Option.GO, nbd.pack_info("swap"))
+        assert reply == OptionReply.ERR_POLICY and b"2 connections already" in text
+        clients.pop().close()
+        wait_until(lambda: served.described("swap")["connections"] == 1, "one has left")
+        clients.append(late.go("swap"))
+        clients[-1].write(0, page(1))
+    for client in clients:
+        client.close()
+    served.close()
+    assert served.service.counters.refused == 1
+
+
+def test_clients_that_never_choose_are_limited_in_number_and_time(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(handshake_timeout_ms=1500), None)
+    served.create("swap")
+    idle = [served.dial() for _ in range(HANDSHAKES_MAX)]
+    with pytest.raises(ConnectionError):
+        served.dial()
+    for client in idle:
+        assert client.closed() == b""
+        client.close()
+    wait_until(lambda: served.service.counters.unfinished == HANDSHAKES_MAX, "all are counted")
+    assert served.service.counters.refused == 1
+    served.client("swap").close()
+    served.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, b"\0\0\0\3NBDMAGIC" + bytes(8)],
+    ids=["nothing", "http", "noise", "another magic"],
+)
+def test_whoever_speaks_something_else_is_closed_and_counted(served: Served, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(WAIT_S)
+        sock.connect(str(served.service.path))
+        sock.sendall(said)
+        sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # what was sent is not even read
+            while part := sock.recv(4096):
+                answer += part
+    assert len(answer) == 18
+    counters = served.service.counters
+    wait_until(lambda: counters.broken + counters.unfinished == 1, "counted")
+
+
+FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SECRET = b"another export's secret" * 179
+
+
+@FEW
+@given(data=st.binary(max_size=300), option=st.integers(0, 12), name=st.sampled_from(["mine", "none", ""]))
+def test_noise_gets_no_byte_of_another_export(served: Served, data: bytes, option: int, name: str) -> None:
+    if not served.call(served.service.describe()):
+        served.create("mine")
+        served.create("theirs")
+        client = served.client("theirs")
+        client.write(0, SECRET[:PAGE_BYTES])
+        client.close()
+    with served.dial() as dialled:
+        dialled.socket.sendall(nbd.pack_option(option, nbd.pack_info(name)) + data)
+        dialled.socket.shutdown(socket.SHUT_WR)
+        assert b"secret" not in dialled.closed()
+
+
+# --- sockets ------------------------------------------------------------------------------------------------------
+
+
+def test_the_socket_is_for_owner_and_group_and_goes_with_the_service(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(), None)
+    assert stat.S_IMODE(served.service.path.stat().st_mode) == 0o660
+    served.close()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_socket_left_over_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(tmp_path / "run" / "nbd.sock"))
+    served = Served(tmp_path / "run", NbdKnobs(), None)
+    served.create("swap")
+    served.client("swap").close()
+    served.close()
+
+
+def test_the_end_of_the_service_ends_connections_of_every_kind(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(), None)
+    served.create("swap")
+    client, choosing = served.client("swap"), served.dial()
+    client.write(0, page(1))
+    served.close()
+    assert choosing.closed() == b""
+    with pytest.raises((ConnectionError, BrokenPipeError)):
+        client.read(0, PAGE_BYTES)
+    client.close()
+    choosing.close()
+
+
+def test_a_loopback_address_is_served_without_tls(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(listen=(LOOPBACK, Address("127.0.0.1", 0))), None)
+    made = served.create("swap")
+    host, port = served.address
+    assert made["uris"][:2] == [f"nbd+unix:///swap?socket={served.service.path}", f"nbd://{host}:{port}/swap"]
+    assert len(made["uris"]) == 3
+    client = Dialled(served.address).go("swap")
+    client.write(0, page(1))
+    assert client.read(0, PAGE_BYTES) == page(1)
+    client.close()
+    served.close()
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match=rf"port {port} .* \[nbd\] listen"):
+            Served(tmp_path / "run", NbdKnobs(listen=(Address("127.0.0.1", port),)), None)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# --- TLS ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> list[identity.NodeFiles]:
+    return identity.create_cluster(tmp_path_factory.mktemp("farm"), "farm", ["localhost", "client"])
+
+
+def client_context(files: identity.NodeFiles, *, certificate: bool = True) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=files.ca)
+    if certificate:
+        context.load_cert_chain(files.cert, files.key)
+    return context
+
+
+@pytest.fixture(params=["require", "every address"])
+def encrypted(request: pytest.FixtureRequest, tmp_path: Path, farm: list[identity.NodeFiles]) -> Iterator[Served]:
+    """TLS is required: on loopback by the knob, elsewhere in any case."""
+    knobs = NbdKnobs(listen=(LOOPBACK,), tls="require")
+    if request.param != "require":
+        knobs = NbdKnobs(listen=(Address("0.0.0.0", 0),))
+    server = farm[0]
+    made = Served(tmp_path / "run", knobs, TlsContext(str(server.ca), str(server.cert), str(server.key)))
+    made.create("swap")
+    yield made
+    made.close()
+
+
+def tcp(served: Served) -> Dialled:
+    return Dialled(("127.0.0.1", served.address[1]))
+
+
+def test_without_tls_nothing_is_told(encrypted: Served) -> None:
+    with tcp(encrypted) as client:
+        for option in (Option.LIST, Option.GO, Option.INFO, Option.STRUCTURED_REPLY):
+            assert [kind for kind, _ in client.option(option, nbd.pack_info("swap"))] == [OptionReply.ERR_TLS_REQD]
+    with tcp(encrypted) as client:
+        client.socket.sendall(nbd.pack_option(Option.EXPORT_NAME, b"swap"))
+        assert client.closed() == b""
+    assert encrypted.described("swap")["uris"][1].startswith("nbds://")
+
+
+def test_with_a_certificate_of_the_cluster_an_export_is_served(
+    encrypted: Served, farm: list[identity.NodeFiles]
+) -> None:
+    with tcp(encrypted) as dialled:
+        dialled.start_tls(client_context(farm[1]), "localhost")
+        client = dialled.go("swap")
+        data = os.urandom(16 * PAGE_BYTES)
+        client.write(0, data)
+        assert client.read(0, len(data)) == data
+        assert client.read(100, 5000) == data[100:5100]
+
+
+def test_without_a_certificate_nobody_gets_further_than_the_tls_handshake(
+    encrypted: Served, farm: list[identity.NodeFiles], tmp_path: Path
+) -> None:
+    strangers = identity.create_cluster(tmp_path / "others", "farm", ["client"])
+    foreign = client_context(farm[1], certificate=False)
+    foreign.load_cert_chain(strangers[0].cert, strangers[0].key)
+    for context in (client_context(farm[1], certificate=False), foreign):
+        with tcp(encrypted) as client, pytest.raises((ssl.SSLError, ConnectionError)):
+            client.start_tls(context, "localhost")
+            client.option(Option.LIST)  # TLS 1.3: the client learns of it with its first read
+    assert encrypted.described("swap")["reads"] == 0
+
+
+def test_what_is_slipped_in_before_tls_is_not_taken_for_what_comes_after(
+    encrypted: Served, farm: list[identity.NodeFiles]
+) -> None:
+    with tcp(encrypted) as client:
+        client.socket.sendall(nbd.pack_option(Option.STARTTLS) + nbd.pack_option(Option.LIST))
+        answer = client.closed()
+        assert [kind for _, kind, _ in nbd.unpack_replies(answer[:20])] == [OptionReply.ACK]
+        assert b"swap" not in answer
+
+
+def test_on_the_unix_socket_tls_is_offered_and_not_required(encrypted: Served, farm: list[identity.NodeFiles]) -> None:
+    encrypted.client("swap").close()
+    with encrypted.dial() as dialled:
+        dialled.start_tls(client_context(farm[1]), "localhost")
+        client = dialled.go("swap")
+        client.write(0, page(3))
+        assert client.read(0, PAGE_BYTES) == page(3)
+
+
+def test_without_certificates_only_loopback_is_served(tmp_path: Path) -> None:
+    for knobs in (NbdKnobs(listen=(Address("0.0.0.0", 0),)), NbdKnobs(listen=(LOOPBACK,), tls="require")):
+        with pytest.raises(UsageError, match=r"TLS only, which needs a \[cluster\]"):
+            Served(tmp_path / "run", knobs, None)
+    served = Served(tmp_path / "run", NbdKnobs(), None)
+    with served.dial() as client:
+        assert [kind for kind, _ in client.option(Option.STARTTLS)] == [OptionReply.ERR_POLICY]
+    served.close()
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_page_is_an_error_counted_and_named_in_the_log(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    served.create("other")
+    served.create("swap")
+    client = served.client("swap")
+    for number in (3, 5):
+        client.write(number * PAGE_BYTES, os.urandom(PAGE_BYTES))
+    pool = served.service._exports["swap"].pool
+    served.store.corrupt(pool, 5, 9)
+    with caplog.at_level(logging.ERROR, "ramster.nbd"):
+        assert client.ask(Command.READ, 5 * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
+        wait_until(lambda: served.service.counters.pages_lost == 1, "the service has heard of it")
+    assert [record.getMessage() for record in caplog.records] == [
+        "export swap: page 5 (byte 20480) is corrupt; reads of it fail with EIO"
+    ]
+    assert served.described("swap")["pages_lost"] == 1 and served.described("other")["pages_lost"] == 0
+    client.write(5 * PAGE_BYTES, page(1))
+    assert client.read(5 * PAGE_BYTES, PAGE_BYTES) == page(1)
+    client.close()
+
+
+def test_thousands_of_lost_pages_do_not_fill_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "LOG_WINDOW_S", 0.2)
+    pages = 200
+    served.create("swap", pages)
+    client = served.client("swap")
+    pool = served.service._exports["swap"].pool
+    for number in range(pages):
+        client.write(number * PAGE_BYTES, os.urandom(PAGE_BYTES))
+        served.store.corrupt(pool, number, 9)
+    with caplog.at_level(logging.ERROR, "ramster.nbd"):
+        for number in range(pages):
+            assert client.ask(Command.READ, number * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
+        wait_until(lambda: served.service.counters.pages_lost == pages, "all are counted")
+
+        def named() -> int:
+            texts = [record.getMessage() for record in caplog.records]
+            further = [int(found[1]) for text in texts if (found := re.search(r"swap: (\d+) further", text))]
+            return sum("is corrupt" in text for text in texts) + sum(further)
+
+        wait_until(lambda: named() == pages, "the log accounts for all of them")
+    assert len(caplog.records) < 60
+    client.close()
