@@ -14,7 +14,8 @@ setup: ## Install what is missing (system packages as root), create .venv, build
 demo: setup ## Two nodes on this machine, an array larger than its RAM, every page checked
 	@$(VENV)/ramster demo
 
-test: setup ## Run the tests
+test: ## Run the tests (as root on Debian, programs of others that they use are installed first)
+	@scripts/bootstrap.sh --tests
 	@$(VENV)/python -m pytest tests
 
 lint: setup ## ruff, formatting, mypy --strict

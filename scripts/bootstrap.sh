@@ -2,7 +2,8 @@
 # Sets up everything to run RAMster from this checkout: system packages, .venv, native extensions.
 # Idempotent: a second run with nothing changed ends at once. `make` calls it before every target.
 #
-#   scripts/bootstrap.sh        PYTHON=/path/to/python3 picks the interpreter of a new .venv
+#   scripts/bootstrap.sh            PYTHON=/path/to/python3 picks the interpreter of a new .venv
+#   scripts/bootstrap.sh --tests    as root on Debian, also the programs of others that tests use
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -76,6 +77,40 @@ install_packages() {
     [ ${#missing[@]} -eq 0 ] || die "still missing after installation: ${missing[*]}"
 }
 
+has_program() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null; }
+
+# Programs that tests use and the product does not need: where one is missing, its tests are skipped and say so.
+missing_test_packages() {
+    has_program nbdkit || echo nbdkit
+    has_program nbdinfo || echo libnbd-bin
+    has_program nbdfuse || echo nbdfuse
+    /usr/bin/python3 -c 'import nbd' 2>/dev/null || echo python3-libnbd
+    has_program qemu-img || echo qemu-utils
+    has_program fio || echo fio
+    has_program nbd-client || echo nbd-client
+    has_program fusermount3 || echo fuse3
+}
+
+# Never fails: without network, or on a Debian that lacks one of them, the other tests run all the same.
+install_test_packages() {
+    local missing package
+    mapfile -t missing < <(missing_test_packages)
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing programs for tests: ${missing[*]} ..."
+        {
+            apt-get update || true
+            # One by one: a package that is not to be had must not keep the others away.
+            for package in "${missing[@]}"; do
+                DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$package" || true
+            done
+        } >"$log" 2>&1
+        mapfile -t missing < <(missing_test_packages)
+        [ ${#missing[@]} -gt 0 ] || return 0
+    fi
+    say "tests that need these packages will be skipped: ${missing[*]}"
+}
+
 version_at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
 
 # cmake and ninja come as wheels where the system has none, or one that is too old.
@@ -104,6 +139,7 @@ mkdir -p build
 exec 9>build/bootstrap.lock
 flock 9                               # two makes at once must not build into one tree
 
+if [ "${1:-}" = --tests ]; then install_test_packages; fi
 if [ -e "$stamp" ] && ! changed_since "$stamp" && venv_works; then exit 0; fi
 
 install_packages
