@@ -580,3 +580,50 @@ def test_thousands_of_lost_pages_do_not_fill_the_log(
         wait_until(lambda: named() == pages, "the log accounts for all of them")
     assert len(caplog.records) < 60
     client.close()
+
+
+# --- all at once --------------------------------------------------------------------------------------------------
+
+
+def test_exports_come_and_go_while_clients_come_and_go_and_somebody_looks(served: Served) -> None:
+    served.create("stays", 64)
+    stop = threading.Event()
+    wrong: list[str] = []
+
+    def use(number: int) -> None:
+        while not stop.is_set():
+            client = served.client("stays")
+            try:
+                for at in range(number, 64, 4):
+                    client.write(at * PAGE_BYTES, page(at))
+                    if client.read(at * PAGE_BYTES, PAGE_BYTES) != page(at):
+                        wrong.append(f"page {at}")
+            finally:
+                client.close()
+
+    def look() -> None:
+        while not stop.is_set():
+            seen = served.call(served.service.describe())
+            wrong.extend(f"{each['name']} holds too much" for each in seen if each["pages_stored"] > 64)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+    threads.append(threading.Thread(target=look))
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(40):
+            served.create("comes", 8)
+            client = served.client("comes")
+            try:
+                if client.read(0, 8 * PAGE_BYTES) != bytes(8 * PAGE_BYTES):
+                    wrong.append("what was removed is readable")
+                client.write(0, page(turn) * 8)
+                served.call(served.service.remove("comes", force=True))
+            finally:
+                client.close()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+    assert wrong == []
+    assert [each["name"] for each in served.call(served.service.describe())] == ["stays"]

@@ -68,6 +68,21 @@ def test_a_dense_pool_reaches_its_last_page(store: Store, index: int) -> None:
     assert store.statistics().table_bytes == 0
 
 
+def test_a_census_counts_the_pages_of_one_dense_pool(store: Store) -> None:
+    pages = 3 << 18  # several 2 MiB of slots, most of them never used
+    pool, other = store.create_pool(pages=pages), store.create_pool(pages=100)
+    for index in (0, 1, 4095, 4096, (1 << 18) - 1, pages - 1):
+        store.put(pool, index, noise(index))
+    store.put(pool, 7, bytes(4096))
+    store.put(other, 0, noise(1))
+    store.flush_page(pool, 1)
+    assert store.census(pool) == {"here": 6, "away": 0, "lost": 0}
+    assert store.census(other) == {"here": 1, "away": 0, "lost": 0}
+    for wrong in (store.create_pool(), 77):
+        with pytest.raises(UsageError, match="no dense pool"):
+            store.census(wrong)
+
+
 def test_objects_and_pools_do_not_mix(store: Store) -> None:
     a, b = store.create_pool(), store.create_pool()
     for n, (pool, oid) in enumerate([(a, (1, 2, 3)), (a, (3, 2, 1)), (a, (1, 2, 4)), (b, (1, 2, 3))]):

@@ -92,6 +92,8 @@ class Store(_store.Store):
     flush_page, flush_object: forget, here and away. True, or how many pages, when there was something.
     create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse
         one. Pages of a pool that is not persistent may be dropped at any time.
+    census: pages of a dense pool by where they are, {"here", "away", "lost"}; a look at every slot that was ever used.
+        The pool must not be destroyed meanwhile.
     destroy_pool: drops every page; the id is used again only afterwards.
     """
 

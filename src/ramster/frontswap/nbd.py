@@ -117,6 +117,9 @@ class _Export:
     read_only: bool
     clients: set[_Connection] = field(default_factory=set)
     removing: bool = False
+    glance: threading.Lock = field(default_factory=threading.Lock)
+    """Held while its pool is looked at, which must not be destroyed meanwhile."""
+    forgotten: bool = False
 
     def wire(self) -> Export:
         text = format_bytes(self.size_bytes) + (", read-only" if self.read_only else "")
@@ -387,7 +390,9 @@ class ExportService:
     def _forget(self, export: _Export) -> None:
         """In a thread."""
         assert self.server is not None
-        self.server.remove_export(export.number)
+        with export.glance:
+            self.server.remove_export(export.number)
+            export.forgotten = True
         self.store.destroy_pool(export.pool)
 
     def _get(self, name: str) -> _Export:
@@ -401,15 +406,21 @@ class ExportService:
         pages_stored (of these pages_here and pages_away), pages_gone (lost ones), connections, uris, and what the
         engine counts.
         """
-        async with self._changing:
-            return await asyncio.to_thread(lambda: [self._describe(export) for export in self._exports.values()])
+        with self._lock:
+            exports = list(self._exports.values())
+        found = await asyncio.to_thread(lambda: [self._describe(export) for export in exports])
+        return [each for each in found if each]
 
     def _describe(self, export: _Export) -> dict[str, Any]:
-        """Looks at every slot that was ever used: some milliseconds per 8 GiB."""
+        """In a thread: looks at every slot that was ever used, some milliseconds per 8 GiB. Empty once it is gone."""
         assert self.server is not None
-        census = self.store.census(export.pool)
+        with export.glance:
+            if export.forgotten:
+                return {}
+            census = self.store.census(export.pool)
+            statistics = self.server.statistics(export.number)
         return {
-            **self.server.statistics(export.number),
+            **statistics,
             "pages_stored": census["here"] + census["away"],
             "pages_here": census["here"],
             "pages_away": census["away"],
