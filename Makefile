@@ -32,7 +32,7 @@ asan: setup ## Run the tests of the native code under AddressSanitizer and UBSan
 tsan: setup ## Run the threaded tests of the native code under ThreadSanitizer (own build in build/tsan)
 	@scripts/tsan.sh
 
-soak: setup ## Verify every page of regions and pools under full load (SECONDS=60, SOAK="--json --seed 7")
+soak: setup ## Verify every page of regions, exports and pools under full load (SECONDS=60, SOAK="--json --seed 7")
 	@$(VENV)/python -m ramster.testing.soak --seconds $(or $(SECONDS),60) $(SOAK)
 
 docs: setup ## Write docs/configuration.md and docs/errors.md from the code

@@ -4,8 +4,9 @@
 
 Three nodes, each borrower and lender of both others, with arenas much smaller than what their applications hold, so
 that cleaning, remotify, fetching and eviction never rest. Applications (`soak_application`) walk regions with 1 to 16
-threads; engines without a shell (`soak_pools`) have dense, sparse and ephemeral pools hammered. Meanwhile applications
-are killed with SIGKILL and replaced, and links are cut, held and throttled.
+threads; NBD clients (`soak_nbd`) use an export of each node; engines without a shell (`soak_pools`) have dense, sparse
+and ephemeral pools hammered. Meanwhile applications and clients are killed with SIGKILL and replaced, and links are
+cut, held and throttled.
 
 Exit status 1, with the reasons: a wrong page, a process that ended as it should not, an error in a node's log, pages
 or frames, threads or descriptors that are left when all applications are gone, a process that outlives the run.
@@ -33,6 +34,7 @@ from typing import Any, Final
 
 from ramster.cli.cluster_files import Sections
 from ramster.cli.demo.nodes import PYTHON, spawn
+from ramster.constants import NBD_SOCKET, PAGE_BYTES
 from ramster.errors import NodeUnreachable
 from ramster.testing.cluster import Cluster, Node
 from ramster.testing.proxy import wait_until
@@ -43,6 +45,9 @@ REGIONS: Final = 2
 PAGES: Final = 1100
 RESIDENT: Final = 160
 THREADS: Final = (1, 2, 4, 16)
+EXPORT: Final = "soak"
+EXPORT_BYTES: Final = 1000 * PAGE_BYTES
+CONNECTIONS: Final = (1, 2, 4)
 # Four applications' pages, half of which compresses, are 9 MiB of a node: its arena holds a third of them. Lenders have
 # room for several times of what is live, since a segment stays until its last page is gone.
 NODE: Final[Sections] = {
@@ -148,6 +153,7 @@ class Soak:
         self._quiet = quiet
         self._summary = Summary(seed)
         self._applications: dict[str, list[Child]] = {name: [] for name in NAMES}
+        self._clients: dict[str, Child] = {}
         self._started = 0
         self._last: dict[str, dict[str, Any]] = {}
 
@@ -160,22 +166,24 @@ class Soak:
             except Exception as error:
                 self._fault(f"{type(error).__name__}: {error}")
             finally:
-                for children in self._applications.values():
-                    for child in children:
-                        child.kill()
-                        self._end(child)
+                for child in self._users():
+                    child.kill()
+                    self._end(child)
         self._leftovers()
         self._summary.seconds = round(time.monotonic() - begin, 1)
         return self._summary
 
     def _soak(self) -> None:
         nodes = self._cluster.nodes
+        for node in nodes.values():
+            node.control.create_export(EXPORT, EXPORT_BYTES)
         before = {name: _resources(node) for name, node in nodes.items()}
         self._pools = Child("pools", "soak_pools", self._dice.getrandbits(31), int(self._sabotage == "pools"))
         try:
             for name in NAMES:
                 for _ in range(APPLICATIONS):
                     self._start_application(name)
+                self._start_client(name)
             self._drive(time.monotonic() + self._seconds)
         finally:
             self._progress()
@@ -184,7 +192,7 @@ class Soak:
                 proxy.up.throttle(None)
                 proxy.down.throttle(None)
             # All at once: each verifies every page before it goes.
-            everybody = [self._pools, *(child for each in self._applications.values() for child in each)]
+            everybody = [self._pools, *self._users()]
             for child in everybody:
                 assert child.process.stdin is not None
                 with contextlib.suppress(OSError):
@@ -192,7 +200,16 @@ class Soak:
             for child in everybody:
                 self._end(child)
             self._applications = {name: [] for name in NAMES}
+            self._clients = {}
+        if not self._summary.wrong:
+            for node in nodes.values():
+                node.wait(lambda status: not status["exports"][0]["connections"], "no connection without a client")
+                node.control.remove_export(EXPORT)
         self._settled(before)
+
+    def _users(self) -> list[Child]:
+        """Of the nodes: applications and NBD clients."""
+        return [*(child for each in self._applications.values() for child in each), *self._clients.values()]
 
     def _start_application(self, name: str) -> None:
         self._started += 1
@@ -207,6 +224,17 @@ class Soak:
             self._dice.choice(THREADS),
         )
         self._applications[name].append(child)
+
+    def _start_client(self, name: str) -> None:
+        self._started += 1
+        self._clients[name] = Child(
+            f"NBD client {self._started} of {name}",
+            "soak_nbd",
+            self._cluster[name].run_dir / NBD_SOCKET,
+            EXPORT,
+            self._summary.seed * 1000 + self._started,
+            self._dice.choice(CONNECTIONS),
+        )
 
     def _end(self, child: Child) -> None:
         if problem := child.finish():
@@ -235,7 +263,7 @@ class Soak:
         for node in self._cluster.nodes.values():
             if not node.running():
                 self._fault(f"node {node.name} ended: {node.log[-500:]}")
-        for child in [self._pools, *(child for each in self._applications.values() for child in each)]:
+        for child in [self._pools, *self._users()]:
             if child.failed or child.process.poll() is not None:
                 self._end(child)
                 if not self._summary.wrong:
@@ -253,6 +281,17 @@ class Soak:
             self._end(victim)
             self._start_application(name)
             totals["applications_killed"] += 1
+        elif what < 0.3:
+            name = dice.choice(NAMES)
+            victim = self._clients.pop(name)
+            victim.kill()
+            self._end(victim)
+            # What was in flight is done or dropped first, or it would land on what the next one has written.
+            self._cluster[name].wait(
+                lambda status: not status["exports"][0]["connections"], "the killed client's connections end"
+            )
+            self._start_client(name)
+            totals["clients_killed"] += 1
         elif what < 0.45:
             proxy.cut()
             totals["links_cut"] += 1
@@ -279,12 +318,13 @@ class Soak:
             totals["lent_frames"] += status["lend"]["frames_used"]
             for region in status["regions"]:
                 totals.update({f"now_{key}": region.get(key, 0) for key in FAULTS})
-        children = [self._pools, *(child for each in self._applications.values() for child in each)]
+        children = [self._pools, *self._users()]
         visits = self._summary.totals["visits"] + sum(child.totals["visits"] for child in children)
         pools = self._pools.totals["puts"] + self._pools.totals["gets"]
+        requests = self._summary.totals["requests"] + sum(child.totals["requests"] for child in children)
         if not self._quiet:
             shown = " ".join(f"{key}={value}" for key, value in totals.items())
-            sys.stderr.write(f"soak: visits={visits} pool_operations={pools} {shown}\n")
+            sys.stderr.write(f"soak: visits={visits} requests={requests} pool_operations={pools} {shown}\n")
             sys.stderr.flush()
         self._summary.totals.update(
             {f"nodes_{key}": totals[key] - self._summary.totals[f"nodes_{key}"] for key in totals}
@@ -383,7 +423,7 @@ def _children(pid: int) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Verify every page of regions and pools under full load.")
+    parser = argparse.ArgumentParser(description="Verify every page of regions, exports and pools under full load.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20))
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
