@@ -54,6 +54,7 @@ from ramster import errors
 cdef enum:
     SEND_S = 120                    # a client that takes nothing for so long is gone; a paused virtual machine comes back sooner
     LEAVE_MS = 50
+    PATIENCE_S = 60                 # for a page, at least: a disk is given 30 s
     SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
     RECEIVE_MAX = 65536             # of one item of the handshake
 
@@ -1099,7 +1100,7 @@ cdef class NbdServer:
             raise errors.UsageError(f"slow_threads {slow_threads}, requests_max {requests_max}: allowed are 1 to {SLOW_MAX} and 1 to {REQUESTS_MAX}")
         s.links = links.live()
         s.store = s.links.store
-        s.deadline_ns = 2 * s.links.give_up_ns
+        s.deadline_ns = max(2 * s.links.give_up_ns, <uint64_t> PATIENCE_S * 1000000000ull)
         pthread_mutex_init(&s.free_lock, NULL)
         cond_init_monotonic(&s.freed)
         pthread_mutex_init(&s.slow_lock, NULL)
