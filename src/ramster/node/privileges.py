@@ -1,0 +1,394 @@
+"""What a node does to its own process so that a kernel can swap on it, and what it was allowed to do.
+
+A process that stands in the way of reclaim must not wait for reclaim: its memory stays in RAM, its allocations start no
+I/O, and the OOM killer takes others first. Each step is tried and looked at; none is taken for granted. *refused* means
+that the kernel can and this user may not (advice says what to grant), *unsupported* that this kernel cannot.
+
+Order matters: PR_SET_IO_FLUSHER belongs to a thread and is inherited by the threads that it starts, so `Guard.begin`
+comes before the first of them. Nothing here is ever locked without MCL_ONFAULT: to lock a mapping whole is to touch all
+of its holes, and in a region's memory a touched hole is a page of zeros that nobody put there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import json
+import logging
+import mmap
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from ramster.config.units import format_bytes
+from ramster.constants import MIB, PAGE_BYTES
+from ramster.errors import RamsterError
+
+log = logging.getLogger(__name__)
+
+State = Literal["ok", "refused", "unsupported", "off"]
+
+MCL_CURRENT: Final = 1
+MCL_FUTURE: Final = 2
+MCL_ONFAULT: Final = 4  # Linux 4.4
+PR_SET_IO_FLUSHER: Final = 57  # Linux 5.6
+MADV_POPULATE_READ: Final = 22  # Linux 5.14
+MAP_LOCKED: Final = 0x2000
+MAP_NORESERVE: Final = 0x4000
+PROT_NONE: Final = 0
+OOM_NEVER: Final = -1000
+PF_MEMALLOC_NOIO: Final = 0x80000  # in the flags of /proc/PID/task/TID/stat, what PR_SET_IO_FLUSHER sets
+FILES_WANTED: Final = 4096  # connections, regions and their channels; a limit below is worth a word
+TRY_S: Final = 20.0  # for a child that makes five system calls on a busy machine
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried: what came of it, in words, and what to do about it ("" when nothing is to be done)."""
+
+    name: str
+    state: State
+    detail: str
+    advice: str = ""
+
+
+def checks(arena_bytes: int | None = None) -> tuple[Check, ...]:
+    """What would be allowed here, for this user and with these limits, without a node; changes nothing in this process.
+
+    Tried out in a child process that ends at once. arena_bytes: also whether an arena of this size could be locked.
+    RamsterError when no child can be run.
+    """
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "ramster.node.privileges",
+        *([] if arena_bytes is None else [str(arena_bytes)]),
+    ]
+    try:
+        tried = subprocess.run(
+            command, capture_output=True, text=True, timeout=TRY_S, check=True, stdin=subprocess.DEVNULL
+        )
+        return tuple(Check(**row) for row in json.loads(tried.stdout))
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.strip().rpartition("\n")[2] or f"exit status {error.returncode}"
+        raise RamsterError(f"cannot try out what this user may do: {why}") from error
+    except (OSError, ValueError, TypeError, subprocess.TimeoutExpired) as error:
+        raise RamsterError(f"cannot try out what this user may do: {error}") from error
+
+
+# --- each step: does it, says what came of it ---------------------------------------------------------------------
+
+
+def lock_memory() -> Check:
+    """mlockall, on fault, of what is mapped and of what will be.
+
+    Only without a limit: locked mappings count by their size and not by what is touched, and beyond RLIMIT_MEMLOCK
+    every further mmap, also that of a thread's stack, would fail.
+    """
+    name = "locked_memory"
+    advice = "LimitMEMLOCK=infinity or AmbientCapabilities=CAP_IPC_LOCK in the node's unit"
+    _raise_limit(resource.RLIMIT_MEMLOCK)
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit != resource.RLIM_INFINITY and not may_lock(limit + PAGE_BYTES):
+        return Check(name, "refused", f"not more than {_size(limit)} may be locked, and a node maps more", advice)
+    if _libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0:
+        return Check(name, "ok", "what the node touches stays in RAM")
+    number = ctypes.get_errno()
+    if number == errno.EINVAL:
+        return Check(name, "unsupported", "this kernel has no MCL_ONFAULT (Linux 4.4)", "a newer kernel")
+    if number == errno.ENOSYS:
+        return Check(name, "unsupported", "this kernel has no mlockall", "a kernel with CONFIG_MMU")
+    return Check(name, "refused", os.strerror(number), advice)
+
+
+def become_flusher() -> Check:
+    """Allocations of this thread, and of those it starts from now on, begin no I/O that could come back to the node."""
+    name = "io_flusher"
+    if _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0:
+        return Check(name, "ok", "the kernel begins no I/O to find memory for the node")
+    if ctypes.get_errno() == errno.EINVAL:
+        return Check(name, "unsupported", "this kernel has no PR_SET_IO_FLUSHER (Linux 5.6)", "a newer kernel")
+    return Check(
+        name,
+        "refused",
+        f"PR_SET_IO_FLUSHER needs CAP_SYS_RESOURCE ({os.strerror(ctypes.get_errno())})",
+        "AmbientCapabilities=CAP_SYS_RESOURCE in the node's unit",
+    )
+
+
+def avoid_oom() -> Check:
+    """oom_score_adj -1000, or the lowest that this user may set."""
+    name = "oom_score"
+    try:
+        before = _oom_score()
+        reached = _lower_oom_score()
+    except FileNotFoundError:
+        return Check(name, "unsupported", "there is no /proc/self/oom_score_adj", "mount /proc")
+    if reached == OOM_NEVER:
+        return Check(name, "ok", "the OOM killer never takes the node")
+    return Check(
+        name,
+        "refused",
+        f"oom_score_adj is {reached}" + (f" instead of {before}" if reached < before else "") + f", not {OOM_NEVER}",
+        "OOMScoreAdjust=-1000, or AmbientCapabilities=CAP_SYS_RESOURCE, in the node's unit",
+    )
+
+
+def open_files() -> Check:
+    """As many descriptors as the hard limit allows: a connection that finds none is a device that hangs."""
+    _raise_limit(resource.RLIMIT_NOFILE)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY or limit >= FILES_WANTED:
+        return Check("open_files", "ok", f"{limit if limit >= 0 else 'any number of'} descriptors")
+    return Check(
+        "open_files", "refused", f"{limit} descriptors, fewer than {FILES_WANTED}", f"LimitNOFILE={FILES_WANTED}"
+    )
+
+
+def hold_code() -> Check:
+    """Read the program itself into RAM, where lock_memory keeps it: a first call must not wait for the disk.
+
+    Programs and libraries only, and only their private mappings.
+    """
+    total = 0
+    for start, end in _code():
+        if _libc.madvise(start, end - start, MADV_POPULATE_READ) == 0:
+            total += end - start
+        elif ctypes.get_errno() == errno.EINVAL:
+            return Check("code", "unsupported", "this kernel has no MADV_POPULATE_READ (Linux 5.14)", "a newer kernel")
+    return Check("code", "ok", f"{total // MIB} MiB of programs and libraries are in RAM")
+
+
+def may_lock(size: int) -> bool:
+    """Whether so many bytes more may be locked. Asks with a mapping that has no memory behind it."""
+    size = -(-size // PAGE_BYTES) * PAGE_BYTES
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_LOCKED
+    place: int | None = _libc.mmap(None, size, PROT_NONE, flags, -1, 0)
+    if place is None or place == ctypes.c_void_p(-1).value:
+        return False
+    _libc.munmap(place, size)
+    return True
+
+
+def arena_lock(arena_bytes: int, locked: bool | None = None) -> Check:
+    """The arena: whether it is locked, or (locked=None) could be."""
+    if may_lock(arena_bytes) if locked is None else locked:
+        return Check(
+            "arena", "ok", f"{format_bytes(arena_bytes)} {'may be' if locked is None else 'are'} locked in RAM"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    return Check(
+        "arena",
+        "refused",
+        f"{format_bytes(arena_bytes)} cannot be locked: the limit is {_size(limit)}",
+        "LimitMEMLOCK=infinity or AmbientCapabilities=CAP_IPC_LOCK in the node's unit",
+    )
+
+
+def flushers() -> tuple[int, int]:
+    """(threads of this process that PR_SET_IO_FLUSHER holds for, all of its threads), as the kernel says."""
+    marked = total = 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        total += 1
+        marked += bool(int(fields[6]) & PF_MEMALLOC_NOIO)
+    return marked, total
+
+
+def keeps_in_ram(path: Path) -> Check:
+    """Whether a file at `path` is memory that is never swapped out: a tmpfs mounted `noswap` (Linux 6.4)."""
+    name = "arena_path"
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    kind, options = _file_system(there.stat().st_dev)
+    advice = (
+        "mount -t tmpfs -o noswap,size=... ramster DIRECTORY, and [arena] path below it; or no path and [arena] keep"
+    )
+    if kind != "tmpfs":
+        return Check(name, "refused", f"{path} lies on {kind or 'an unknown file system'}, not on a tmpfs", advice)
+    if "noswap" in options:
+        return Check(name, "ok", f"{path} lies on a tmpfs that is never swapped out")
+    return Check(name, "refused", f"{path} lies on a tmpfs that is swapped out once no node locks it", advice)
+
+
+# --- the node's guard ---------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """All of it for one node, and what came of it.
+
+    mode "auto": everything at `begin` but the score for the OOM killer, which comes with `serve(True)`, when the node
+    has an export; "on": that at `begin` too; "off": nothing, ever.
+    """
+
+    def __init__(self, mode: str = "off") -> None:
+        self._mode = mode
+        self._checks: dict[str, Check] = {}
+        self._oom_before: int | None = None
+
+    def begin(self) -> None:
+        """Before the first thread of the process is started."""
+        if self._mode == "off":
+            for name in ("locked_memory", "io_flusher", "oom_score", "open_files", "code"):
+                self.add(Check(name, "off", '[node] guard is "off"'))
+            return
+        self.add(open_files())
+        self.add(become_flusher())
+        self.add(lock_memory())
+        if self._mode == "on":
+            self.add(avoid_oom())
+        else:
+            self._ordinary()
+        log.info("guard: %s", "; ".join(_line(check) for check in self._checks.values()))
+
+    def loaded(self) -> None:
+        """Once everything that the node runs has been imported."""
+        if self._mode == "off":
+            return
+        locked = self._checks["locked_memory"].state == "ok"
+        self.add(hold_code() if locked else Check("code", "off", "nothing keeps it in RAM without locked_memory"))
+
+    def serve(self, serving: bool) -> None:
+        """The node has its first export, or none any more. What was refused is said in the log, once each time."""
+        if self._mode == "off":
+            if serving:
+                log.warning('this node serves a block device with [node] guard = "off": do not swap on it')
+            return
+        if self._mode == "auto":
+            if serving and self._oom_before is None:
+                self._oom_before = _oom_score()
+                self.add(avoid_oom())
+            elif not serving and self._oom_before is not None:
+                _set_oom_score(self._oom_before)
+                self._oom_before = None
+                self._ordinary()
+        if serving:
+            for check in self._checks.values():
+                if check.state in ("refused", "unsupported"):
+                    log.warning("guard: %s %s: %s; to do: %s", check.name, check.state, check.detail, check.advice)
+
+    def add(self, check: Check) -> None:
+        """What is found out elsewhere (the arena, its holder) and belongs into the report."""
+        self._checks[check.name] = check
+
+    def report(self) -> dict[str, dict[str, str]]:
+        """For the status: {check: {"state", "detail", "advice"}}."""
+        if "io_flusher" in self._checks and self._checks["io_flusher"].state == "ok":
+            marked, total = flushers()
+            if marked < total:
+                self.add(
+                    Check("io_flusher", "refused", f"holds for {marked} of {total} threads", "report this as a fault")
+                )
+        return {
+            check.name: {key: value for key, value in dataclasses.asdict(check).items() if key != "name"}
+            for check in self._checks.values()
+        }
+
+    def _ordinary(self) -> None:
+        if (score := _oom_score()) == OOM_NEVER:  # the unit file has seen to it
+            self.add(Check("oom_score", "ok", "the OOM killer never takes the node"))
+        else:
+            self.add(Check("oom_score", "off", f"oom_score_adj is {score} until the node has an export"))
+
+
+# --- how ----------------------------------------------------------------------------------------------------------
+
+
+def _raise_limit(which: int) -> None:
+    soft, hard = resource.getrlimit(which)
+    if soft != hard:
+        resource.setrlimit(which, (hard, hard))  # up to the hard limit needs no privilege
+
+
+def _oom_score() -> int:
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
+def _set_oom_score(score: int) -> bool:
+    """False where it is refused. One write: a buffered file would hide the refusal."""
+    descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, str(score).encode())
+    except PermissionError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _lower_oom_score() -> int:
+    """The score afterwards. The lowest one that is allowed can only be found by trying."""
+    if _set_oom_score(OOM_NEVER):
+        return OOM_NEVER
+    refused, allowed = OOM_NEVER, _oom_score()
+    while allowed - refused > 1:
+        middle = (allowed + refused) // 2
+        if _set_oom_score(middle):
+            allowed = middle
+        else:
+            refused = middle
+    return _oom_score()
+
+
+def _code() -> Iterator[tuple[int, int]]:
+    """(start, end) of the private mappings of every file of which something is executable."""
+    rows = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[4] != "0" and fields[1].endswith("p") and fields[1].startswith("r"):
+            start, _, end = fields[0].partition("-")
+            rows.append((fields[5], "x" in fields[1], int(start, 16), int(end, 16)))
+    programs = {path for path, executable, _, _ in rows if executable}
+    yield from ((start, end) for path, _, start, end in rows if path in programs)
+
+
+def _file_system(device: int) -> tuple[str, set[str]]:
+    """(type, options of the file system itself) of the mounted device; ("", nothing) where it is not in our mounts."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, rest = line.partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        if mount.split()[2] == wanted:
+            return kind, set(options.split(","))
+    return "", set()
+
+
+def _size(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else format_bytes(limit)
+
+
+def _line(check: Check) -> str:
+    return f"{check.name} {check.state} ({check.detail})"
+
+
+def _try(arguments: list[str]) -> None:
+    found = [open_files(), become_flusher()]
+    if arguments:  # asked before everything is locked, as the node's own mappings would count
+        found.append(arena_lock(int(arguments[0])))
+    found.append(lock_memory())
+    if found[-1].state == "ok":
+        found.append(hold_code())
+    found.append(avoid_oom())
+    sys.stdout.write(json.dumps([dataclasses.asdict(check) for check in found]))
+
+
+if __name__ == "__main__":
+    _try(sys.argv[1:])
