@@ -245,6 +245,7 @@ cdef struct Store_t:
     Segment *segments
     uint32_t segments_max
     uint32_t segments_used          # ids ever handed out
+    uint32_t rows_ready             # rows that are in memory, touched and locked; under frame_lock
     uint32_t *free_ids              # a queue, so that an id rests before it comes back
     uint32_t free_ids_head
     uint32_t free_ids_count
@@ -300,7 +301,8 @@ cdef int store_where(Store_t *s, uint32_t pool, uint32_t index, uint32_t *peer, 
 cdef int store_flush(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
 cdef int store_flush_if(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil
 cdef uint64_t store_slot(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
-cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, bint ahead,
+                           uint32_t *id) noexcept nogil
 cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil
 cdef EVP_CIPHER_CTX *store_unseal_context() noexcept nogil
 cdef int store_unseal_begin(const RemoteRef *ref, EVP_CIPHER_CTX *ctx) noexcept nogil
@@ -329,7 +331,7 @@ cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
 cdef uint32_t store_seal_cold(Store_t *s, uint64_t age_ms) noexcept nogil
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil
 
-cdef uint64_t memory_available() except *
+cpdef uint64_t memory_available() except *
 
 cdef class Store:
     cdef Store_t *s

@@ -37,7 +37,7 @@ from ramster.engine._c.crypto cimport (
     EVP_aes_256_gcm, EVP_sha256, HMAC, OPENSSL_cleanse, RAND_bytes)
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MFD_CLOEXEC, PROT_READ,
-    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, memfd_create, mlock, mmap, munmap)
+    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, memfd_create, mlock, mmap, munmap, touch_page)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
@@ -66,7 +66,7 @@ cdef enum:
     DIRECTORY_SIZE_SHIFT = 16
     DIRECTORY_ABSENT = 0xffff
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
-    ROWS_PER_STEP = 1024            # segment rows that are locked in memory at a time
+    ROWS_PER_STEP = 256             # segment rows that are had and locked at a time, half of them ahead of need
     NODES_CHUNK = 65536             # bytes of leaves or objects taken at once
     NODES_AHEAD = 1024              # leaves, and objects, that the cleaner keeps ready
     STALE_LOOKS_MAX = 100000        # looks at one unchanged slot value before it counts as damaged
@@ -253,10 +253,35 @@ cdef void keep_in_memory(Store_t *s, const void *address, uint64_t bytes) noexce
         store32(&s.locked, 0, RELAXED)
 
 
-cdef void lock_rows(Store_t *s, uint32_t first) noexcept nogil:
+cdef void bring_into_memory(Store_t *s, const void *address, uint64_t bytes) noexcept nogil:
+    """So that no put meets a page fault there: every page that begins in the range is had and, where allowed, locked."""
+    cdef uint64_t place = (<uint64_t> address + 4095) & ~<uint64_t> 4095, end = <uint64_t> address + bytes
+    keep_in_memory(s, address, bytes)
+    while place < end:
+        touch_page(<void *> place)
+        place += 4096
+
+
+cdef void ready_rows(Store_t *s, uint32_t first) noexcept nogil:
     cdef uint64_t rows = min(<uint32_t> ROWS_PER_STEP, s.segments_max - first)
-    keep_in_memory(s, &s.segments[first], rows * sizeof(Segment))
-    keep_in_memory(s, &s.free_ids[first], rows * 4)
+    bring_into_memory(s, &s.segments[first], rows * sizeof(Segment))
+    bring_into_memory(s, &s.free_ids[first], rows * 4)
+
+
+cdef void rows_ahead(Store_t *s) noexcept nogil:
+    """The cleaner's: rows for the next segments, without a put that waits for them to be had."""
+    cdef uint32_t first
+    cdef bint wanted
+    pthread_mutex_lock(&s.frame_lock)
+    first = s.rows_ready
+    wanted = first - s.segments_used < ROWS_PER_STEP // 2 and first < s.segments_max
+    pthread_mutex_unlock(&s.frame_lock)
+    if wanted:
+        ready_rows(s, first)
+        pthread_mutex_lock(&s.frame_lock)
+        if s.rows_ready == first:
+            s.rows_ready = min(first + <uint32_t> ROWS_PER_STEP, s.segments_max)
+        pthread_mutex_unlock(&s.frame_lock)
 
 
 cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept nogil:
@@ -286,8 +311,11 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
         s.free_ids_count -= 1
     else:
         segment = s.segments_used
-        if segment % ROWS_PER_STEP == 0:
-            lock_rows(s, segment)
+        if segment == s.rows_ready:         # used up faster than the cleaner came round
+            ready_rows(s, segment)
+            s.rows_ready = min(segment + <uint32_t> ROWS_PER_STEP, s.segments_max)
+        elif segment + ROWS_PER_STEP // 2 == s.rows_ready:
+            pthread_cond_signal(&s.clean_wanted)
         store32(&s.segments_used, s.segments_used + 1, RELEASE)
     store32(&s.frame_segment[frame], segment, RELEASE)
     pthread_mutex_unlock(&s.frame_lock)
@@ -994,7 +1022,7 @@ cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
     if not pool.populated[chunk]:
         result = fallocate(pool.fd, 0, <long> first, <long> length)
         if result == 0:
-            keep_in_memory(s, &pool.slots[chunk * SLOTS_PER_CHUNK], length)
+            bring_into_memory(s, &pool.slots[chunk * SLOTS_PER_CHUNK], length)
             count(s, C_TABLE_BYTES, length)
             store8(&pool.populated[chunk], 1, RELEASE)
     pthread_mutex_unlock(&pool.lock)
@@ -1591,10 +1619,15 @@ cdef uint64_t flush_object(Store_t *s, Pool *pool, const uint64_t *oid) noexcept
                 dropped += 1
 
 
-cdef void *map_file(const char *name, uint64_t length, int *fd, object_path) except? NULL:
-    """A mapping on a named file in memory (or an anonymous memfd); sized, not yet populated."""
+cdef void *map_file(const char *name, uint64_t length, int *fd, object_path, given) except? NULL:
+    """A mapping on a named file in memory (or an anonymous memfd); sized, not yet populated. Or on the file of a descriptor
+    that is given, of which a duplicate is kept."""
     cdef void *base
-    if object_path is None:
+    if given is not None:
+        if os.fstat(given).st_size != length:
+            raise errors.UsageError(f"the arena's descriptor is of a file of {os.fstat(given).st_size} bytes, not of {length}")
+        fd[0] = fcntl.fcntl(given, fcntl.F_DUPFD_CLOEXEC, 0)
+    elif object_path is None:
         fd[0] = os.memfd_create(name.decode(), os.MFD_CLOEXEC)
     else:
         fd[0] = os.open(object_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -1602,7 +1635,8 @@ cdef void *map_file(const char *name, uint64_t length, int *fd, object_path) exc
             fcntl.flock(fd[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise errors.UsageError(f"another node uses the arena file {object_path}; give each its own") from error
-    os.ftruncate(fd[0], length)
+    if given is None:
+        os.ftruncate(fd[0], length)
     base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd[0], 0)
     if base == MAP_FAILED:
         raise OSError(errno, strerror(errno).decode())
@@ -1614,9 +1648,11 @@ cdef uint64_t pool_bytes(const Pool *pool) noexcept nogil:
     return sizeof(Pool) + (pool.pages // SLOTS_PER_CHUNK + 1 if pool.dense else 2 * sizeof(void *) * pool.buckets)
 
 
-cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil:
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, bint ahead, uint32_t *id) noexcept nogil:
+    """ahead: all slots of a dense pool are had now, so that no put to it ever asks the kernel for memory."""
     cdef Pool *pool = <Pool *> calloc(1, sizeof(Pool))
     cdef uint32_t i
+    cdef uint64_t index = 0
     cdef bint placed = False
     if pool == NULL:
         return NO_MEMORY
@@ -1639,6 +1675,11 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
             pool.slots = NULL
             drop_pool_memory(s, pool)
             return NO_MEMORY
+        while ahead and index < pages:
+            if populate(s, pool, index) != 0:
+                drop_pool_memory(s, pool)
+                return NO_MEMORY
+            index += SLOTS_PER_CHUNK
     else:
         pool.buckets = 256
         pool.leaf_buckets = <Leaf **> calloc(pool.buckets, sizeof(Leaf *))
@@ -1877,6 +1918,7 @@ cdef void *cleaner_main(void *argument) noexcept nogil:
         reclaim_retired(s)
         fullest = worth_cleaning(s)
         pthread_mutex_unlock(&s.frame_lock)
+        rows_ahead(s)
         grow_ahead(s)
         grow_tables(s)
         if fullest > 0.0 and clean(s, 1, fullest) == 0:
@@ -2426,17 +2468,18 @@ cdef class Store:
     """Owns the arena and the native state. Use ramster.engine.store.Store, which documents the contract."""
 
     def __cinit__(self, uint64_t arena_bytes, uint32_t segment_bytes, path, bint lock, uint64_t full_wait_ns,
-                  uint32_t segments_max, bytes node_key, double clean_low, double pressure, bint cleaner):
+                  uint32_t segments_max, bytes node_key, double clean_low, double pressure, bint cleaner, arena_fd=None):
         cdef Store_t *s
         cdef uint32_t i
         cdef int result
+        cdef bint fresh
         if segment_bytes < 65536 or segment_bytes > 262144 or segment_bytes % 4096:
             raise errors.UsageError(f"segment of {segment_bytes} bytes: must be 64 KiB to 256 KiB in whole pages")
         if arena_bytes < 8 * <uint64_t> segment_bytes:
             raise errors.UsageError(f"arena of {arena_bytes} bytes: must hold at least 8 segments of {segment_bytes} bytes")
         # Asked before anything is taken: an unlimited memfd grows until the kernel kills somebody.
         available = memory_available()
-        if arena_bytes > available:
+        if arena_bytes > available and arena_fd is None:
             raise errors.StoreFull(
                 f"cannot reserve an arena of {arena_bytes >> 20} MiB: {available >> 20} MiB of memory are available")
         if len(node_key) != 32:
@@ -2483,17 +2526,22 @@ cdef class Store:
         s.rooms.spare = s.hints
         for i in range(s.hints):
             s.rooms.hints[i].next = i + 1 if i + 1 < s.hints else SEGMENT_FRAMES_NONE
-        s.arena = <uint8_t *> map_file("ramster-arena", s.arena_bytes, &s.arena_fd, path)
+        s.arena = <uint8_t *> map_file("ramster-arena", s.arena_bytes, &s.arena_fd, path, arena_fd)
+        # What is given and has its memory is left as it is: no frame is read before it is written.
+        fresh = arena_fd is None or os.fstat(s.arena_fd).st_blocks * 512 < s.arena_bytes
         with nogil:
-            result = fallocate(s.arena_fd, 0, 0, <long> s.arena_bytes)
+            result = fallocate(s.arena_fd, 0, 0, <long> s.arena_bytes) if fresh else 0
         if result != 0:
             raise errors.StoreFull(
                 f"cannot reserve an arena of {s.arena_bytes >> 20} MiB in memory ({strerror(errno).decode()}): "
                 "make it smaller or /dev/shm larger")
         with nogil:
-            memset(s.arena, 0, s.arena_bytes)       # pre-touched: a put never waits for the kernel to find a page
+            if fresh:
+                memset(s.arena, 0, s.arena_bytes)   # pre-touched: a put never waits for the kernel to find a page
             s.locked = lock
-            keep_in_memory(s, s.arena, s.arena_bytes)
+            bring_into_memory(s, s.arena, s.arena_bytes)
+            ready_rows(s, 0)
+            s.rows_ready = min(<uint32_t> ROWS_PER_STEP, s.segments_max)
             keep_in_memory(s, s, sizeof(Store_t))
             keep_in_memory(s, s.frame_segment, 4 * <uint64_t> s.frames)
             keep_in_memory(s, s.free_frames, 4 * <uint64_t> s.frames)
@@ -2576,7 +2624,7 @@ cdef class Store:
         """Let the next shortage raise pressure_fd again."""
         store32(&self.live().pressure_raised, 0, RELEASE)
 
-    def create_pool(self, *, pages=None, bint persistent=True):
+    def create_pool(self, *, pages=None, bint persistent=True, bint populate=False):
         cdef Store_t *s = self.live()
         cdef uint32_t pool = 0
         cdef uint64_t n = 0
@@ -2586,8 +2634,12 @@ cdef class Store:
             if not 0 < pages <= 1 << 32:
                 raise errors.UsageError(f"a pool of {pages} pages: must be 1 to 2^32")
             n = pages
+            if populate and 8 * n > memory_available():
+                raise errors.StoreFull(f"the page table of {pages} pages takes {8 * n >> 20} MiB, more than is available")
+        elif populate:
+            raise errors.UsageError("only a pool of a fixed number of pages can be populated")
         with nogil:
-            result = store_create_pool(s, dense, n, not persistent, &pool)
+            result = store_create_pool(s, dense, n, not persistent, populate, &pool)
         if result == FULL:
             raise errors.StoreFull(f"all {POOLS_MAX} pools are in use")
         if result != OK:
@@ -2882,9 +2934,9 @@ cdef class Store:
         pthread_mutex_lock(&s.frame_lock)
         reclaim_retired(s)
         i = s.free_count
+        rows = s.rows_ready
         pthread_mutex_unlock(&s.frame_lock)
-        # Rows and ids are mapped for segments_max and taken page by page as numbers are first used.
-        rows = load32(&s.segments_used, ACQUIRE)
+        # Rows and ids are mapped for segments_max, and there for so many.
         metadata += sizeof(Store_t) + s.frames * (8 + sizeof(Retired)) + s.hints * sizeof(Room) + \
             (rows * sizeof(Segment) + 4095 & ~<uint64_t> 4095) + (rows * 4 + 4095 & ~<uint64_t> 4095) + \
             total(s, C_TABLE_BYTES) + total(s, C_POOL_BYTES)
@@ -2927,7 +2979,7 @@ cdef int check_oid(Store_t *s, uint32_t pool, const uint64_t *key) except -1:
     return 0
 
 
-cdef uint64_t memory_available() except *:
+cpdef uint64_t memory_available() except *:
     """Bytes that can be had without pushing anything out, as the kernel estimates it."""
     with open("/proc/meminfo", "rb") as lines:
         for line in lines:

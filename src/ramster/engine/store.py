@@ -82,6 +82,8 @@ class Store(_store.Store):
         clean_low: share of free segments below which the cleaner works.
         pressure: share of free segments below which `pressure_fd` (an eventfd) is raised.
         cleaner: run the cleaner thread. False leaves cleaning to `clean()` (tests).
+        arena_fd: a descriptor of a file in memory of arena_bytes, to be the arena as it is: what of it has memory keeps
+            it and is not zeroed. Duplicated; goes instead of path.
 
     put: compresses a page under its key. An older page under that key is replaced. StoreFull, once full_wait_ms have
         passed without room: then nothing is stored under the key any more, so that an old page can never be
@@ -90,8 +92,9 @@ class Store(_store.Store):
         when its bytes fail their checksum or its only copy is gone: it stays lost until it is put or flushed.
         A page on a lender is read through `Links.get`.
     flush_page, flush_object: forget, here and away. True, or how many pages, when there was something.
-    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse
-        one. Pages of a pool that is not persistent may be dropped at any time.
+    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time, or at once with
+        populate=True: then no put to it ever asks the kernel for memory), pages=None a sparse one. Pages of a pool
+        that is not persistent may be dropped at any time. StoreFull where there is no room for the table.
     census: pages of a dense pool by where they are, {"here", "away", "lost"}; a look at every slot that was ever used.
         The pool must not be destroyed meanwhile.
     destroy_pool: drops every page; the id is used again only afterwards.
@@ -110,6 +113,7 @@ class Store(_store.Store):
         clean_low: float = 0.08,
         pressure: float = 0.25,
         cleaner: bool = True,
+        arena_fd: int | None = None,
     ) -> Self:
         return super().__new__(
             cls,
@@ -123,6 +127,7 @@ class Store(_store.Store):
             clean_low,
             pressure,
             cleaner,
+            arena_fd,
         )
 
     def statistics(self) -> StoreStatistics:
