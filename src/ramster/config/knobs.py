@@ -197,6 +197,13 @@ class Node:
     run_dir: Path = _path(
         factory=default_run_dir, rule=DEFAULT_RUN_DIR_RULE, help="Folder of the node's sockets; made when missing."
     )
+    guard: str = _choice(
+        "auto",
+        "on",
+        "off",
+        help="What the node does so that a kernel can swap on it: its memory stays in RAM, its allocations start no "
+        'I/O, and the OOM killer spares it ("auto": that once it has an export). See docs/guard.md.',
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +233,13 @@ class Arena:
         help="The unit that moves to a lender; a power of two.",
     )
     path: Path | None = _path(None, rule="none: anonymous memory", help="File to keep the arena in, on a tmpfs.")
+    keep_ms: int = _time(
+        0,
+        at_least=0,
+        at_most=7 * 86_400_000,
+        help="How long the RAM of the arena stays taken and locked, by a small process of its own, after the node was "
+        "killed, so that the next start need not find it again; 0 is not at all. A stop gives it back at once.",
+    )
     lock: bool = _switch(True, help="Lock the arena in RAM where the limits allow it, so that it is never swapped.")
     full_wait_ms: int = _time(
         1000, at_least=0, at_most=60_000, help="How long a put waits for room before it is refused."
@@ -460,6 +474,8 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
     elif arena.size_bytes % arena.segment_bytes:
         below = arena.size_bytes - arena.size_bytes % arena.segment_bytes
         yield ("arena", "size"), f"allowed are multiples of segment, such as {format_bytes(below)}"
+    if arena.keep_ms and arena.path is not None:
+        yield ("arena", "keep"), "allowed without path, a file in memory stays by itself"
     if config.lend.size_bytes % arena.segment_bytes:
         yield ("lend", "size"), f"allowed are multiples of arena.segment, {format_bytes(arena.segment_bytes)}"
     if links.request_deadline_ms > links.give_up_ms:

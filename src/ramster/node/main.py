@@ -8,7 +8,9 @@ import signal
 import sys
 
 from ramster.config.knobs import Config
+from ramster.node import holder
 from ramster.node.node import Node
+from ramster.node.privileges import Guard
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +22,19 @@ def run(config: Config) -> int:
     second one stops it anyway.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return asyncio.run(_run(config))
+    guard = Guard(config.node.guard)
+    guard.begin()  # before anything starts a thread
+    a = config.arena
+    if a.keep_ms == 0:
+        holder.end(config.node.run_dir)  # of a node whose configuration was another one
+        return asyncio.run(_run(config, guard, None))
+    with holder.take(config.node.run_dir, a.size_bytes, a.segment_bytes, a.lock, a.keep_ms) as kept:
+        guard.add(kept.check())
+        return asyncio.run(_run(config, guard, kept.descriptor))
 
 
-async def _run(config: Config) -> int:
-    node = Node(config)
+async def _run(config: Config, guard: Guard, arena_fd: int | None) -> int:
+    node = Node(config, guard, arena_fd)
     loop = asyncio.get_running_loop()
     warned = False
 

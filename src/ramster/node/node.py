@@ -22,6 +22,7 @@ from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
 from ramster.node.control import ControlServer
 from ramster.node.peering import Peering
+from ramster.node.privileges import Check, Guard, arena_lock, keeps_in_ram
 from ramster.remotify.policy import Policy, Settings
 from ramster.remotify.worker import Worker
 from ramster.wire.hello import Hello
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 class Node:
     """Everything that one node consists of. `start`, then `wait`, then `close`; nothing runs before `start`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, guard: Guard, arena_fd: int | None = None) -> None:
         c = self.config = config
+        self.guard = guard
         if c.cluster is not None:
             files = identity.NodeFiles(c.cluster.ca, c.cluster.cert, c.cluster.key)
             identity.verify(files, c.cluster.id, c.node.name)
@@ -48,6 +50,7 @@ class Node:
             full_wait_ms=c.arena.full_wait_ms,
             clean_low=c.arena.clean_low,
             pressure=1 - c.remotify.high,
+            arena_fd=arena_fd,
         )
         self.links = Links(
             self.store,
@@ -113,6 +116,8 @@ class Node:
         try:
             await self.region_service.start()  # first: it makes sure that the run directory is ours alone
             await self.export_service.start(self.config.exports)
+            if self.config.exports:
+                self.guard.serve(True)
             await self.control.start()
             if self.peering is not None:
                 await self.peering.start()
@@ -120,6 +125,7 @@ class Node:
             await self.close()
             raise
         self._worker = asyncio.create_task(self.remotify.run())
+        self.guard.loaded()
         self.state = "running"
 
     async def wait(self) -> None:
@@ -173,13 +179,26 @@ class Node:
         return await self.export_service.describe()
 
     async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
-        return await self.export_service.create(name, size_bytes, max_bytes, read_only)
+        created = await self.export_service.create(name, size_bytes, max_bytes, read_only)
+        self.guard.serve(True)
+        return created
 
     async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
         return await self.export_service.resize(name, size_bytes)
 
     async def remove_export(self, name: str, force: bool) -> None:
         await self.export_service.remove(name, force)
+        self.guard.serve(bool(self.export_service.wire_exports()))
+
+    def _look_at_arena(self, locked: bool) -> None:
+        a = self.config.arena
+        self.guard.add(
+            arena_lock(a.size_bytes, locked)
+            if a.lock
+            else Check("arena", "off", "[arena] lock is false: it may be swapped out")
+        )
+        if a.path is not None:
+            self.guard.add(keeps_in_ram(a.path))
 
     async def status(self) -> dict[str, Any]:
         arena = dataclasses.asdict(self.store.statistics())
@@ -202,6 +221,7 @@ class Node:
             )
         names = {peer.number: peer.name for peer in self.config.peers}
         peering = dataclasses.asdict(self.peering.counters) if self.peering is not None else {}
+        self._look_at_arena(arena["locked"])
         return {
             "name": self.config.node.name,
             "number": self.config.node.number,
@@ -212,6 +232,7 @@ class Node:
             "state": self.state,
             "listen": "{}:{}".format(*self.peering.address) if self.peering and self.peering.address else None,
             "arena": arena,
+            "guard": self.guard.report(),
             "lend": {
                 "bytes": links["lend_bytes"],
                 "frames_total": links["lent_frames"],
