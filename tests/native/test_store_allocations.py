@@ -11,7 +11,7 @@ import pytest
 
 from ramster.constants import MIB
 from ramster.engine.store import Store
-from ramster.errors import UsageError
+from ramster.errors import StoreFull, UsageError
 from ramster.testing.allocations import MemoryCalls
 
 PAGES = 1 << 20  # 8 MiB of slots: four times what is populated at once otherwise
@@ -38,6 +38,12 @@ def in_thread(work: Callable[[], None]) -> int:
     return counted
 
 
+def populated(store: Store, pages: int = PAGES) -> int:
+    pool = store.create_pool(pages=pages)
+    store.populate(pool, pages)
+    return pool
+
+
 class Strides:
     """Puts, each in a page of the page table where none was before."""
 
@@ -53,7 +59,7 @@ class Strides:
 @pytest.mark.parametrize("lock", [True, False])
 def test_a_put_to_a_populated_pool_faults_no_page_in(lock: bool) -> None:
     store = Store(32 * MIB, lock=lock)
-    assert in_thread(Strides(store, store.create_pool(pages=PAGES, populate=True))) == 0
+    assert in_thread(Strides(store, populated(store))) == 0
     store.close()
 
 
@@ -67,7 +73,7 @@ def test_a_put_to_another_pool_does() -> None:
 def test_segments_are_opened_without_a_page_fault() -> None:
     """Rows of segments are there before they are needed: here more than twice as many as are had at a time."""
     store = Store(64 * MIB, segment_bytes=65536, lock=False)
-    pool = store.create_pool(pages=PAGES, populate=True)
+    pool = populated(store)
     noise = [os.urandom(4096) for _ in range(16)]
 
     def fill() -> None:
@@ -80,7 +86,7 @@ def test_segments_are_opened_without_a_page_fault() -> None:
 
 def test_a_put_to_a_populated_pool_makes_no_memory_call() -> None:
     store = Store(32 * MIB, lock=False)
-    puts = Strides(store, store.create_pool(pages=PAGES, populate=True))
+    puts = Strides(store, populated(store))
     warm, go, done, leave = (threading.Event() for _ in range(4))
 
     def run() -> None:  # its end gives memory back, and is not looked at
@@ -112,7 +118,7 @@ def test_a_put_to_a_populated_pool_makes_no_memory_call() -> None:
 def test_what_is_populated_is_counted() -> None:
     store = Store(4 * MIB, segment_bytes=65536, lock=False)
     before = store.statistics()
-    pool = store.create_pool(pages=PAGES, populate=True)
+    pool = populated(store)
     after = store.statistics()
     assert after.table_bytes - before.table_bytes == PAGES * 8
     assert after.metadata_bytes - before.metadata_bytes >= PAGES * 8
@@ -121,10 +127,26 @@ def test_what_is_populated_is_counted() -> None:
     store.close()
 
 
-def test_a_sparse_pool_cannot_be_populated() -> None:
+def test_what_grows_is_populated_as_it_grows() -> None:
     store = Store(4 * MIB, segment_bytes=65536, lock=False)
-    with pytest.raises(UsageError, match="fixed number of pages"):
-        store.create_pool(populate=True)
+    pool = store.create_pool(pages=PAGES)
+    for pages, table in ((1000, 1 << 18), (1 << 18, 1 << 18), ((1 << 18) + 1, 2 << 18), (PAGES, PAGES)):
+        store.populate(pool, pages)
+        assert store.statistics().table_bytes == table * 8
+    store.close()
+
+
+def test_what_cannot_be_populated() -> None:
+    store = Store(4 * MIB, segment_bytes=65536, lock=False)
+    with pytest.raises(UsageError, match="no pool 7"):
+        store.populate(7, 1)
+    with pytest.raises(UsageError, match="beyond the end"):
+        store.populate(store.create_pool(), 1)
+    pool = store.create_pool(pages=10)
+    with pytest.raises(UsageError, match="beyond the end"):
+        store.populate(pool, 1 << 19)
+    with pytest.raises(StoreFull, match="the page table of"):
+        store.populate(pool, 1 << 50)
     store.close()
 
 

@@ -1365,7 +1365,7 @@ cdef class Region:
                 fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
         r.pool = 0xffffffffu
-        result = store_create_pool(r.store, True, pages, False, False, &r.pool)
+        result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
             r.pool = 0xffffffffu
             raise errors.StoreFull("no memory for the page table of another region" if result == NO_MEMORY else

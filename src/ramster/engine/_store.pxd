@@ -301,8 +301,7 @@ cdef int store_where(Store_t *s, uint32_t pool, uint32_t index, uint32_t *peer, 
 cdef int store_flush(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
 cdef int store_flush_if(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil
 cdef uint64_t store_slot(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
-cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, bint ahead,
-                           uint32_t *id) noexcept nogil
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil
 cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil
 cdef EVP_CIPHER_CTX *store_unseal_context() noexcept nogil
 cdef int store_unseal_begin(const RemoteRef *ref, EVP_CIPHER_CTX *ctx) noexcept nogil

@@ -1029,6 +1029,20 @@ cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
     return result
 
 
+cdef int store_populate(Store_t *s, uint32_t pool_id, uint64_t index) noexcept nogil:
+    """Have the 2 MiB of slots around an index now, so that no put to them asks the kernel for memory."""
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = pool_at(s, pool_id)
+    cdef int result = NO_POOL
+    if pool != NULL:
+        if not pool.dense or index >= pool.pages:
+            result = OUT_OF_RANGE
+        else:
+            result = OK if populate(s, pool, index) == 0 else NO_MEMORY
+    leave(reader)
+    return result
+
+
 cdef inline uint64_t *dense_slot(Pool *pool, uint64_t index) noexcept nogil:
     """The slot, or NULL beyond the end and where nothing near the index was ever put."""
     if index >= pool.pages or not load8(&pool.populated[index // SLOTS_PER_CHUNK], ACQUIRE):
@@ -1648,11 +1662,9 @@ cdef uint64_t pool_bytes(const Pool *pool) noexcept nogil:
     return sizeof(Pool) + (pool.pages // SLOTS_PER_CHUNK + 1 if pool.dense else 2 * sizeof(void *) * pool.buckets)
 
 
-cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, bint ahead, uint32_t *id) noexcept nogil:
-    """ahead: all slots of a dense pool are had now, so that no put to it ever asks the kernel for memory."""
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil:
     cdef Pool *pool = <Pool *> calloc(1, sizeof(Pool))
     cdef uint32_t i
-    cdef uint64_t index = 0
     cdef bint placed = False
     if pool == NULL:
         return NO_MEMORY
@@ -1675,11 +1687,6 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
             pool.slots = NULL
             drop_pool_memory(s, pool)
             return NO_MEMORY
-        while ahead and index < pages:
-            if populate(s, pool, index) != 0:
-                drop_pool_memory(s, pool)
-                return NO_MEMORY
-            index += SLOTS_PER_CHUNK
     else:
         pool.buckets = 256
         pool.leaf_buckets = <Leaf **> calloc(pool.buckets, sizeof(Leaf *))
@@ -2624,7 +2631,7 @@ cdef class Store:
         """Let the next shortage raise pressure_fd again."""
         store32(&self.live().pressure_raised, 0, RELEASE)
 
-    def create_pool(self, *, pages=None, bint persistent=True, bint populate=False):
+    def create_pool(self, *, pages=None, bint persistent=True):
         cdef Store_t *s = self.live()
         cdef uint32_t pool = 0
         cdef uint64_t n = 0
@@ -2634,17 +2641,25 @@ cdef class Store:
             if not 0 < pages <= 1 << 32:
                 raise errors.UsageError(f"a pool of {pages} pages: must be 1 to 2^32")
             n = pages
-            if populate and 8 * n > memory_available():
-                raise errors.StoreFull(f"the page table of {pages} pages takes {8 * n >> 20} MiB, more than is available")
-        elif populate:
-            raise errors.UsageError("only a pool of a fixed number of pages can be populated")
         with nogil:
-            result = store_create_pool(s, dense, n, not persistent, populate, &pool)
+            result = store_create_pool(s, dense, n, not persistent, &pool)
         if result == FULL:
             raise errors.StoreFull(f"all {POOLS_MAX} pools are in use")
         if result != OK:
             raise MemoryError("cannot reserve the page table of a new pool")
         return pool
+
+    def populate(self, uint32_t pool, uint64_t pages):
+        cdef Store_t *s = self.live()
+        cdef uint64_t first = 0
+        cdef int result = OK
+        if 8 * pages > memory_available():
+            raise errors.StoreFull(f"the page table of {pages} pages takes {8 * pages >> 20} MiB, more than is available")
+        while first < pages and result == OK:
+            with nogil:
+                result = store_populate(s, pool, first)
+            first += SLOTS_PER_CHUNK
+        raise_for(result, pool, min(first, pages) - 1)
 
     def destroy_pool(self, uint32_t pool):
         cdef Store_t *s = self.live()

@@ -92,9 +92,10 @@ class Store(_store.Store):
         when its bytes fail their checksum or its only copy is gone: it stays lost until it is put or flushed.
         A page on a lender is read through `Links.get`.
     flush_page, flush_object: forget, here and away. True, or how many pages, when there was something.
-    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time, or at once with
-        populate=True: then no put to it ever asks the kernel for memory), pages=None a sparse one. Pages of a pool
-        that is not persistent may be dropped at any time. StoreFull where there is no room for the table.
+    create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse
+        one. Pages of a pool that is not persistent may be dropped at any time.
+    populate: has the slots of the first so many pages of a dense pool in memory, and locked where that is allowed, so
+        that no put to them asks the kernel for memory. StoreFull where there is no room for them.
     census: pages of a dense pool by where they are, {"here", "away", "lost"}; a look at every slot that was ever used.
         The pool must not be destroyed meanwhile.
     destroy_pool: drops every page; the id is used again only afterwards.

@@ -324,6 +324,7 @@ class ExportService:
         """In a thread."""
         pool = self.store.create_pool(pages=most // PAGE_BYTES, persistent=True)
         try:
+            self.store.populate(pool, size // PAGE_BYTES)  # a write must not wait for memory
             number = server.add_export(pool, size, most, read_only)
         except BaseException:
             self.store.destroy_pool(pool)
@@ -349,6 +350,7 @@ class ExportService:
                     "the limit is set when it is made"
                 )
             assert self.server is not None
+            await asyncio.to_thread(self.store.populate, export.pool, size // PAGE_BYTES)
             await asyncio.to_thread(self.server.resize, export.number, size)
             with self._lock:
                 export.size_bytes = size
