@@ -20,6 +20,7 @@ def status_tables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     """The parts of a status, in reading order."""
     yield _node(status)
     yield _memory(status)
+    yield _guard(status.get("guard") or {})
     yield _peers(status.get("peers") or [])
     yield _regions(status.get("regions") or [])
     yield _exports(status.get("exports") or [])
@@ -102,6 +103,20 @@ def _memory(status: Mapping[str, Any]) -> Table:
     table.add_row("gets here / away", f"{_int(counters, 'local_gets')} / {_int(counters, 'remote_gets')}")
     if _int(arena, "corrupt_pages"):
         table.add_row(Text("corrupt pages", style="red"), str(_int(arena, "corrupt_pages")))
+    return table
+
+
+def _guard(guard: Mapping[str, Any]) -> RenderableType:
+    if not guard:
+        return Text("")
+    table = _table("Guard: what a kernel that swaps on this node relies on", "", "state", "detail")
+    table.columns[2].justify = "left"
+    for name, check in guard.items():
+        state = str(check.get("state", "?"))
+        # A refusal is a fault only for a node that is swapped on; the node itself warns then.
+        table.add_row(
+            name, Text(state, style={"ok": "green", "refused": "yellow"}.get(state, "")), str(check.get("detail", ""))
+        )
     return table
 
 

@@ -24,6 +24,7 @@ from ramster.cli.control_client import ControlClient
 from ramster.cli.demo.nodes import PYTHON, end, spawn
 from ramster.constants import CONTROL_SOCKET, REGION_SOCKET
 from ramster.errors import NodeUnreachable, RamsterError
+from ramster.node import holder
 from ramster.testing.proxy import Proxy, wait_until
 
 DEADLINE_S: Final = 30.0
@@ -203,6 +204,8 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait_exit(max(0.0, until - time.monotonic()))
         end([node.process for node in self.nodes.values() if node.process is not None])
+        for node in self.nodes.values():
+            holder.end(node.run_dir)  # of a node that was killed
         for proxy in self.proxies.values():
             proxy.close()
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -19,7 +19,8 @@ HELP = """Stop a node and wait until it is gone.
 A node that holds data which exists nowhere else refuses, and this prints
 what would be lost: pages kept for other nodes, regions of running
 processes, and exports with pages in them. --force stops it all the same; those pages are then lost, never
-wrong.
+wrong. Where no node runs, memory that is kept for the next one ([arena]
+keep) is given back.
 
 \b
 Examples:
@@ -34,8 +35,17 @@ def stop(
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
-    client = ControlClient(control_socket(socket, config))
-    status = client.status()
+    path = control_socket(socket, config)
+    client = ControlClient(path)
+    try:
+        status = client.status()
+    except NodeUnreachable:
+        from ramster.node import holder
+
+        if not holder.end(path.parent):
+            raise
+        typer.echo("no node runs; the memory that was kept for the next one is given back")
+        return
     name, pid = str(status.get("name", "?")), int(status.get("pid", 0))
     # Opened before the order, so that the number cannot have gone to another process meanwhile.
     with _process(pid) as process:

@@ -1,0 +1,236 @@
+"""What a node does to its own process, what it says of it, and what happens where it may not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ramster.constants import MIB
+from ramster.node import privileges
+from ramster.testing.cluster import Cluster, Node
+
+PYTHON = [sys.executable, "-P"]
+EVERY = ["locked_memory", "io_flusher", "oom_score", "open_files", "code", "arena"]
+
+
+def may(capability: int) -> bool:
+    """Whether this process has a capability."""
+    (found,) = re.findall(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(int(found, 16) >> capability & 1)
+
+
+CAN_LOCK = may(14) or resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY
+CAN_SPARE = may(24)
+
+
+def without(capability: str) -> list[str]:
+    """A command in front of another, which then lacks this capability."""
+    if shutil.which("setpriv") is None or os.geteuid() != 0:
+        pytest.skip("needs root and setpriv to give up a capability")
+    return ["setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}"]
+
+
+def python(code: str, before: list[str] | None = None) -> Any:
+    """What the code prints, as JSON, in a process of its own."""
+    command = [*(before or []), *PYTHON, "-c", "import json\nfrom ramster.node.privileges import *\n" + code]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+# --- what may be done, asked without a node ------------------------------------------------------------------------
+
+
+def test_what_would_be_allowed_is_said_without_changing_anything() -> None:
+    before = Path("/proc/self/oom_score_adj").read_text(), resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    found = {check.name: check for check in privileges.checks(arena_bytes=64 * MIB)}
+    assert (Path("/proc/self/oom_score_adj").read_text(), resource.getrlimit(resource.RLIMIT_MEMLOCK)) == before
+    assert found.keys() >= {"locked_memory", "io_flusher", "oom_score", "open_files", "arena"}
+    assert (found["locked_memory"].state == "ok") == CAN_LOCK
+    assert (found["oom_score"].state == "ok") == CAN_SPARE
+    if not CAN_SPARE:
+        assert found["io_flusher"].state == "refused", "unsupported is something else"
+    for check in found.values():
+        assert check.detail
+        assert bool(check.advice) == (check.state in ("refused", "unsupported")), check
+
+
+def test_a_limit_that_a_node_would_run_into_is_refused_beforehand() -> None:
+    """mlockall itself would be allowed there, and every later mmap fail."""
+    code = """
+import resource, threading
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
+check = lock_memory()
+threads = [threading.Thread(target=int) for _ in range(4)]
+[thread.start() for thread in threads]
+print(json.dumps([check.state, check.detail, may_lock(4 << 20), may_lock(16 << 20)]))
+"""
+    if 0 <= resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] < 8 * MIB:
+        pytest.skip("the limit is lower here")
+    state, detail, less, more = python(code, without("ipc_lock"))
+    assert (state, less, more) == ("refused", True, False)
+    assert "not more than 8MiB" in detail
+
+
+def test_without_a_capability_the_advice_names_it() -> None:
+    code = "print(json.dumps([[c.name, c.state, c.advice] for c in checks(1 << 30)]))"
+    before = without("ipc_lock")
+    found = {name: (state, advice) for name, state, advice in python(code, before)}
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY:
+        pytest.skip("locked memory is not limited here")
+    for name in ("arena", "locked_memory"):
+        assert found[name][0] == "refused" and "CAP_IPC_LOCK" in found[name][1] and "LimitMEMLOCK" in found[name][1]
+
+
+def test_an_unknown_order_to_the_kernel_is_unsupported() -> None:
+    """What an older kernel answers: EINVAL."""
+    code = """
+import ramster.node.privileges as p
+p.PR_SET_IO_FLUSHER = 123456
+p.MCL_ONFAULT = 64
+print(json.dumps([become_flusher().state, lock_memory().state if may_lock(1 << 40) else "unsupported"]))
+"""
+    assert python(code) == ["unsupported", "unsupported"]
+
+
+@pytest.mark.skipif(not CAN_LOCK, reason="memory may not be locked here")
+def test_what_is_locked_is_what_is_touched() -> None:
+    """Neither a file in memory that is mapped later nor a thread's stack is brought in whole."""
+    code = """
+import mmap, os, threading
+from pathlib import Path
+from ramster.node.privileges import _libc
+assert lock_memory().state == "ok"
+def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+fd = os.memfd_create("region"); os.ftruncate(fd, 256 << 20)
+before = resident()
+m = mmap.mmap(fd, 256 << 20)
+stop = threading.Event()
+threads = [threading.Thread(target=stop.wait) for _ in range(8)]
+[thread.start() for thread in threads]
+after = resident()
+stop.set()
+print(json.dumps([after - before, os.fstat(fd).st_blocks]))
+"""
+    grown, blocks = python(code)
+    assert grown < 8 * MIB
+    assert blocks == 0, "a hole that is touched is a page of zeros"
+
+
+def test_the_program_is_brought_into_memory() -> None:
+    code = "check = hold_code(); print(json.dumps([check.state, check.detail]))"
+    state, detail = python(code)
+    if state == "unsupported":
+        pytest.skip(detail)
+    assert int(detail.split()[0]) >= 4
+
+
+def test_the_lowest_score_that_is_allowed_is_found() -> None:
+    if CAN_SPARE:
+        pytest.skip("this user may set any score")
+    code = """
+import os
+from ramster.node import privileges as p
+p._set_oom_score(300)
+check = avoid_oom()
+print(json.dumps([check.state, check.detail]))
+"""
+    state, detail = python(code)
+    lowest = int(Path("/proc/self/oom_score_adj").read_text())
+    assert state == "refused"
+    assert detail == f"oom_score_adj is {min(lowest, 300)} instead of 300, not -1000"
+
+
+# --- where an arena's file lies ------------------------------------------------------------------------------------
+
+
+def test_a_file_on_a_disk_is_no_arena(tmp_path: Path) -> None:
+    found = privileges.keeps_in_ram(tmp_path / "not" / "there" / "arena")
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    if kind.strip() == "tmpfs":
+        pytest.skip("temporary files are in memory here")
+    assert found.state == "refused" and "not on a tmpfs" in found.detail and "noswap" in found.advice
+
+
+@pytest.mark.parametrize(("options", "state"), [("noswap,size=1m", "ok"), ("size=1m", "refused")])
+def test_a_tmpfs_keeps_an_arena_if_it_is_never_swapped_out(tmp_path: Path, options: str, state: str) -> None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("needs root and unshare to mount")
+    code = (
+        "import json\nfrom pathlib import Path\nfrom ramster.node.privileges import keeps_in_ram\n"
+        f"print(json.dumps(keeps_in_ram(Path({str(tmp_path / 'arena')!r})).state))"
+    )
+    # In a mount namespace of its own: nothing is left mounted.
+    script = f'mount -t tmpfs -o {options} ramster "$1" || exit 99; shift; exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, "sh", str(tmp_path), *PYTHON, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if ran.returncode == 99 or "unshare" in ran.stderr:
+        pytest.skip(f"cannot mount that here: {ran.stderr.strip()}")
+    assert json.loads(ran.stdout) == state, ran.stderr
+
+
+# --- a node --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    with Cluster({"alpha": {"node": {"guard": getattr(request, "param", "auto")}, "arena": {"lock": True}}}) as cluster:
+        cluster["alpha"].start()
+        cluster["alpha"].wait(lambda status: status["state"] == "running", "runs")
+        yield cluster["alpha"]
+
+
+def test_a_node_says_what_came_of_it(node: Node) -> None:
+    guard = node.status()["guard"]
+    assert sorted(guard) == sorted(EVERY)
+    assert (guard["locked_memory"]["state"] == "ok") == CAN_LOCK
+    assert guard["oom_score"] == {
+        "state": "off",
+        "detail": "oom_score_adj is 0 until the node has an export",
+        "advice": "",
+    }
+    assert "guard: open_files ok" in node.log and "io_flusher" in node.log
+    assert node.process is not None
+    status = Path(f"/proc/{node.process.pid}/status").read_text()
+    locked = int(re.findall(r"^VmLck:\s*(\d+)", status, re.MULTILINE)[0])
+    assert (locked > 100_000) == CAN_LOCK, "more than the arena"
+
+
+@pytest.mark.parametrize("node", ["off"], indirect=True)
+def test_off_is_off(node: Node) -> None:
+    guard = node.status()["guard"]
+    assert {guard[name]["state"] for name in EVERY if name != "arena"} == {"off"}
+
+
+@pytest.mark.parametrize("node", ["on"], indirect=True)
+def test_on_spares_a_node_from_the_oom_killer_at_once(node: Node) -> None:
+    assert node.process is not None
+    score = int(Path(f"/proc/{node.process.pid}/oom_score_adj").read_text())
+    said = node.status()["guard"]["oom_score"]
+    assert (said["state"], score == -1000) == (("ok", True) if CAN_SPARE else ("refused", False))
+
+
+@pytest.mark.skipif(not CAN_SPARE, reason="needs CAP_SYS_RESOURCE")
+@pytest.mark.parametrize("node", ["on"], indirect=True)
+def test_every_thread_of_a_node_is_a_flusher(node: Node) -> None:
+    assert node.status()["guard"]["io_flusher"]["state"] == "ok"
+
+
+def test_a_node_with_an_export_is_spared_and_one_without_is_not() -> None:
+    guard = privileges.Guard("auto")
+    before = Path("/proc/self/oom_score_adj").read_text()
+    guard.serve(True)
+    assert guard.report()["oom_score"]["state"] == ("ok" if CAN_SPARE else "refused")
+    guard.serve(False)
+    assert guard.report()["oom_score"]["state"] == "off"
+    assert Path("/proc/self/oom_score_adj").read_text() == before
