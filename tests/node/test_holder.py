@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ramster.constants import MIB
+from ramster.constants import MIB, PAGE_BYTES
+from ramster.engine.store import Store
 from ramster.errors import PortTaken, StoreFull
 from ramster.node import holder
 from ramster.testing.cluster import Cluster, Node
@@ -66,6 +68,19 @@ def test_it_has_the_memory_and_keeps_it_when_its_user_is_gone(run_dir: Path) -> 
     second.release(end=True)
     wait_until(lambda: gone(first.pid), "it ends")
     assert not (run_dir / holder.HOLDER_SOCKET).exists()
+
+
+def test_a_store_in_it_finds_its_memory_there(run_dir: Path) -> None:
+    """Mapped, not touched page by page, and nothing is cleared."""
+    with take(run_dir) as kept:
+        if not kept.locked:
+            pytest.skip("memory may not be locked here")
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        store = Store(SIZE, segment_bytes=SEGMENT, arena_fd=kept.descriptor, cleaner=False)
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+        assert store.statistics().locked
+        assert faults < SIZE // PAGE_BYTES // 8
+        store.close()
 
 
 def test_its_own_memory_is_small(run_dir: Path) -> None:
@@ -143,11 +158,6 @@ def start(node: Node) -> int:
     node.start()
     status = node.wait(lambda status: status["state"] == "running", "runs")
     return int(re.findall(r"process (\d+) keeps 64MiB", status["guard"]["holder"]["detail"])[0])
-
-
-def faults(node: Node) -> int:
-    assert node.process is not None
-    return int(Path(f"/proc/{node.process.pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
 def test_a_node_that_was_killed_starts_again_in_the_same_memory(node: Node) -> None:
