@@ -3,7 +3,7 @@
 PYTHON_SOURCES := $(wildcard src tests bench scripts)
 VENV := .venv/bin
 
-.PHONY: help setup demo test lint bench asan tsan soak docs clean
+.PHONY: help setup demo test guest lint bench asan tsan soak docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -17,6 +17,10 @@ demo: setup ## Two nodes on this machine, an array larger than its RAM, every pa
 test: ## Run the tests (as root on Debian, programs of others that they use are installed first)
 	@scripts/bootstrap.sh --tests
 	@$(VENV)/python -m pytest tests
+
+guest: ## A real kernel swaps on an export in QEMU, the long tests too (one kills a lender meanwhile)
+	@scripts/bootstrap.sh --tests
+	@$(VENV)/python -m pytest tests/guest -m "long or not long"
 
 lint: setup ## ruff, formatting, mypy --strict
 	@$(VENV)/ruff check $(PYTHON_SOURCES)

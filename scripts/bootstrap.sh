@@ -86,6 +86,7 @@ missing_test_packages() {
     has_program nbdfuse || echo nbdfuse
     /usr/bin/python3 -c 'import nbd' 2>/dev/null || echo python3-libnbd
     has_program qemu-img || echo qemu-utils
+    [ "$(uname -m)" != x86_64 ] || has_program qemu-system-x86_64 || echo qemu-system-x86
     has_program fio || echo fio
     has_program nbd-client || echo nbd-client
     has_program fusermount3 || echo fuse3

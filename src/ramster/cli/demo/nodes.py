@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,7 +150,13 @@ def _failure(node: DemoNode) -> RamsterError:
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """A second Ctrl-C or SIGTERM does not stop the clean-up of the first; what is in here is short and bounded."""
+    """A second Ctrl-C or SIGTERM does not stop the clean-up of the first; what is in here is short and bounded.
+
+    In another thread than the first it does nothing: signals do not interrupt those.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield
