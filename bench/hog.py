@@ -12,7 +12,6 @@ import contextlib
 import json
 import mmap
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ if __name__ == "__main__":
 from bench.data import PAGE
 from bench.latency import cpu_ns
 from bench.nodes import cluster
-from bench.rows import Row, compare
+from bench.rows import Row, Unavailable, compare, installed
 
 import ramster
 from ramster.cli.demo.nodes import spawn
@@ -54,12 +53,24 @@ WALKS: Final = (
 )
 
 
-class Unavailable(Exception):
-    """What this machine lacks to swap to zram."""
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="ascii")
+
+
+@contextlib.contextmanager
+def swap(device: str) -> Iterator[None]:
+    """A device or file is swap; it loses what it holds."""
+    if os.geteuid() != 0:
+        raise Unavailable("swap needs root")
+    mkswap, swapon, swapoff = (installed(name) for name in ("mkswap", "swapon", "swapoff"))
+    subprocess.run([mkswap, device], check=True, capture_output=True)
+    done = subprocess.run([swapon, "-p", "5", device], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(done.stderr.strip())
+    try:
+        yield
+    finally:
+        subprocess.run([swapoff, device], check=False, capture_output=True)
 
 
 @contextlib.contextmanager
@@ -69,8 +80,6 @@ def zram(size: int) -> Iterator[str]:
         raise Unavailable("zram needs root")
     if not CONTROL.is_dir():
         raise Unavailable("this kernel has no zram")
-    if missing := [name for name in ("mkswap", "swapon", "swapoff") if shutil.which(name) is None]:
-        raise Unavailable(f"{', '.join(missing)} not installed")
     with contextlib.ExitStack() as undo:
         number = (CONTROL / "hot_add").read_text(encoding="ascii").strip()
         disk, device = Path(f"/sys/block/zram{number}"), f"/dev/zram{number}"
@@ -83,9 +92,7 @@ def zram(size: int) -> Iterator[str]:
         until = time.monotonic() + 5.0
         while not Path(device).exists() and time.monotonic() < until:
             time.sleep(0.01)  # udev makes the node
-        subprocess.run(["mkswap", device], check=True, capture_output=True)
-        undo.callback(subprocess.run, ["swapoff", device], check=False, capture_output=True)
-        subprocess.run(["swapon", "-p", "5", device], check=True, capture_output=True)
+        undo.enter_context(swap(device))
         yield codec
 
 
@@ -143,10 +150,10 @@ class Hog:
             raise AssertionError(f"wrong pages: {wrong}, the first {answer['first']}")
         return answer
 
-    def rate(self, order: str, dirty: int) -> float:
-        """Pages per second of one pass."""
+    def rate(self, order: str, dirty: int, seconds: float = DEADLINE_S) -> float:
+        """Pages per second of one pass, or of so much of it as `seconds` allow."""
         self.seed += 1
-        answer = self.ask(order=order, dirty=dirty, seed=self.seed)
+        answer = self.ask(order=order, dirty=dirty, seed=self.seed, seconds=seconds)
         self.cpu_us = answer["cpu_ns"] / answer["visits"] / 1000
         return float(answer["visits"]) * 1e9 / float(answer["ns"])
 

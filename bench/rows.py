@@ -7,9 +7,23 @@ ratio of neighbours holds.
 
 from __future__ import annotations
 
+import os
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+class Unavailable(Exception):
+    """What this machine lacks to measure a path, or to run a peer beside it."""
+
+
+def installed(program: str) -> str:
+    """Its path; raises Unavailable. The folders of root's programs count, whoever asks."""
+    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if found is None:
+        raise Unavailable(f"{program} is not installed")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ COMPARED = {
     "hog": ["verifying"],
     "scale": ["4 MiB, 1 region, 4 threads", "8 MiB, 4 regions, 4 threads"],
     "tail": ["local fault, random, beside cleaning and remotify, p99.9"],
+    "nbd": ["NBD"],
+    "swap": ["swap on an export"],
     "remote": [
         "remotify",
         "remote get, one at a time, p50",
@@ -82,7 +84,7 @@ def has_userfaultfd(rows: list[dict[str, Any]]) -> bool:
 
 @pytest.mark.parametrize("name", [name for names in COMPARED.values() for name in names])
 def test_each_path_stands_beside_its_floor(rows: list[dict[str, Any]], name: str) -> None:
-    if not has_userfaultfd(rows) and name not in COMPARED["store"]:
+    if not has_userfaultfd(rows) and name not in (*COMPARED["store"], *COMPARED["nbd"], *COMPARED["swap"]):
         pytest.skip("userfaultfd is not permitted here")
     found = [row for row in rows if row["path"].startswith(name)]
     assert found
