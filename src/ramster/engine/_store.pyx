@@ -339,6 +339,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     row.live_bytes = 0
     row.meta = NULL
     row.damaged = False
+    row.spill = 0
     row.touched_ms = 0 if cleaner else coarse_ms()
     store32(&row.state, SEG_OPEN, RELEASE)
     spin_unlock(&row.lock)
@@ -383,7 +384,8 @@ cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
 cdef void queue_compact(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a remote segment that is mostly dead waits for the order to compact it."""
     cdef Segment *row = &s.segments[segment]
-    if row.compacting or <uint64_t> row.live_bytes * 1024 >= <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
+    if row.compacting or row.peer == SPILL_PEER or \
+            <uint64_t> row.live_bytes * 1024 >= <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
         return
     row.compacting = COMPACT_QUEUED
     row.compact_next = SEGMENT_FRAMES_NONE
@@ -401,6 +403,7 @@ cdef void queue_compact(Store_t *s, uint32_t segment) noexcept nogil:
 cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a segment that lies nowhere any more."""
     cdef Segment *row = &s.segments[segment]
+    ASSERT(row.spill == 0, b"whoever frees a segment has given back its room in the spill file")
     if row.meta != NULL:
         OPENSSL_cleanse(row.meta.key, 32)
         free(row.meta)
@@ -1498,6 +1501,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             ref.ordinal = slot_ordinal(slot)
             ref.peer = row.peer
             ref.handle = row.handle
+            ref.spill = row.spill
             memcpy(ref.seal_id, row.meta.seal_id, SEAL_ID_BYTES)
             memcpy(ref.key, row.meta.key, 32)
             spin_unlock(&row.lock)
@@ -2114,8 +2118,10 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
     return base + position
 
 
-cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil:
-    """The lender has it: from here on the segment is remote. Entries that died on the way are dead there too."""
+cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, uint32_t spill,
+                            RemoteMeta *meta) noexcept nogil:
+    """The lender has it, or the spill file (SPILL_PEER), or both: from here on the segment is remote. Entries that died on the
+    way are dead there too."""
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t ordinal, frame, live = 0, live_bytes = 0, held_bytes = 0
     spin_lock(&row.lock)
@@ -2134,6 +2140,7 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
     row.meta = meta
     row.peer = peer
     row.handle = handle
+    row.spill = spill
     store32(&row.frame, SEGMENT_FRAMES_NONE, RELAXED)
     row.held_bytes = held_bytes
     row.compacting &= COMPACT_QUEUED        # it may still be in the queue from its former life
@@ -2165,8 +2172,10 @@ cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcep
     spin_unlock(&row.lock)
 
 
-cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil:
-    """Take the next remote segment that a lender must be told to forget."""
+cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle,
+                           uint32_t *spill) noexcept nogil:
+    """Take the next remote segment that a lender must be told to forget, and the room in the spill file that it gives back
+    (its number and 1, or 0): the caller's from here on."""
     cdef Segment *row
     pthread_mutex_lock(&s.freed_lock)
     if s.freed_count == 0:
@@ -2182,6 +2191,8 @@ cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, 
     generation[0] = row.generation
     peer[0] = row.peer
     handle[0] = row.handle
+    spill[0] = row.spill
+    row.spill = 0
     spin_unlock(&row.lock)
     return True
 
@@ -2285,6 +2296,70 @@ cdef void store_freed_told(Store_t *s, uint32_t segment, uint32_t generation, ui
     spin_unlock(&row.lock)
 
 
+cdef void fall_back(Store_t *s, Segment *row) noexcept nogil:
+    """Under the row's lock: a remote segment whose lender has it no more is lost, unless the spill file has it too. What it
+    holds there is what was sealed: nothing was compacted."""
+    cdef uint32_t ordinal
+    if row.spill == 0:
+        store32(&row.state, SEG_LOST, RELEASE)
+        count(s, C_LOST_SEGMENTS, 1)
+        return
+    row.peer = SPILL_PEER
+    row.compacting &= COMPACT_QUEUED
+    row.held_bytes = 0
+    for ordinal in range(row.entries):
+        row.held_bytes += <uint32_t> (row.meta.sizes[ordinal] & 0x7fff) * 8
+
+
+cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil:
+    """The segment that this slot value names has an image in the spill file, alone or beside a lender's."""
+    cdef Segment *row
+    cdef bint spilled
+    if slot_kind(slot) != KIND_STORED or slot_segment(slot) >= load32(&s.segments_used, ACQUIRE):
+        return False
+    row = &s.segments[slot_segment(slot)]
+    spin_lock(&row.lock)
+    spilled = row.generation == slot_generation(slot) and row.state == SEG_REMOTE and row.spill != 0
+    spin_unlock(&row.lock)
+    return spilled
+
+
+cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,
+                            uint32_t *offsets, uint16_t *sizes) noexcept nogil:
+    """Where entries of a segment lie in its image in the spill file, from this node's own table: nothing in the file is
+    believed. Returns the image's number there, and 1; 0 when it has none (any more)."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t at[ORDINALS_MAX]
+    cdef uint32_t ordinal, k, position, last = 0, spill = 0
+    for k in range(count):
+        last = max(last, ordinals[k])
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and last < row.entries:
+        spill = row.spill
+        position = align8(FRAME_HEADER_BYTES + 2 * row.entries)
+        for ordinal in range(last + 1):
+            at[ordinal] = position
+            position += <uint32_t> (row.meta.sizes[ordinal] & 0x7fff) * 8
+        for k in range(count):
+            offsets[k] = at[ordinals[k]]
+            sizes[k] = <uint16_t> ((row.meta.sizes[ordinals[k]] & 0x7fff) * 8)
+    spin_unlock(&row.lock)
+    return spill
+
+
+cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
+    """The image in the spill file is no good, and a lender has the segment too: forget that image. Returns its number there,
+    and 1, for the caller to free; 0 when there is nothing to forget, or nothing else to read."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t spill = 0
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.peer != SPILL_PEER:
+        spill = row.spill
+        row.spill = 0
+    spin_unlock(&row.lock)
+    return spill
+
+
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
     """A lender's memory is gone for good (it restarted or said goodbye): what only it held is lost. Returns pages."""
     cdef uint32_t segment
@@ -2294,23 +2369,38 @@ cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
         row = &s.segments[segment]
         spin_lock(&row.lock)
         if row.peer == peer and row.state == SEG_REMOTE:
-            store32(&row.state, SEG_LOST, RELEASE)
-            pages += row.live_entries
-            count(s, C_LOST_SEGMENTS, 1)
+            fall_back(s, row)
+            pages += row.live_entries if row.state == SEG_LOST else 0
         elif row.peer == peer and row.state == SEG_FREE_SENT:
             free_row(s, segment)
         spin_unlock(&row.lock)
     return pages
 
 
-cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
-    """Its lender says that it has this segment no more."""
+cdef bint store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
+    """Its lender says that it has this segment no more. True: the spill file has it, look again."""
     cdef Segment *row = &s.segments[segment]
+    cdef bint spilled
     spin_lock(&row.lock)
     if row.state == SEG_REMOTE and row.generation == generation and row.peer == peer:
-        store32(&row.state, SEG_LOST, RELEASE)
-        count(s, C_LOST_SEGMENTS, 1)
+        fall_back(s, row)
+    spilled = row.state == SEG_REMOTE and row.generation == generation and row.peer == SPILL_PEER
     spin_unlock(&row.lock)
+    return spilled
+
+
+cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
+    """What a lender sent of this segment is damaged. True: the spill file has it too and is asked from now on; False: nothing
+    has changed, and other pages of it may be right."""
+    cdef Segment *row = &s.segments[segment]
+    cdef bint spilled = False
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.spill:
+        if row.peer == peer:
+            fall_back(s, row)
+        spilled = row.peer == SPILL_PEER
+    spin_unlock(&row.lock)
+    return spilled
 
 
 cdef EVP_CIPHER_CTX *store_unseal_context() noexcept nogil:
@@ -2747,11 +2837,11 @@ cdef class Store:
         return dropped
 
     def where(self, uint32_t pool, uint64_t index):
-        """'here', 'lost', 'none' or the number of the lender, of a page in a dense pool."""
+        """'here', 'spill', 'lost', 'none' or the number of the lender, of a page in a dense pool."""
         cdef uint32_t peer = 0
         cdef uint64_t slot = 0
         cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
-        return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, peer)
+        return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, "spill" if peer == SPILL_PEER else peer)
 
     def census(self, uint32_t pool):
         """Pages of a dense pool by where they are: here (same-filled ones too), away, lost. A glance, while others go on; the
@@ -2924,7 +3014,7 @@ cdef class Store:
         cdef uint32_t i
         cdef Segment *row
         cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
-        cdef uint64_t used_r = 0, metadata = 0, rows
+        cdef uint64_t used_r = 0, metadata = 0, rows, spilled = 0, mirrored = 0, pages_s = 0
         for i in range(load32(&s.segments_used, ACQUIRE)):
             row = &s.segments[i]
             spin_lock(&row.lock)
@@ -2937,6 +3027,11 @@ cdef class Store:
                 live_r += row.live_bytes
                 pages_r += row.live_entries
                 used_r += row.held_bytes
+                if row.peer == SPILL_PEER:
+                    spilled += 1
+                    pages_s += row.live_entries
+                elif row.spill:
+                    mirrored += 1
             elif row.state == SEG_LOST:
                 lost += 1
                 pages_x += row.live_entries
@@ -2962,8 +3057,8 @@ cdef class Store:
         puts = tallied(s, T_PUTS)
         return dict(
             arena_bytes=s.arena_bytes, segment_bytes=s.segment_bytes, frames_total=s.frames, frames_free=i,
-            segments_local=local, segments_remote=remote, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
-            pages_local=pages_l, pages_remote=pages_r, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
+            segments_local=local, segments_remote=remote, segments_spilled=spilled, segments_mirrored=mirrored, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
+            pages_local=pages_l, pages_remote=pages_r, pages_spilled=pages_s, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
             dead_bytes=used_l - live_l, live_bytes_remote=live_r, dead_bytes_remote=used_r - live_r,
             table_bytes=total(s, C_TABLE_BYTES), puts=puts, gets=tallied(s, T_GETS),
             local_gets=tallied(s, T_LOCAL_GETS), gets_missed=tallied(s, T_GETS_MISSED), flushes=tallied(s, T_FLUSHES),

@@ -1,0 +1,422 @@
+"""The spill file: the last tier. Sealed images of segments in one file, read back page by page.
+
+Covers: rooms for images, writing and reading them, the threads that wait for the disk. Does not cover: which segments go
+there (remotify), making and naming the file (engine.spill), what a segment or a get is (_store, _link).
+
+Rules:
+
+* Only threads of this module wait for the disk, and the shipper where images are mirrored. They read into memory of their own
+  and ask again whether anybody still waits before they touch the request: a disk that hangs makes gets fail at their
+  deadline like a lender that hangs.
+* One thread at most writes orders; the others are for those who wait for a page.
+* Nothing in the file is believed. Where an entry lies comes from the store's own table, and what is read is checked by its
+  tag, whose key never leaves RAM, against seal id, ordinal and key of the page. So a room may be given to another image
+  while it is still being read: what comes is no entry of that page, or the page's slot has changed before.
+* O_DIRECT where the file system has it: a tier that serves memory pressure must neither fill the page cache nor wait for it.
+
+Lock order: pending_lock or ship_lock (of _link), then 'lock'.
+"""
+from libc.errno cimport EINTR, EIO, ENOSPC, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from ramster.engine._c.atomic cimport *
+from ramster.engine._c.check cimport ASSERT
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
+from ramster.engine._c.linux cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, POSIX_FADV_DONTNEED, PROT_READ, PROT_WRITE, SYNC_FILE_RANGE_WRITE, fallocate,
+    mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
+from ramster.engine._c.pthread cimport (
+    coarse_ms, cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
+from ramster.engine._histogram cimport quantile, record
+from ramster.engine._link cimport (
+    GET_PAGES_MAX, Links, Links_t, Pending, pending_arrived, pending_asked, pending_claim, reply_bytes)
+from ramster.engine._store cimport (
+    BUSY, ENTRY_BYTES_MAX, LOST, OK, SPILL_PEER, RemoteMeta, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
+    store_spilled, store_touch, store_unseal_context, store_unspill)
+
+import os
+
+from ramster import errors
+
+cdef uint32_t NONE = 0xffffffffu
+
+
+cdef inline void say(uint64_t *counter, uint64_t amount) noexcept nogil:
+    add64(counter, amount, RELAXED)
+
+
+cdef inline uint64_t place(const Spill_t *sp, uint32_t room) noexcept nogil:
+    return BLOCK + <uint64_t> room * sp.image_bytes
+
+
+# --- rooms ---------------------------------------------------------------------------------------------------------
+
+cdef uint32_t take_room(Spill_t *sp) noexcept nogil:
+    """The next free one after the last taken, so that images written together lie together; NONE when all are in use."""
+    cdef uint32_t i = 0, room = NONE, words = (sp.images + 63) // 64, word
+    cdef uint64_t bits
+    pthread_mutex_lock(&sp.lock)
+    if sp.free:
+        word = sp.cursor // 64
+        bits = ~sp.used[word] & (~<uint64_t> 0 << (sp.cursor & 63))
+        while bits == 0 and i <= words:
+            word = (word + 1) % words
+            bits = ~sp.used[word]
+            i += 1
+        ASSERT(bits != 0, b"what is counted as free is found")
+        room = word * 64 + <uint32_t> ctz64(bits)
+        sp.used[word] |= <uint64_t> 1 << (room & 63)
+        sp.free -= 1
+        sp.cursor = (room + 1) % sp.images
+    pthread_mutex_unlock(&sp.lock)
+    return room
+
+
+cdef void give_room(void *spill, uint32_t room) noexcept nogil:
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef uint64_t bit = <uint64_t> 1 << (room & 63)
+    pthread_mutex_lock(&sp.lock)
+    ASSERT(room < sp.images and sp.used[room // 64] & bit, b"a room is given back once")
+    sp.used[room // 64] &= ~bit
+    sp.free += 1
+    pthread_mutex_unlock(&sp.lock)
+
+
+# --- the disk ------------------------------------------------------------------------------------------------------
+
+cdef bint read_file(Spill_t *sp, uint8_t *buffer, uint32_t bytes, uint64_t at) noexcept nogil:
+    cdef uint32_t done = 0
+    cdef int64_t n
+    while done < bytes:
+        n = pread(sp.fd, buffer + done, bytes - done, <long> (at + done))
+        if n < 0 and errno == EINTR:
+            continue
+        if n <= 0:                      # 0: somebody has cut the file short
+            store32(&sp.last_errno, <uint32_t> errno if n < 0 else EIO, RELAXED)
+            say(&sp.read_errors, 1)
+            return False
+        done += <uint32_t> n
+    if not sp.direct:
+        posix_fadvise(sp.fd, <long> at, bytes, POSIX_FADV_DONTNEED)
+    return True
+
+
+cdef bint write_file(Spill_t *sp, uint8_t *image, uint32_t bytes, uint32_t room) noexcept nogil:
+    """An image, padded to whole blocks in its buffer."""
+    cdef uint32_t done = 0, whole = (bytes + BLOCK - 1) & ~<uint32_t> (BLOCK - 1)
+    cdef uint64_t at = place(sp, room)
+    cdef int64_t n
+    memset(image + bytes, 0, whole - bytes)
+    while done < whole:
+        n = pwrite(sp.fd, image + done, whole - done, <long> (at + done))
+        if n < 0 and errno == EINTR:
+            continue
+        if n <= 0:
+            store32(&sp.last_errno, <uint32_t> errno if n < 0 else ENOSPC, RELAXED)
+            store64(&sp.failed_ms, coarse_ms(), RELAXED)
+            say(&sp.write_errors, 1)
+            return False
+        done += <uint32_t> n
+    if not sp.direct:
+        # What waits in the page cache would be dropped only once it is on the disk: begin now, drop what is there already.
+        sync_file_range(sp.fd, <long> at, whole, SYNC_FILE_RANGE_WRITE)
+        posix_fadvise(sp.fd, BLOCK, <long> (at - BLOCK), POSIX_FADV_DONTNEED)
+    say(&sp.write_count, 1)
+    say(&sp.bytes_written, whole)
+    return True
+
+
+cdef void read_pages(Thread *t, const Read *read) noexcept nogil:
+    """Read what a get asks for, in one piece from its first to its last entry: they lie within one image."""
+    cdef Spill_t *sp = t.spill
+    cdef uint32_t segment = 0, generation = 0, pages, room, k, low = NONE, high = 0, at
+    cdef uint16_t ordinals[GET_PAGES_MAX]
+    cdef uint32_t offsets[GET_PAGES_MAX]
+    cdef uint16_t sizes[GET_PAGES_MAX]
+    cdef int status = OK
+    cdef Pending *p
+    pages = pending_asked(sp.links, read.pending, read.id, &segment, &generation, ordinals)
+    if pages == 0:
+        return
+    room = store_spilled(sp.store, segment, generation, ordinals, pages, offsets, sizes)
+    if room == 0:
+        status = BUSY
+    else:
+        for k in range(pages):
+            ASSERT(sizes[k] <= ENTRY_BYTES_MAX and offsets[k] + sizes[k] <= sp.image_bytes, b"an entry lies in its image")
+            low = min(low, offsets[k])
+            high = max(high, offsets[k] + sizes[k])
+        low &= ~<uint32_t> (BLOCK - 1)
+        high = (high + BLOCK - 1) & ~<uint32_t> (BLOCK - 1)
+        if not read_file(sp, t.buffer, high - low, place(sp, room - 1) + low):
+            status = LOST
+    p = pending_claim(sp.links, read.pending, read.id)
+    if p == NULL:
+        return
+    if status == LOST and p.ref.peer != SPILL_PEER:
+        # A lender has it too: whoever waits looks again, and is sent there.
+        room = store_unspill(sp.store, segment, generation)
+        if room:
+            give_room(sp, room - 1)
+        status = BUSY
+    at = (2 * pages + 7) & ~<uint32_t> 7
+    if status == OK:
+        memset(t.body, 0, at)
+        memcpy(t.body, sizes, 2 * pages)
+        for k in range(pages):
+            memcpy(t.body + at, t.buffer + (offsets[k] - low), sizes[k])
+            at += sizes[k]              # a multiple of 8, as entries in images are
+    say(&sp.read_count, 1)
+    say(&sp.pages_read, pages)
+    record(&sp.read_ns, now_ns() - read.asked_ns)
+    pending_arrived(sp.links, p, status, t.body, at, t.open_ctx)
+
+
+cdef void write_segment(Thread *t, const Write *order) noexcept nogil:
+    """Seal a segment and write it. Whatever fails leaves it in the arena, whole."""
+    cdef Spill_t *sp = t.spill
+    cdef RemoteMeta *meta = NULL
+    cdef uint32_t bytes, room
+    store32(&sp.store.segments[order.segment].ordered, 0, RELAXED)
+    room = take_room(sp)
+    if room == NONE:
+        say(&sp.refused, 1)
+        store_touch(sp.store, order.segment, order.generation)
+        return
+    if store_ship_begin(sp.store, order.segment, order.generation) != OK:
+        give_room(sp, room)
+        return
+    bytes = store_seal_image(sp.store, order.segment, t.buffer, &meta, t.seal_ctx, NULL)
+    if bytes != 0 and write_file(sp, t.buffer, bytes, room):
+        store_ship_commit(sp.store, order.segment, SPILL_PEER, 0, room + 1, meta)
+        return
+    if bytes != 0:
+        free(meta)
+    give_room(sp, room)
+    store_ship_abort(sp.store, order.segment)
+
+
+cdef void *thread_main(void *argument) noexcept nogil:
+    cdef Thread *t = <Thread *> argument
+    cdef Spill_t *sp = t.spill
+    cdef Read read
+    cdef Write order
+    cdef bint writes
+    while True:
+        pthread_mutex_lock(&sp.lock)
+        while not sp.stopping and sp.reads_count == 0 and (sp.orders_count == 0 or sp.writing):
+            cond_wait_until(&sp.wanted, &sp.lock, now_ns() + 500000000ull)
+        if sp.stopping:
+            pthread_mutex_unlock(&sp.lock)
+            return NULL
+        writes = sp.orders_count != 0 and not sp.writing and (sp.reads_count == 0 or sp.read_last)
+        sp.read_last = not writes
+        if writes:
+            order = sp.orders[sp.orders_head]
+            sp.orders_head = (sp.orders_head + 1) % ORDERS_MAX
+            sp.orders_count -= 1
+            sp.writing = 1
+        else:
+            read = sp.reads[sp.reads_head]
+            sp.reads_head = (sp.reads_head + 1) % READS_MAX
+            sp.reads_count -= 1
+        pthread_mutex_unlock(&sp.lock)
+        if not writes:
+            read_pages(t, &read)
+            continue
+        write_segment(t, &order)
+        pthread_mutex_lock(&sp.lock)
+        sp.writing = 0
+        pthread_mutex_unlock(&sp.lock)
+
+
+# --- for the links -------------------------------------------------------------------------------------------------
+
+cdef bint spill_get(void *spill, uint32_t pending, uint64_t id) noexcept nogil:
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef Read *read
+    cdef bint room
+    pthread_mutex_lock(&sp.lock)
+    room = sp.reads_count < READS_MAX and not sp.stopping
+    if room:
+        read = &sp.reads[(sp.reads_head + sp.reads_count) % READS_MAX]
+        read.pending = pending
+        read.id = id
+        read.asked_ns = now_ns()
+        sp.reads_count += 1
+        pthread_cond_signal(&sp.wanted)
+    pthread_mutex_unlock(&sp.lock)
+    return room
+
+
+cdef bint spill_order(void *spill, uint32_t segment, uint32_t generation) noexcept nogil:
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef bint room
+    pthread_mutex_lock(&sp.lock)
+    room = sp.orders_count < ORDERS_MAX and not sp.stopping
+    if room:
+        sp.orders[(sp.orders_head + sp.orders_count) % ORDERS_MAX].segment = segment
+        sp.orders[(sp.orders_head + sp.orders_count) % ORDERS_MAX].generation = generation
+        sp.orders_count += 1
+        store32(&sp.store.segments[segment].ordered, 1, RELAXED)
+        pthread_cond_signal(&sp.wanted)
+    pthread_mutex_unlock(&sp.lock)
+    return room
+
+
+cdef uint32_t spill_keep(void *spill, const uint8_t *image, uint32_t bytes) noexcept nogil:
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef uint32_t room = take_room(sp)
+    if room == NONE:
+        say(&sp.refused, 1)
+        return 0
+    memcpy(sp.keep_buffer, image, bytes)
+    if write_file(sp, sp.keep_buffer, bytes, room):
+        return room + 1
+    give_room(sp, room)
+    return 0
+
+
+cdef uint32_t spill_under_way(void *spill) noexcept nogil:
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef uint32_t n
+    pthread_mutex_lock(&sp.lock)
+    n = sp.orders_count + sp.writing
+    pthread_mutex_unlock(&sp.lock)
+    return n
+
+
+cdef void spill_stop(void *spill) noexcept nogil:
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef uint32_t i
+    pthread_mutex_lock(&sp.lock)
+    sp.stopping = True
+    pthread_cond_broadcast(&sp.wanted)
+    pthread_mutex_unlock(&sp.lock)
+    for i in range(sp.started):
+        pthread_join(sp.threads[i].thread, NULL)
+    sp.started = 0
+
+
+# --- Python --------------------------------------------------------------------------------------------------------
+
+def reserve(int fd, uint64_t size):
+    """Room on the disk for a file of so many bytes, now. OSError: EOPNOTSUPP where the file system cannot."""
+    cdef int result
+    with nogil:
+        result = fallocate(fd, 0, 0, <long> size)
+    if result != 0:
+        raise OSError(errno, os.strerror(errno))
+
+
+cdef uint8_t *aligned(uint64_t bytes) except NULL:
+    """Whole pages, touched: nothing is allocated while memory is short."""
+    cdef void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0)
+    if memory == MAP_FAILED:
+        raise MemoryError
+    return <uint8_t *> memory
+
+
+cdef class Spill:
+    """The native part: ramster.engine.spill.Spill documents it, opens the file and owns its descriptor."""
+
+    def __cinit__(self, Links links not None, int fd, uint32_t images, bint direct, bint mirror, uint32_t threads):
+        cdef Spill_t *sp
+        cdef Links_t *l = links.live()
+        cdef uint32_t i
+        cdef Thread *t
+        if l.spilling.ready:
+            raise errors.UsageError("these links have a spill file already")
+        if images == 0 or not 1 <= threads <= THREADS_MAX:
+            raise errors.UsageError(f"a spill file for {images} images with {threads} threads: at least one image, 1 to {THREADS_MAX} threads")
+        sp = <Spill_t *> calloc(1, sizeof(Spill_t))
+        if sp == NULL:
+            raise MemoryError
+        self.sp = sp
+        sp.links = l
+        sp.store = l.store
+        sp.fd = fd
+        sp.direct = direct
+        sp.image_bytes = l.segment_bytes
+        sp.images = images
+        sp.free = images
+        pthread_mutex_init(&sp.lock, NULL)
+        cond_init_monotonic(&sp.wanted)
+        sp.used = <uint64_t *> calloc((images + 63) // 64, 8)
+        if sp.used == NULL:
+            raise MemoryError
+        for i in range(images, (images + 63) // 64 * 64):
+            sp.used[i // 64] |= <uint64_t> 1 << (i & 63)
+        sp.keep_buffer = aligned(sp.image_bytes)
+        for i in range(threads):
+            t = &sp.threads[i]
+            t.spill = sp
+            t.buffer = aligned(sp.image_bytes)
+            t.body = aligned(reply_bytes(GET_PAGES_MAX))
+            t.open_ctx = store_unseal_context()
+            t.seal_ctx = EVP_CIPHER_CTX_new()
+            if t.open_ctx == NULL or t.seal_ctx == NULL:
+                raise MemoryError
+        for i in range(threads):
+            if start_thread(&sp.threads[i].thread, thread_main, &sp.threads[i], b"ramster-spill") != 0:
+                raise MemoryError("cannot start the threads of the spill file")
+            sp.started += 1
+        l.spilling.spill = sp
+        l.spilling.mirror = mirror
+        l.spilling.get = spill_get
+        l.spilling.order = spill_order
+        l.spilling.keep = spill_keep
+        l.spilling.release = give_room
+        l.spilling.under_way = spill_under_way
+        l.spilling.stop = spill_stop
+        links.spill = self
+        store32(&l.spilling.ready, 1, RELEASE)
+
+    def __dealloc__(self):
+        cdef Spill_t *sp = self.sp
+        cdef uint32_t i
+        if sp == NULL:
+            return
+        spill_stop(sp)
+        for i in range(THREADS_MAX):
+            if sp.threads[i].buffer != NULL:
+                munmap(sp.threads[i].buffer, sp.image_bytes)
+            if sp.threads[i].body != NULL:
+                munmap(sp.threads[i].body, reply_bytes(GET_PAGES_MAX))
+            EVP_CIPHER_CTX_free(sp.threads[i].open_ctx)
+            EVP_CIPHER_CTX_free(sp.threads[i].seal_ctx)
+        if sp.keep_buffer != NULL:
+            munmap(sp.keep_buffer, sp.image_bytes)
+        pthread_mutex_destroy(&sp.lock)
+        pthread_cond_destroy(&sp.wanted)
+        free(sp.used)
+        free(sp)
+        self.sp = NULL
+
+    def room(self):
+        """(images that still fit, orders waiting for one of these rooms or being written, whether writing works)."""
+        cdef Spill_t *sp = self.sp
+        cdef uint64_t failed = load64(&sp.failed_ms, RELAXED)
+        cdef uint32_t left, waiting
+        pthread_mutex_lock(&sp.lock)
+        left = sp.free
+        waiting = sp.orders_count
+        pthread_mutex_unlock(&sp.lock)
+        return left, waiting, failed == 0 or coarse_ms() - failed > RETRY_MS
+
+    def counters(self):
+        """A plain dictionary; the face makes it a dataclass."""
+        cdef Spill_t *sp = self.sp
+        cdef uint32_t number = load32(&sp.last_errno, RELAXED)
+        left, waiting, _ = self.room()
+        return dict(
+            bytes_total=<uint64_t> sp.images * sp.image_bytes, bytes_used=<uint64_t> (sp.images - left) * sp.image_bytes,
+            waiting=waiting, reads=load64(&sp.read_count, RELAXED), pages_read=load64(&sp.pages_read, RELAXED),
+            read_p50_us=quantile(&sp.read_ns, 0.5) // 1000, read_p99_us=quantile(&sp.read_ns, 0.99) // 1000,
+            writes=load64(&sp.write_count, RELAXED), bytes_written=load64(&sp.bytes_written, RELAXED),
+            read_errors=load64(&sp.read_errors, RELAXED), write_errors=load64(&sp.write_errors, RELAXED),
+            refused=load64(&sp.refused, RELAXED), last_error=os.strerror(number) if number else "", direct=bool(sp.direct),
+            metadata_bytes=sizeof(Spill_t) + (sp.images + 63) // 64 * 8)
