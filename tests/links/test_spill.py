@@ -271,7 +271,7 @@ def test_a_disk_that_is_full_in_the_middle_leaves_pages_in_the_arena(alone: Alon
 
 
 def test_pages_are_right_while_they_are_put_flushed_written_and_read(make_alone: MakeAlone) -> None:
-    """Four threads on pages of their own, one that has everything written again and again, and rooms that are used anew."""
+    """Four threads on pages of their own, one that has all of it written again and again, rooms that are used anew."""
     alone = make_alone(segments=32, images=40, cleaner=1, full_wait_ms=10_000)
     stop = threading.Event()
     wrong: list[str] = []

@@ -168,7 +168,7 @@ def _reserve(fd: int, path: Path, size: int) -> bool:
     free = room.f_bavail * room.f_frsize
     short = (
         f"the disk of the spill file {path} has {format_bytes(free - free % MIB)} free "
-        f"of the {format_bytes(size)} wanted; set a smaller [spill] size or another path"
+        f"of the {format_bytes(size - size % MIB)} wanted; set a smaller [spill] size or another path"
     )
     if free < size:
         raise StoreFull(short)
@@ -181,7 +181,7 @@ def _reserve(fd: int, path: Path, size: int) -> bool:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreFull(short) from error
         raise StoreFull(
-            f"cannot reserve {format_bytes(size)} for the spill file {path}: {_words(error)}; set a smaller [spill] size"
+            f"cannot reserve {format_bytes(size)} for the spill file {path}: {_words(error)}; set less [spill] size"
         ) from error
     return True
 

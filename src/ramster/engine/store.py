@@ -22,9 +22,10 @@ class StoreStatistics:
     local segments = live_bytes + dead_bytes. Remote is what is not in the arena: on lenders, or in the spill file alone
     (spilled, a part of remote); mirrored segments are on a lender and in the spill file.
 
-    metadata_bytes: everything that is kept beside the entries: page tables, rows and directories of segments, hints, free lists, what is known of segments away, all fixed tables. Headers of
-    entries are part of the entries, in live_bytes. puts_incompressible: stored as they are; puts_untried: of these,
-    without a try; puts_plugged: into the room of dead entries.
+    metadata_bytes: everything that is kept beside the entries: page tables, rows and directories of segments, hints,
+    free lists, what is known of segments away, all fixed tables. Headers of entries are part of the entries, in
+    live_bytes. puts_incompressible: stored as they are; puts_untried: of these, without a try; puts_plugged: into the
+    room of dead entries.
     """
 
     arena_bytes: int

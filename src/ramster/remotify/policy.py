@@ -125,7 +125,7 @@ class Policy:
         return lender.shipping > 0 and lender.stalled_ms >= self.settings.stalled_ms
 
     def decide(self, now: Snapshot) -> list[Ship]:
-        """Instructions for this moment, coldest first. Never more to a lender or the spill file than it has room for."""
+        """Instructions for this moment, coldest first. Never more to a place than it has room for."""
         if not self.settings.enabled or now.frames_total == 0:
             self.draining = False
             return []
