@@ -478,6 +478,91 @@ def test_a_put_into_a_full_arena_succeeds_within_full_wait_while_the_lender_stan
     pair.expect(range(count))
 
 
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+def test_overwriting_without_end_needs_no_more_room_than_what_lives(make_alone: MakeAlone) -> None:
+    """Random pages of twice an arena, again and again: images become sparse, and are made into fuller ones."""
+    alone = make_alone(segments=16, images=40, cleaner=1, full_wait_ms=10_000)
+    worker = Worker(alone.store, alone.links, Policy(Settings()), 5, alone.spill)
+    sparse = alone.store.create_pool()
+    dice = random.Random(1)
+    count = 900
+    now: dict[int, int] = {}
+    with stepping(worker):
+        for version in range(1, 13):
+            for _ in range(count):
+                index = dice.randrange(count)
+                if index % 5 == 0:
+                    alone.store.put(sparse, index, page(index + 100_000 * version), (index, 7, 0))
+                else:
+                    alone.put(index, version=version)
+                now[index] = version
+                if dice.random() < 0.05:
+                    other = dice.randrange(count)
+                    if other % 5:
+                        alone.store.flush_page(alone.pool, other)
+                        now.pop(other, None)
+    for index in range(count):
+        expected = page(index + 100_000 * now[index]) if index in now else None
+        if index % 5 == 0:
+            assert alone.links.get(sparse, index, (index, 7, 0)) == expected, f"page {index}"
+        else:
+            assert alone.get(index) == expected, f"page {index}"
+    seen = alone.spill.statistics()
+    assert seen.merged > 10 and seen.writes > 2 * 40
+    assert alone.store.statistics().puts_refused == 0
+
+
+def test_readers_and_writers_never_see_a_merge(make_alone: MakeAlone) -> None:
+    alone = make_alone(segments=24, images=12, cleaner=1, full_wait_ms=10_000)
+    alone.put(*range(280))
+    alone.write()
+    stop = threading.Event()
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        dice = random.Random(seed)
+        while not stop.is_set():
+            index = dice.randrange(0, 280, 4)
+            if alone.get(index) != page(index):
+                wrong.append(index)
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for reader in readers:
+        reader.start()
+    for index in range(280):
+        if index % 4:
+            alone.store.flush_page(alone.pool, index)
+    wait_until(lambda: alone.spill.statistics().merged >= 4, "merged")
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+    alone.expect(range(0, 280, 4))
+
+
+def test_what_is_damaged_is_not_merged_and_not_hidden(make_alone: MakeAlone) -> None:
+    alone = make_alone(images=12)
+    alone.put(*range(280))
+    alone.write()
+    content = bytearray(alone.path.read_bytes())
+    for at in range(SPILL_FIRST_IMAGE + 2000, SPILL_FIRST_IMAGE + 3 * SEGMENT, 700):
+        content[at] ^= 1
+    alone.path.write_bytes(content)
+    for index in range(280):
+        if index % 4:
+            alone.store.flush_page(alone.pool, index)
+    wait_until(lambda: alone.spill.statistics().merged >= 4, "merged")
+    lost = 0
+    for index in range(0, 280, 4):
+        try:
+            assert alone.get(index) == page(index)
+        except PageLost:
+            lost += 1
+    assert 0 < lost < 40
+
+
 # --- mirror -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,17 @@ from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from ramster.engine._histogram cimport Histogram
 from ramster.engine._link cimport Links_t
-from ramster.engine._store cimport Store_t
+from ramster.engine._store cimport Gathered, Store_t
 
 cdef enum:
     BLOCK = 4096                    # what O_DIRECT asks for on every disk; the file's header takes one
     THREADS_MAX = 8
     READS_MAX = 8192                # twice the gets that may be under way: those given up leave their place only when looked at
     ORDERS_MAX = 64                 # segments that wait to be written: 16 MiB, a tenth of a second of a disk
+    MERGE_MAX = 16                  # images that one is made of, at most
+    MERGE_PAGES_MAX = 2048
+    MERGE_PAUSE_MS = 200            # after a look that found nothing worth it
+    RESERVE_FROM = 8                # a file with so many rooms keeps one to merge into
     RETRY_MS = 1000                 # after a write that failed, until the next is tried
 
 cdef struct Read:
@@ -46,15 +50,20 @@ cdef struct Spill_t:
     Write orders[64]
     uint32_t orders_head
     uint32_t orders_count
-    uint32_t writing                # threads that write: one at most, the others are for those who wait for a page
+    uint32_t writing                # threads that write or merge: one at most, the others are for those who wait for a page
     bint read_last                  # so that neither reads nor writes keep the other out
     bint stopping
     uint64_t *used                  # a bit per room
     uint32_t free
     uint32_t cursor
+    uint32_t reserve
     Thread threads[8]
     uint32_t started
     uint8_t *keep_buffer            # the shipper's
+    uint8_t *merge_buffer           # of the thread that writes, like what follows
+    Gathered *merge_pages
+    uint32_t merge_cursor
+    uint64_t merge_after_ns
     uint64_t failed_ms              # atomic: when a write failed last; 0: none has
     uint32_t last_errno             # atomic
     uint64_t read_count
@@ -64,6 +73,7 @@ cdef struct Spill_t:
     uint64_t read_errors
     uint64_t write_errors
     uint64_t refused                # orders that found no room
+    uint64_t merged                 # images that went into others
     Histogram read_ns
 
 cdef class Spill:

@@ -8,7 +8,9 @@ Rules:
 * Only threads of this module wait for the disk, and the shipper where images are mirrored. They read into memory of their own
   and ask again whether anybody still waits before they touch the request: a disk that hangs makes gets fail at their
   deadline like a lender that hangs.
-* One thread at most writes orders; the others are for those who wait for a page.
+* One thread at most writes; the others are for those who wait for a page.
+* A room is free again when nothing in its image lives. When rooms run short, what lives in several sparse images is made
+  one image (_store has the rules); one room is kept for that. Images that a lender has too are left as they are.
 * Nothing in the file is believed. Where an entry lies comes from the store's own table, and what is read is checked by its
   tag, whose key never leaves RAM, against seal id, ordinal and key of the page. So a room may be given to another image
   while it is still being read: what comes is no entry of that page, or the page's slot has changed before.
@@ -34,8 +36,9 @@ from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
     GET_PAGES_MAX, Links, Links_t, Pending, pending_arrived, pending_asked, pending_claim, reply_bytes)
 from ramster.engine._store cimport (
-    BUSY, ENTRY_BYTES_MAX, LOST, OK, SPILL_PEER, RemoteMeta, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
-    store_spilled, store_touch, store_unseal_context, store_unspill)
+    BUSY, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, LOST, OK, ORDINALS_MAX, SPILL_PEER, Candidate, Gather, Gathered, RemoteMeta, RemoteRef,
+    store_gather_abort, store_gather_add, store_gather_begin, store_gather_commit, store_gather_end, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
+    store_spare, store_sparsest, store_spilled, store_spilled_live, store_touch, store_unseal_begin, store_unseal_context, store_unspill)
 
 import os
 
@@ -54,12 +57,13 @@ cdef inline uint64_t place(const Spill_t *sp, uint32_t room) noexcept nogil:
 
 # --- rooms ---------------------------------------------------------------------------------------------------------
 
-cdef uint32_t take_room(Spill_t *sp) noexcept nogil:
-    """The next free one after the last taken, so that images written together lie together; NONE when all are in use."""
+cdef uint32_t take_room(Spill_t *sp, uint32_t reserve) noexcept nogil:
+    """The next free one after the last taken, so that images written together lie together; NONE when all but 'reserve' are
+    in use."""
     cdef uint32_t i = 0, room = NONE, words = (sp.images + 63) // 64, word
     cdef uint64_t bits
     pthread_mutex_lock(&sp.lock)
-    if sp.free:
+    if sp.free > reserve:
         word = sp.cursor // 64
         bits = ~sp.used[word] & (~<uint64_t> 0 << (sp.cursor & 63))
         while bits == 0 and i <= words:
@@ -181,7 +185,7 @@ cdef void write_segment(Thread *t, const Write *order) noexcept nogil:
     cdef RemoteMeta *meta = NULL
     cdef uint32_t bytes, room
     store32(&sp.store.segments[order.segment].ordered, 0, RELAXED)
-    room = take_room(sp)
+    room = take_room(sp, sp.reserve)
     if room == NONE:
         say(&sp.refused, 1)
         store_touch(sp.store, order.segment, order.generation)
@@ -199,26 +203,105 @@ cdef void write_segment(Thread *t, const Write *order) noexcept nogil:
     store_ship_abort(sp.store, order.segment)
 
 
+cdef bint merge_source(Thread *t, Gather *g, const Candidate *source) noexcept nogil:
+    """Take over what lives in one image; False once the new one is full."""
+    cdef Spill_t *sp = t.spill
+    cdef RemoteRef ref
+    cdef uint16_t sizes[ORDINALS_MAX]
+    cdef uint32_t entries = 0, ordinal, size, at, bytes, room
+    cdef int result
+    room = store_spilled_live(sp.store, source.segment, source.generation, &ref, sizes, &entries)
+    if room == 0:
+        return True
+    at = bytes = (FRAME_HEADER_BYTES + 2 * entries + 7) & ~<uint32_t> 7
+    for ordinal in range(entries):
+        bytes += <uint32_t> (sizes[ordinal] & 0x7fff) * 8
+    ASSERT(bytes <= sp.image_bytes, b"an image fits into its room")
+    bytes = (bytes + BLOCK - 1) & ~<uint32_t> (BLOCK - 1)
+    if not read_file(sp, t.buffer, bytes, place(sp, room - 1)) or store_unseal_begin(&ref, t.open_ctx) != OK:
+        store_spare(sp.store, source.segment, source.generation)
+        return True
+    for ordinal in range(entries):
+        size = <uint32_t> (sizes[ordinal] & 0x7fff) * 8
+        if size and not sizes[ordinal] & 0x8000:
+            ref.ordinal = ordinal
+            result = store_gather_add(sp.store, g, sp.merge_buffer, &ref, t.buffer + at, size, t.open_ctx, t.seal_ctx)
+            if result == FULL:
+                return False
+            if result != OK:
+                store_spare(sp.store, source.segment, source.generation)
+        at += size
+    say(&sp.merged, 1)
+    return True
+
+
+cdef bint merge(Thread *t) noexcept nogil:
+    """Make one image of several that are mostly dead. False when there is nothing to be won."""
+    cdef Spill_t *sp = t.spill
+    cdef Candidate sources[MERGE_MAX]
+    cdef Gather g
+    cdef uint32_t n, k, room, bytes = FRAME_HEADER_BYTES + 8
+    g.capacity = 0
+    g.pages = sp.merge_pages
+    n = store_sparsest(sp.store, &sp.merge_cursor, sources, MERGE_MAX)
+    k = 0
+    while k < n and g.capacity + sources[k].live_entries <= MERGE_PAGES_MAX and \
+            bytes + sources[k].live_bytes + 2 * sources[k].live_entries <= sp.image_bytes:
+        bytes += sources[k].live_bytes + 2 * sources[k].live_entries
+        g.capacity += sources[k].live_entries
+        k += 1
+    if k < 2 or g.capacity == 0:
+        return False
+    n = k
+    room = take_room(sp, 0)
+    if room == NONE:
+        return False
+    if not store_gather_begin(sp.store, &g, t.seal_ctx):
+        give_room(sp, room)
+        return False
+    k = 0
+    while k < n and merge_source(t, &g, &sources[k]):
+        k += 1
+    if g.entries:
+        bytes = store_gather_end(sp.store, &g, sp.merge_buffer)
+        if write_file(sp, sp.merge_buffer, bytes, room):
+            store_gather_commit(sp.store, &g, room + 1)
+            return True
+    store_gather_abort(sp.store, &g)
+    give_room(sp, room)
+    return False
+
+
+cdef inline bint merge_due(const Spill_t *sp) noexcept nogil:
+    """Under the lock: rooms run short, and the last look was not in vain or is a while ago."""
+    return sp.free < sp.images // 4 and sp.reserve and now_ns() >= sp.merge_after_ns
+
+
 cdef void *thread_main(void *argument) noexcept nogil:
     cdef Thread *t = <Thread *> argument
     cdef Spill_t *sp = t.spill
     cdef Read read
     cdef Write order
-    cdef bint writes
+    cdef bint writes, merges, helped = True
     while True:
         pthread_mutex_lock(&sp.lock)
-        while not sp.stopping and sp.reads_count == 0 and (sp.orders_count == 0 or sp.writing):
-            cond_wait_until(&sp.wanted, &sp.lock, now_ns() + 500000000ull)
+        while not sp.stopping and sp.reads_count == 0 and (sp.writing or (sp.orders_count == 0 and not merge_due(sp))):
+            cond_wait_until(&sp.wanted, &sp.lock, now_ns() + MERGE_PAUSE_MS * 1000000ull)
         if sp.stopping:
             pthread_mutex_unlock(&sp.lock)
             return NULL
-        writes = sp.orders_count != 0 and not sp.writing and (sp.reads_count == 0 or sp.read_last)
+        merges = not sp.writing and merge_due(sp) and (sp.orders_count == 0 or sp.free <= 2 * sp.reserve)
+        writes = (merges or sp.orders_count != 0) and not sp.writing and (sp.reads_count == 0 or sp.read_last)
+        merges &= writes
         sp.read_last = not writes
         if writes:
+            sp.writing = 1
+        if merges:
+            pass
+        elif writes:
             order = sp.orders[sp.orders_head]
             sp.orders_head = (sp.orders_head + 1) % ORDERS_MAX
             sp.orders_count -= 1
-            sp.writing = 1
         else:
             read = sp.reads[sp.reads_head]
             sp.reads_head = (sp.reads_head + 1) % READS_MAX
@@ -227,9 +310,14 @@ cdef void *thread_main(void *argument) noexcept nogil:
         if not writes:
             read_pages(t, &read)
             continue
-        write_segment(t, &order)
+        if merges:
+            helped = merge(t)
+        else:
+            write_segment(t, &order)
         pthread_mutex_lock(&sp.lock)
         sp.writing = 0
+        if merges and not helped:
+            sp.merge_after_ns = now_ns() + MERGE_PAUSE_MS * 1000000ull
         pthread_mutex_unlock(&sp.lock)
 
 
@@ -269,7 +357,7 @@ cdef bint spill_order(void *spill, uint32_t segment, uint32_t generation) noexce
 
 cdef uint32_t spill_keep(void *spill, const uint8_t *image, uint32_t bytes) noexcept nogil:
     cdef Spill_t *sp = <Spill_t *> spill
-    cdef uint32_t room = take_room(sp)
+    cdef uint32_t room = take_room(sp, sp.reserve)
     if room == NONE:
         say(&sp.refused, 1)
         return 0
@@ -350,7 +438,10 @@ cdef class Spill:
             raise MemoryError
         for i in range(images, (images + 63) // 64 * 64):
             sp.used[i // 64] |= <uint64_t> 1 << (i & 63)
+        sp.reserve = images >= RESERVE_FROM
         sp.keep_buffer = aligned(sp.image_bytes)
+        sp.merge_buffer = aligned(sp.image_bytes)
+        sp.merge_pages = <Gathered *> aligned(MERGE_PAGES_MAX * sizeof(Gathered))
         for i in range(threads):
             t = &sp.threads[i]
             t.spill = sp
@@ -390,6 +481,10 @@ cdef class Spill:
             EVP_CIPHER_CTX_free(sp.threads[i].seal_ctx)
         if sp.keep_buffer != NULL:
             munmap(sp.keep_buffer, sp.image_bytes)
+        if sp.merge_buffer != NULL:
+            munmap(sp.merge_buffer, sp.image_bytes)
+        if sp.merge_pages != NULL:
+            munmap(sp.merge_pages, MERGE_PAGES_MAX * sizeof(Gathered))
         pthread_mutex_destroy(&sp.lock)
         pthread_cond_destroy(&sp.wanted)
         free(sp.used)
@@ -402,7 +497,7 @@ cdef class Spill:
         cdef uint64_t failed = load64(&sp.failed_ms, RELAXED)
         cdef uint32_t left, waiting
         pthread_mutex_lock(&sp.lock)
-        left = sp.free
+        left = sp.free - min(sp.free, sp.reserve)
         waiting = sp.orders_count
         pthread_mutex_unlock(&sp.lock)
         return left, waiting, failed == 0 or coarse_ms() - failed > RETRY_MS
@@ -411,12 +506,16 @@ cdef class Spill:
         """A plain dictionary; the face makes it a dataclass."""
         cdef Spill_t *sp = self.sp
         cdef uint32_t number = load32(&sp.last_errno, RELAXED)
-        left, waiting, _ = self.room()
+        cdef uint32_t left, waiting
+        pthread_mutex_lock(&sp.lock)
+        left = sp.free
+        waiting = sp.orders_count
+        pthread_mutex_unlock(&sp.lock)
         return dict(
             bytes_total=<uint64_t> sp.images * sp.image_bytes, bytes_used=<uint64_t> (sp.images - left) * sp.image_bytes,
             waiting=waiting, reads=load64(&sp.read_count, RELAXED), pages_read=load64(&sp.pages_read, RELAXED),
             read_p50_us=quantile(&sp.read_ns, 0.5) // 1000, read_p99_us=quantile(&sp.read_ns, 0.99) // 1000,
             writes=load64(&sp.write_count, RELAXED), bytes_written=load64(&sp.bytes_written, RELAXED),
             read_errors=load64(&sp.read_errors, RELAXED), write_errors=load64(&sp.write_errors, RELAXED),
-            refused=load64(&sp.refused, RELAXED), last_error=os.strerror(number) if number else "", direct=bool(sp.direct),
+            refused=load64(&sp.refused, RELAXED), merged=load64(&sp.merged, RELAXED), last_error=os.strerror(number) if number else "", direct=bool(sp.direct),
             metadata_bytes=sizeof(Spill_t) + (sp.images + 63) // 64 * 8)

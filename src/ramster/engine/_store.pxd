@@ -127,7 +127,7 @@ cdef struct Segment:
     uint32_t held_bytes             # of entries, dead ones included, that the lender still has
     uint32_t compacting             # COMPACT_QUEUED, COMPACT_SENT
     uint32_t compact_next           # link in the queue of remote segments to compact
-    uint32_t damaged                # entries in it have lost their key: the cleaner leaves it alone
+    uint32_t damaged                # entries in it have lost their key or their bytes: cleaning leaves it alone
     uint32_t writers                # puts that have taken room in it, sealed as it is, and have not published yet
     uint32_t spill                  # of a remote one: number of its image in the spill file, and 1; 0: it has none there
     uint64_t touched_ms
@@ -229,6 +229,20 @@ cdef struct Rooms:                  # by kind (persistent, ephemeral) and size, 
     uint32_t first[2][521]
     uint32_t last[2][521]
     Room *hints
+
+cdef struct Gathered:               # one page of an image that is made of others
+    uint64_t slot                   # what names it until then
+    uint64_t oid[3]
+    uint32_t pool
+    uint32_t index
+
+cdef struct Gather:
+    uint32_t segment                # taken for it
+    uint32_t capacity               # ordinals
+    uint32_t entries
+    uint32_t bytes                  # of them
+    RemoteMeta *meta
+    Gathered *pages                 # room for 'capacity' of them
 
 cdef struct Candidate:
     uint32_t segment
@@ -332,6 +346,16 @@ cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uin
 cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,
                             uint32_t *offsets, uint16_t *sizes) noexcept nogil
+cdef uint32_t store_sparsest(Store_t *s, uint32_t *cursor, Candidate *out, uint32_t most) noexcept nogil
+cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, uint16_t *sizes,
+                                 uint32_t *entries) noexcept nogil
+cdef bint store_gather_begin(Store_t *s, Gather *g, EVP_CIPHER_CTX *ctx) noexcept nogil
+cdef int store_gather_add(Store_t *s, Gather *g, uint8_t *out, const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes,
+                          EVP_CIPHER_CTX *open_ctx, EVP_CIPHER_CTX *seal_ctx) noexcept nogil
+cdef uint32_t store_gather_end(Store_t *s, Gather *g, uint8_t *out) noexcept nogil
+cdef void store_gather_commit(Store_t *s, Gather *g, uint32_t spill) noexcept nogil
+cdef void store_gather_abort(Store_t *s, Gather *g) noexcept nogil
+cdef void store_spare(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
 cdef uint64_t store_census(

@@ -31,7 +31,8 @@ IN_MEMORY = ("tmpfs", "ramfs")
 class SpillStatistics:
     """One look. Bytes are of whole rooms, one for each image, whatever its size; errors are counted since the start.
 
-    waiting: segments that are to be written; refused: orders that found no room. reads counts requests of the disk, of
+    waiting: segments that are to be written; refused: orders that found no room; merged: sparse images that went into
+    fuller ones. reads counts requests of the disk, of
     one page or several of a segment; the times are from the request to its answer.
     """
 
@@ -47,6 +48,7 @@ class SpillStatistics:
     read_errors: int
     write_errors: int
     refused: int
+    merged: int
     last_error: str
     direct: bool
     metadata_bytes: int
