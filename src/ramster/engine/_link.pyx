@@ -70,6 +70,7 @@ cdef enum:
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
     HEDGE_MS = 100                  # a lender that has not answered by then stands still; a disk takes a tenth of it
+    SPILL_S = 30                    # what kernels give a disk for a command; many may wait for it
     ORDER_S = 2                     # an order waits so long without progress of its lender
     RECOMPRESS_NS_PER_BYTE = 10     # a link below 100 MB/s: a core recompresses 115 MB/s of sealed bytes, by 22 %
     SHIP_ANSWER_S = 30              # eight segments at 1 Mbit/s take half of it
@@ -786,7 +787,7 @@ cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
 cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pages, uint8_t *staging, Complete complete,
                    void *context, bint send_now) noexcept nogil:
     """Ask a lender for pages of one segment. OK: under way, 'complete' is called once, from a thread of the links, within
-    give_up. Anything else: it will not be called (UNREACHABLE, or BUSY when too many gets are under way). 'wanted' and
+    give_up, or SPILL_S where the spill file is read. Anything else: it will not be called (UNREACHABLE, or BUSY when too many gets are under way). 'wanted' and
     'staging' (reply_bytes() of it, for more than one page) belong to the links until then. Several gets in a row cost one
     record and one system call when only links_flush sends them."""
     cdef uint32_t i
@@ -990,7 +991,7 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
         resend = redirected = False
         id = 0
         if p.state == P_WAITS or p.state == P_SENT or p.state == P_SPILL:
-            if stopping or now > p.started_ns + l.give_up_ns:
+            if stopping or now > p.started_ns + (max(l.give_up_ns, SPILL_S * 1000000000ull) if p.spilled else l.give_up_ns):
                 outcome = UNREACHABLE
             elif p.state == P_SPILL:
                 pass
@@ -1048,7 +1049,7 @@ cdef void waiter_complete(void *context, Reply *reply) noexcept nogil:
 
 
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
-    """Get a page wherever it is, waiting for a lender at most give_up."""
+    """Get a page wherever it is, waiting for a lender at most give_up, for the spill file SPILL_S."""
     cdef RemoteRef ref
     cdef Wanted wanted
     cdef Waiter w
@@ -1069,7 +1070,7 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         if result == OK:
             pthread_mutex_lock(&w.lock)
             while not w.finished:
-                pthread_cond_wait(&w.done, &w.lock)     # bounded: the tick completes everything within give_up
+                pthread_cond_wait(&w.done, &w.lock)     # bounded: the tick completes everything in time
             result = w.status
             pthread_mutex_unlock(&w.lock)
         pthread_cond_destroy(&w.done)

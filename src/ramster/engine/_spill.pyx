@@ -7,7 +7,7 @@ Rules:
 
 * Only threads of this module wait for the disk, and the shipper where images are mirrored. They read into memory of their own
   and ask again whether anybody still waits before they touch the request: a disk that hangs makes gets fail at their
-  deadline like a lender that hangs.
+  deadline like a lender that hangs, only that a disk is given longer.
 * One thread at most writes; the others are for those who wait for a page.
 * A room is free again when nothing in its image lives. When rooms run short, what lives in several sparse images is made
   one image (_store has the rules); one room is kept for that. Images that a lender has too are left as they are.
@@ -28,7 +28,7 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, POSIX_FADV_DONTNEED, PROT_READ, PROT_WRITE, SYNC_FILE_RANGE_WRITE, fallocate,
-    mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
+    mlock, mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
 from ramster.engine._c.pthread cimport (
     coarse_ms, cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
@@ -400,11 +400,13 @@ def reserve(int fd, uint64_t size):
         raise OSError(errno, os.strerror(errno))
 
 
-cdef uint8_t *aligned(uint64_t bytes) except NULL:
-    """Whole pages, touched: nothing is allocated while memory is short."""
+cdef uint8_t *aligned(uint64_t bytes, bint lock) except NULL:
+    """Whole pages, touched, and locked where the arena is: nothing is allocated or swapped in while memory is short."""
     cdef void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0)
     if memory == MAP_FAILED:
         raise MemoryError
+    if lock:
+        mlock(memory, bytes)
     return <uint8_t *> memory
 
 
@@ -416,6 +418,7 @@ cdef class Spill:
         cdef Links_t *l = links.live()
         cdef uint32_t i
         cdef Thread *t
+        cdef bint lock
         if l.spilling.ready:
             raise errors.UsageError("these links have a spill file already")
         if images == 0 or not 1 <= threads <= THREADS_MAX:
@@ -439,14 +442,17 @@ cdef class Spill:
         for i in range(images, (images + 63) // 64 * 64):
             sp.used[i // 64] |= <uint64_t> 1 << (i & 63)
         sp.reserve = images >= RESERVE_FROM
-        sp.keep_buffer = aligned(sp.image_bytes)
-        sp.merge_buffer = aligned(sp.image_bytes)
-        sp.merge_pages = <Gathered *> aligned(MERGE_PAGES_MAX * sizeof(Gathered))
+        lock = load32(&sp.store.locked, RELAXED) != 0
+        if lock:
+            mlock(sp, sizeof(Spill_t))
+        sp.keep_buffer = aligned(sp.image_bytes, lock)
+        sp.merge_buffer = aligned(sp.image_bytes, lock)
+        sp.merge_pages = <Gathered *> aligned(MERGE_PAGES_MAX * sizeof(Gathered), lock)
         for i in range(threads):
             t = &sp.threads[i]
             t.spill = sp
-            t.buffer = aligned(sp.image_bytes)
-            t.body = aligned(reply_bytes(GET_PAGES_MAX))
+            t.buffer = aligned(sp.image_bytes, lock)
+            t.body = aligned(reply_bytes(GET_PAGES_MAX), lock)
             t.open_ctx = store_unseal_context()
             t.seal_ctx = EVP_CIPHER_CTX_new()
             if t.open_ctx == NULL or t.seal_ctx == NULL:
@@ -518,4 +524,4 @@ cdef class Spill:
             writes=load64(&sp.write_count, RELAXED), bytes_written=load64(&sp.bytes_written, RELAXED),
             read_errors=load64(&sp.read_errors, RELAXED), write_errors=load64(&sp.write_errors, RELAXED),
             refused=load64(&sp.refused, RELAXED), merged=load64(&sp.merged, RELAXED), last_error=os.strerror(number) if number else "", direct=bool(sp.direct),
-            metadata_bytes=sizeof(Spill_t) + (sp.images + 63) // 64 * 8)
+            metadata_bytes=sizeof(Spill_t) + (sp.images + 63) // 64 * 8 + MERGE_PAGES_MAX * sizeof(Gathered))
