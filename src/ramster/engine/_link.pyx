@@ -974,7 +974,7 @@ cdef void pending_forget_body(Links_t *l, uint32_t i, uint32_t peer) noexcept no
 cdef void pending_tick(Links_t *l) noexcept nogil:
     """Deadlines: ask again after request_deadline, or the spill file where it has what is wanted too, give up after give_up, and
     say at once when the lender's memory is gone."""
-    cdef uint32_t i
+    cdef uint32_t i, peer
     cdef uint64_t now = now_ns(), id
     cdef Pending *p
     cdef int outcome
@@ -990,6 +990,7 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
         outcome = -1
         resend = redirected = False
         id = 0
+        peer = p.ref.peer               # once redirected, the request may be over before this turn is
         if p.state == P_WAITS or p.state == P_SENT or p.state == P_SPILL:
             if stopping or now > p.started_ns + (max(l.give_up_ns, SPILL_S * 1000000000ull) if p.spilled else l.give_up_ns):
                 outcome = UNREACHABLE
@@ -1011,7 +1012,7 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
                 store32(&p.state, P_COMPLETING, RELAXED)
         pthread_mutex_unlock(&l.pending_lock)
         if outcome >= 0 or resend or redirected:
-            pending_forget_body(l, i, p.ref.peer)
+            pending_forget_body(l, i, peer)
         if outcome >= 0:
             if outcome == UNREACHABLE:
                 say(&l.unreachable, p.pages)
