@@ -25,7 +25,9 @@ from ramster.remotify.policy import Policy, Settings
 from ramster.remotify.worker import Worker
 from ramster.testing import _stress
 from ramster.testing.engines import MappedRegion, Side
+from ramster.testing.nbd import ServedExport
 from ramster.testing.proxy import wait_until
+from ramster.wire.nbd import Command
 
 IMAGES = 64
 PAGES = range(120)
@@ -764,3 +766,43 @@ def test_the_store_counts_rooms_that_stress_names_too(alone: Alone) -> None:
     alone.write()
     seen = _stress.reference(alone.store, alone.pool, 3)
     assert seen["remote"] and seen["peer"] == SPILL_PEER
+
+
+# --- block devices ----------------------------------------------------------------------------------------------------
+
+
+def test_a_block_device_of_several_arenas_lies_in_the_file(make_alone: MakeAlone) -> None:
+    alone = make_alone(segments=24, images=120, cleaner=1, full_wait_ms=5000)
+    worker = Worker(alone.store, alone.links, Policy(Settings()), 5, alone.spill)
+    pages = 1600
+    with stepping(worker), ServedExport(alone.links, pages) as export:
+        client = export.connect()
+        for first in range(0, pages, 20):
+            client.write(first * PAGE_BYTES, b"".join(page(index) for index in range(first, first + 20)))
+        assert alone.store.statistics().pages_spilled > pages // 4
+        asked = {client.send(Command.READ, index * PAGE_BYTES, PAGE_BYTES): index for index in range(0, pages, 9)}
+        for cookie, index in asked.items():
+            answer = client.wait(cookie)
+            assert (answer.error, answer.data) == (0, page(index)), f"page {index}"
+        for first in range(0, pages, 50):
+            assert client.read(first * PAGE_BYTES, 50 * PAGE_BYTES) == b"".join(
+                page(index) for index in range(first, first + 50)
+            )
+        client.trim(0, pages * PAGE_BYTES)
+        wait_until(lambda: alone.rooms() == 0, "a discard frees the rooms")
+        client.close()
+
+
+def test_a_block_device_outlives_its_lender(make_mirrored: MakeMirrored) -> None:
+    pair, _ = make_mirrored(segments=40, lend=64)
+    with ServedExport(pair.a.links, 400) as export:
+        client = export.connect()
+        content = b"".join(page(index) for index in range(400))
+        for at in range(0, len(content), 1 << 17):
+            client.write(at, content[at : at + (1 << 17)])
+        assert pair.ship() > 0
+        pair.b.links.goodbye()
+        wait_until(lambda: pair.a.store.statistics().segments_mirrored == 0, "goodbye is heard")
+        assert client.read(0, len(content)) == content
+        assert export.statistics()["pages_lost"] == 0
+        client.close()
