@@ -159,8 +159,9 @@ def test_a_lender_that_stands_still_is_passed_over_where_there_is_a_spill_file()
     assert policy.stalled(still, SPILL) == [2]
     assert policy.stalled(still, None) == [] and policy.stalled(still, SpillRoom(0, 0)) == []
     assert policy.stalled([Lender(2, True, 1000, 40, SETTINGS.stalled_ms - 1)], SPILL) == []
-    # Without one there is nothing better than to wait for it.
-    assert places(Policy(SETTINGS).decide(look(80, lenders=still))) == {2: 20}
+    # Without one, or with one that takes nothing, there is nothing better than to wait for it.
+    for spill in (None, SpillRoom(0, 0), SpillRoom(9, 0, ready=False)):
+        assert places(Policy(SETTINGS).decide(look(80, lenders=still, spill=spill))) == {2: 20}
 
 
 def test_while_puts_are_about_to_wait_the_spill_file_helps_lenders_that_are_slow() -> None:
@@ -234,7 +235,7 @@ def test_in_any_situation(looks: list[Snapshot]) -> None:
         if used <= SETTINGS.low * now.frames_total or (used <= SETTINGS.high * now.frames_total and not was_draining):
             assert not young and not policy.draining
         going = now.under_way
-        if now.spill is not None:
+        if now.spill is not None and now.spill.ready and now.spill.free:
             going -= sum(each.shipping for each in now.lenders if each.stalled_ms >= SETTINGS.stalled_ms)
         urgent = URGENT_MAX if now.spill is not None and now.frames_free <= 0.05 * now.frames_total else 0
         assert len(young) <= max(0, used - SETTINGS.low * now.frames_total - going, urgent)

@@ -134,7 +134,7 @@ class Policy:
             self.draining and used > self.settings.low * now.frames_total
         )
         # What is under way to a lender that stands still will not be gone soon.
-        passed_over = [lender for lender in now.lenders if now.spill is not None and self._stalls(lender)]
+        passed_over = [lender for lender in now.lenders if _can_write(now.spill) and self._stalls(lender)]
         under_way = now.under_way - sum(lender.shipping for lender in passed_over)
         wanted = int(used - self.settings.low * now.frames_total) - under_way if self.draining else 0
         urgent = 0
