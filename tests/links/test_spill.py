@@ -461,12 +461,13 @@ def make_mirrored(make_pair: MakePair, tmp_path: Path) -> Iterator[Callable[...,
 MakeMirrored = Callable[..., tuple[Pair, Spill]]
 
 
+@pytest.mark.parametrize("mirror", [False, True])
 def test_a_put_into_a_full_arena_succeeds_within_full_wait_while_the_lender_stands_still(
-    make_mirrored: MakeMirrored,
+    make_mirrored: MakeMirrored, mirror: bool
 ) -> None:
     """The lender has room, its links are up; it just takes nothing. After a quarter of full_wait it is passed over."""
     full_wait_ms = 2000
-    pair, spill = make_mirrored(mirror=False, segments=24, lend=64, cleaner=1, full_wait_ms=full_wait_ms)
+    pair, spill = make_mirrored(mirror=mirror, segments=24, lend=64, cleaner=1, full_wait_ms=full_wait_ms)
     settings = Settings(stalled_ms=full_wait_ms // 4)
     worker = Worker(pair.a.store, pair.a.links, Policy(settings), 5, spill)
     count = 3 * 24 * SEGMENT // 2100
@@ -783,7 +784,7 @@ def test_a_block_device_of_several_arenas_lies_in_the_file(make_alone: MakeAlone
         asked = {client.send(Command.READ, index * PAGE_BYTES, PAGE_BYTES): index for index in range(0, pages, 9)}
         for cookie, index in asked.items():
             answer = client.wait(cookie)
-            assert (answer.error, answer.data) == (0, page(index)), f"page {index}"
+            assert (answer.error, bytes(answer.data)) == (0, page(index)), f"page {index}"
         for first in range(0, pages, 50):
             assert client.read(first * PAGE_BYTES, 50 * PAGE_BYTES) == b"".join(
                 page(index) for index in range(first, first + 50)
