@@ -666,6 +666,23 @@ def test_damage_in_the_file_costs_nothing_while_the_lender_is_there(make_mirrore
     assert spill.statistics().bytes_used == (shipped - 1) * SEGMENT
 
 
+def test_damage_in_the_file_while_the_lender_is_away_costs_that_page_for_so_long(make_mirrored: MakeMirrored) -> None:
+    pair, spill = make_mirrored(give_up_ms=300, request_deadline_ms=200)
+    pair.put(*PAGES)
+    shipped = pair.ship()
+    flip(spill.path, SPILL_FIRST_IMAGE + 5000, 1)
+    pair.cut()
+    lost = []
+    for index in PAGES:
+        try:
+            assert pair.fetch(index) == page(index)
+        except PageLost:
+            lost.append(index)
+    assert len(lost) == 1 and pair.a.store.statistics().segments_mirrored == shipped
+    pair.connect()
+    pair.expect(PAGES)
+
+
 def test_what_cannot_be_mirrored_stays_here(make_mirrored: MakeMirrored) -> None:
     pair, spill = make_mirrored(images=2)
     pair.put(*PAGES)

@@ -298,6 +298,7 @@ cdef inline uint32_t reply_bytes(uint32_t pages) noexcept nogil:
 
 cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pages, uint8_t *staging, Complete complete,
                    void *context, bint send_now) noexcept nogil
+cdef int links_unspill(Links_t *l, const RemoteRef *ref) noexcept nogil
 cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
 cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
 cdef uint32_t pending_asked(Links_t *l, uint32_t i, uint64_t id, uint32_t *segment, uint32_t *generation,

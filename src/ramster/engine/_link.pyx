@@ -856,30 +856,38 @@ cdef int reply_next(Reply *reply, uint8_t *page) noexcept nogil:
         say(&l.remote_gets, 1)
     elif status == CORRUPT:
         say(&l.corrupt_replies, 1)
-        if other_copy(reply):
-            status = BUSY
+        status = other_copy(reply)
     return status
 
 
-cdef bint other_copy(Reply *reply) noexcept nogil:
-    """What a lender or the spill file gave is damaged: the segment is read from the other from now on, where there is one."""
+cdef int other_copy(Reply *reply) noexcept nogil:
+    """What a lender or the spill file gave is damaged. BUSY: look again, the segment is read from the other from now on;
+    UNREACHABLE: its lender has it, and is away; CORRUPT: there is no other."""
     cdef Links_t *l = reply.links
     cdef RemoteRef *ref = &reply.pending.ref
-    cdef uint32_t spill
     if ref.spill == 0 or ref.peer == SPILL_PEER:
-        return False
+        return CORRUPT
     if reply.spilled:
-        spill = store_unspill(l.store, ref.segment, ref.generation)
-        if spill:
-            l.spilling.release(l.spilling.spill, spill - 1)
-        return True
+        return links_unspill(l, ref)
     if not store_fall_back(l.store, ref.segment, ref.generation, ref.peer):
-        return False
+        return CORRUPT
     pthread_mutex_lock(&l.ship_lock)
     add_orphan(peer_at(l, ref.peer), ref.segment, ref.generation)
     pthread_mutex_unlock(&l.ship_lock)
     eventfd_write(l.order_fd, 1)
-    return True
+    return BUSY
+
+
+cdef int links_unspill(Links_t *l, const RemoteRef *ref) noexcept nogil:
+    """A page of a mirrored segment cannot be read from the spill file. BUSY: its lender is asked from now on, and the image is
+    forgotten; UNREACHABLE: the lender is away, and the image kept for its other pages."""
+    cdef uint32_t spill
+    if not links_peer_reachable(l, ref.peer):
+        return UNREACHABLE
+    spill = store_unspill(l.store, ref.segment, ref.generation)
+    if spill:
+        l.spilling.release(l.spilling.spill, spill - 1)
+    return BUSY
 
 
 cdef void pending_complete(Links_t *l, Pending *p, int status, const uint8_t *body, EVP_CIPHER_CTX *ctx) noexcept nogil:

@@ -34,11 +34,11 @@ from ramster.engine._c.pthread cimport (
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
-    GET_PAGES_MAX, Links, Links_t, Pending, pending_arrived, pending_asked, pending_claim, reply_bytes)
+    GET_PAGES_MAX, Links, Links_t, Pending, links_unspill, pending_arrived, pending_asked, pending_claim, reply_bytes)
 from ramster.engine._store cimport (
     BUSY, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, LOST, OK, ORDINALS_MAX, SPILL_PEER, Candidate, Gather, Gathered, RemoteMeta, RemoteRef,
     store_gather_abort, store_gather_add, store_gather_begin, store_gather_commit, store_gather_end, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
-    store_spare, store_sparsest, store_spilled, store_spilled_live, store_touch, store_unseal_begin, store_unseal_context, store_unspill)
+    store_spare, store_sparsest, store_spilled, store_spilled_live, store_touch, store_unseal_begin, store_unseal_context)
 
 import os
 
@@ -161,11 +161,7 @@ cdef void read_pages(Thread *t, const Read *read) noexcept nogil:
     if p == NULL:
         return
     if status == LOST and p.ref.peer != SPILL_PEER:
-        # A lender has it too: whoever waits looks again, and is sent there.
-        room = store_unspill(sp.store, segment, generation)
-        if room:
-            give_room(sp, room - 1)
-        status = BUSY
+        status = links_unspill(sp.links, &p.ref)    # a lender has it too
     at = (2 * pages + 7) & ~<uint32_t> 7
     if status == OK:
         memset(t.body, 0, at)

@@ -2239,7 +2239,7 @@ cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *genera
         spin_lock(&row.lock)
         row.compacting = 0
         # It may have been freed meanwhile, and its number even be in use again.
-        if row.state == SEG_REMOTE and \
+        if row.state == SEG_REMOTE and row.peer != SPILL_PEER and \
                 <uint64_t> row.live_bytes * 1024 < <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
             row.compacting = COMPACT_SENT
             generation[0] = row.generation
