@@ -31,9 +31,9 @@ INDEX_BITS: Final = 32
 # A dense pool is addressed by a tmem index.
 POOL_PAGES_MAX: Final = 1 << INDEX_BITS
 
-# One byte in a slot names the node; 255 says "no node".
 NODE_NUMBER_MAX: Final = 254
-NODE_NUMBER_NONE: Final = 255
+# In orders and tables this number stands for the spill file of the node itself.
+SPILL_PEER: Final = 255
 
 # A DNS label: it stands in certificates (SAN), in file names and in log lines without any quoting.
 NAME_BYTES_MAX: Final = 63
@@ -57,5 +57,5 @@ assert all(
 assert SEGMENT_BYTES_MIN <= SEGMENT_BYTES_DEFAULT <= SEGMENT_BYTES_MAX
 assert SEGMENT_BYTES_MIN >= 8 * PAGE_BYTES, "a segment must hold several pages that do not compress"
 assert ARENA_SEGMENTS_MIN * SEGMENT_BYTES_MAX <= ARENA_BYTES_MIN <= ARENA_BYTES_DEFAULT
-assert NODE_NUMBER_MAX < NODE_NUMBER_NONE <= 0xFF
+assert NODE_NUMBER_MAX < SPILL_PEER <= 0xFF, "no node has the number of the spill file"
 assert NAME_BYTES_MAX <= 64, "X.509 limits an organisation name to 64 characters"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import typer
 
 from ramster.cli.app import app
 from ramster.config.knobs import SECTIONS, knobs
+from ramster.engine import layout
+from ramster.engine.spill import SpillStatistics
 from ramster.wire import frames, hello
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +179,16 @@ def test_the_frame_types_are_as_documented() -> None:
 def test_the_hello_is_as_documented() -> None:
     handshake = WIRE.read_text().split("HELLO's body is a JSON object:")[1].split("\n\nUnknown keys")[0]
     assert re.findall(r"^\| `(\w+)` \|", handshake, re.MULTILINE) == list(hello.Hello.__struct_fields__)
+
+
+def test_the_header_of_the_spill_file_is_as_documented() -> None:
+    documented = rows(ROOT / "docs" / "spill.md", "SpillHeader")
+    assert documented == [
+        [str(offset), str(size), each.name, each.meaning] for offset, size, each in layout.SPILL_HEADER.rows()
+    ]
+    fields = {name for row in rows(ROOT / "docs" / "spill.md", "What `ramster status --json` says") for name in row[:1]}
+    named = {each.strip("` ") for field in fields for each in field.split(",")}
+    assert {field.name for field in dataclasses.fields(SpillStatistics)} <= named
 
 
 def test_every_decision_is_in_the_index() -> None:

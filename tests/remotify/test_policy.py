@@ -7,15 +7,18 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ramster.constants import SPILL_PEER
 from ramster.remotify.policy import (
     BACKLOG_MAX,
     SHIPS_PER_DECISION_MAX,
+    URGENT_MAX,
     Lender,
     Policy,
     Segment,
     Settings,
     Ship,
     Snapshot,
+    SpillRoom,
 )
 
 SETTINGS = Settings(high=0.75, low=0.60, cold_after_ms=30_000)
@@ -32,10 +35,11 @@ def look(
     coldest: list[Segment] | None = None,
     lenders: list[Lender] | None = None,
     under_way: int = 0,
+    spill: SpillRoom | None = None,
 ) -> Snapshot:
     coldest = segments(min(used, 50)) if coldest is None else coldest
     lenders = [Lender(2, True, 1000, 0)] if lenders is None else lenders
-    return Snapshot(total, total - used, coldest, lenders, under_way)
+    return Snapshot(total, total - used, coldest, lenders, under_way, spill)
 
 
 def test_below_the_high_mark_nothing_leaves() -> None:
@@ -116,8 +120,69 @@ def test_the_lender_with_most_room_first_and_equals_share() -> None:
     assert Counter(ship.lender for ship in ships) == {3: 30}
 
 
+SPILL = SpillRoom(1000, 0)
+
+
+def places(ships: list[Ship]) -> Counter[int]:
+    return Counter(ship.lender for ship in ships)
+
+
+def test_what_no_lender_takes_goes_to_the_spill_file() -> None:
+    for lenders in ([], [Lender(2, False, 10, 0)], [Lender(2, True, 0, 0)], [Lender(2, True, 4, 4)]):
+        assert places(Policy(SETTINGS).decide(look(80, lenders=lenders, spill=SPILL))) == {SPILL_PEER: 20}
+
+
+def test_lenders_first() -> None:
+    assert places(Policy(SETTINGS).decide(look(80, spill=SPILL))) == {2: 20}
+    assert places(Policy(SETTINGS).decide(look(80, lenders=[Lender(2, True, 5, 0)], spill=SPILL))) == {
+        2: 5,
+        SPILL_PEER: 15,
+    }
+
+
+def test_the_spill_file_takes_what_it_has_room_for_and_only_while_it_can_be_written() -> None:
+    for spill, expected in ((SpillRoom(5, 2), 3), (SpillRoom(5, 5), 0), (SpillRoom(50, 0, ready=False), 0)):
+        assert len(Policy(SETTINGS).decide(look(80, lenders=[], spill=spill))) == expected
+
+
+def test_nothing_is_spilled_for_age_alone_and_nothing_ephemeral() -> None:
+    assert Policy(SETTINGS).decide(look(10, coldest=segments(5, 10**6), lenders=[], spill=SPILL)) == []
+    ephemeral = [Segment(1, 1, 10, 1, 5, True), Segment(2, 1, 10, 1, 5, False)]
+    assert Policy(SETTINGS).decide(look(90, coldest=ephemeral, lenders=[], spill=SPILL)) == [Ship(2, 1, SPILL_PEER)]
+
+
+def test_a_lender_that_stands_still_is_passed_over_where_there_is_a_spill_file() -> None:
+    still = [Lender(2, True, 1000, 40, stalled_ms=SETTINGS.stalled_ms)]
+    policy = Policy(SETTINGS)
+    assert policy.stalled(still, SPILL) == [], "without pressure it may take its time"
+    assert places(policy.decide(look(80, lenders=still, under_way=40, spill=SPILL))) == {SPILL_PEER: 20}
+    assert policy.stalled(still, SPILL) == [2]
+    assert policy.stalled(still, None) == [] and policy.stalled(still, SpillRoom(0, 0)) == []
+    assert policy.stalled([Lender(2, True, 1000, 40, SETTINGS.stalled_ms - 1)], SPILL) == []
+    # Without one, or with one that takes nothing, there is nothing better than to wait for it.
+    for spill in (None, SpillRoom(0, 0), SpillRoom(9, 0, ready=False)):
+        assert places(Policy(SETTINGS).decide(look(80, lenders=still, spill=spill))) == {2: 20}
+
+
+def test_while_puts_are_about_to_wait_the_spill_file_helps_lenders_that_are_slow() -> None:
+    slow = [Lender(2, True, 1000, 40, stalled_ms=5)]
+    assert Policy(SETTINGS).decide(look(90, lenders=slow, under_way=40, spill=SPILL)) == []
+    assert places(Policy(SETTINGS).decide(look(96, lenders=slow, under_way=40, spill=SPILL))) == {
+        SPILL_PEER: URGENT_MAX
+    }
+    waiting = SpillRoom(1000, URGENT_MAX)
+    assert Policy(SETTINGS).decide(look(96, lenders=slow, under_way=40, spill=waiting)) == []
+
+
+def test_with_a_mirror_nothing_persistent_leaves_without_room_for_its_copy() -> None:
+    mirror = SpillRoom(3, 0, mirror=True)
+    assert places(Policy(SETTINGS).decide(look(80, spill=mirror))) == {2: 3}
+    ephemeral = [Segment(n, 1, 10, 1, 5, True) for n in range(4)]
+    assert places(Policy(SETTINGS).decide(look(80, coldest=ephemeral, spill=SpillRoom(0, 0, mirror=True)))) == {2: 4}
+
+
 LENDERS = st.lists(
-    st.builds(Lender, st.integers(0, 254), st.booleans(), st.integers(0, 300), st.integers(0, 20)),
+    st.builds(Lender, st.integers(0, 254), st.booleans(), st.integers(0, 300), st.integers(0, 20), st.integers(0, 500)),
     max_size=6,
     unique_by=lambda lender: lender.number,
 )
@@ -134,8 +199,13 @@ SEGMENTS = st.lists(
     max_size=200,
     unique_by=lambda segment: segment.number,
 ).map(lambda found: sorted(found, key=lambda segment: -segment.age_ms))
+SPILLS = st.none() | st.builds(
+    SpillRoom, st.integers(0, 60), st.integers(0, 20), ready=st.booleans(), mirror=st.booleans()
+)
 SNAPSHOTS = st.integers(0, 500).flatmap(
-    lambda total: st.builds(Snapshot, st.just(total), st.integers(0, total), SEGMENTS, LENDERS, st.integers(0, 300))
+    lambda total: st.builds(
+        Snapshot, st.just(total), st.integers(0, total), SEGMENTS, LENDERS, st.integers(0, 300), SPILLS
+    )
 )
 
 
@@ -149,6 +219,8 @@ def test_in_any_situation(looks: list[Snapshot]) -> None:
         by_number = {segment.number: segment for segment in now.coldest}
         # Never more to a lender than it has room for, never to one that is down.
         room = {lender.number: lender.credit - lender.shipping for lender in now.lenders if lender.up}
+        if now.spill is not None and now.spill.ready:
+            room[SPILL_PEER] = now.spill.free - now.spill.waiting
         for number, n in Counter(ship.lender for ship in ships).items():
             assert n <= room[number]
         # Each at most once, only what was shown, bounded.
@@ -162,4 +234,14 @@ def test_in_any_situation(looks: list[Snapshot]) -> None:
         young = [ship for ship in ships if by_number[ship.segment].age_ms < SETTINGS.cold_after_ms]
         if used <= SETTINGS.low * now.frames_total or (used <= SETTINGS.high * now.frames_total and not was_draining):
             assert not young and not policy.draining
-        assert len(young) <= max(0, used - SETTINGS.low * now.frames_total - now.under_way)
+        going = now.under_way
+        if now.spill is not None and now.spill.ready and now.spill.free:
+            going -= sum(each.shipping for each in now.lenders if each.stalled_ms >= SETTINGS.stalled_ms)
+        urgent = URGENT_MAX if now.spill is not None and now.frames_free <= 0.05 * now.frames_total else 0
+        assert len(young) <= max(0, used - SETTINGS.low * now.frames_total - going, urgent)
+        # The last tier is for what lasts, and takes nothing for its age.
+        spilled = [by_number[ship.segment] for ship in ships if ship.lender == SPILL_PEER]
+        assert not any(segment.ephemeral for segment in spilled) and (policy.draining or not spilled)
+        if now.spill is not None and now.spill.mirror:
+            kept = [ship for ship in ships if not by_number[ship.segment].ephemeral]
+            assert len(kept) <= max(0, room.get(SPILL_PEER, 0))

@@ -318,6 +318,22 @@ class Remotify:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spill:
+    """`[spill]`: a file on a disk as the last tier, for pages that neither the arena nor a lender takes."""
+
+    path: Path | None = _path(
+        None,
+        rule="none: no spill file",
+        help="The file, made when missing and emptied at start; on a disk, not on a tmpfs.",
+    )
+    size_bytes: int = _size(0, help="Disk space reserved for it at start; required with path.")
+    mirror: bool = _switch(
+        False,
+        help="Whether everything that goes to a lender is kept in the file too, so that losing a lender loses no page.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
     """`[region]`: arrays larger than their RAM."""
 
@@ -428,6 +444,7 @@ class Config:
     lend: Lend = field(default_factory=Lend)
     links: Links = field(default_factory=Links)
     remotify: Remotify = field(default_factory=Remotify)
+    spill: Spill = field(default_factory=Spill)
     region: Region = field(default_factory=Region)
     nbd: Nbd = field(default_factory=Nbd)
     exports: tuple[Export, ...] = ()
@@ -442,6 +459,7 @@ SECTIONS: Final[dict[str, type]] = {
     "lend": Lend,
     "links": Links,
     "remotify": Remotify,
+    "spill": Spill,
     "region": Region,
     "nbd": Nbd,
     "exports": Export,
@@ -486,6 +504,14 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield ("links", "reconnect_min"), f"allowed is reconnect_max, {format_ms(links.reconnect_max_ms)}, or less"
     if config.remotify.low > config.remotify.high:
         yield ("remotify", "low"), f"allowed is high, {config.remotify.high}, or less"
+    spill = config.spill
+    if spill.path is not None and spill.size_bytes < arena.segment_bytes + PAGE_BYTES:
+        yield (
+            ("spill", "size"),
+            f"allowed are {format_bytes(arena.segment_bytes + PAGE_BYTES)} or more, one segment and a header",
+        )
+    if spill.path is None and (spill.size_bytes or spill.mirror):
+        yield ("spill",), "needs a path: which file to use"
     limit = config.region.resident_max_bytes
     if limit and config.region.resident_default_bytes > limit:
         yield ("region", "resident_default"), f"allowed is resident_max, {format_bytes(limit)}, or less"

@@ -104,7 +104,7 @@ cdef struct Peer:
     uint32_t ordered                # orders for it in the queue
     uint64_t answered_ns            # when it last acknowledged a segment
     uint64_t pace_ns                # time per segment while several are under way, smoothed
-    uint64_t progress_ns            # when an order for it last got further
+    uint64_t progress_ns            # when an order for it last got further, or the first of several came
     uint32_t retell                 # a FREE found no room: all of them again
     uint64_t down_ns                # since when its get channel is down; 0 while up or never seen
     bint seen
@@ -131,6 +131,7 @@ cdef struct Reply:                  # what became of a request; its pages are op
     const uint16_t *sizes
     const uint8_t *entry            # the next one
     uint32_t opened
+    bint spilled                    # read from the spill file
     EVP_CIPHER_CTX *ctx
 
 ctypedef void (*Complete)(void *context, Reply *reply) noexcept nogil
@@ -150,6 +151,7 @@ cdef struct Pending:
     void *context
     uint64_t started_ns
     uint64_t sent_ns
+    bint spilled                    # asked of the spill file, last
 
 cdef struct Job:
     Work work
@@ -160,6 +162,7 @@ cdef struct Ship:
     uint32_t segment
     uint32_t generation
     uint32_t peer
+    uint32_t spill                  # number of its image in the spill file, and 1, where it is mirrored
     RemoteMeta *meta
     uint64_t sent_ns
 
@@ -180,6 +183,25 @@ cdef struct Lent:                   # one image that the lender holds or receive
     uint32_t block_count
     uint64_t owner_generation
     uint32_t blocks[32]
+
+# What _spill does for the links. None of it waits for the disk, except 'keep' and 'stop'.
+ctypedef bint (*SpillGet)(void *spill, uint32_t pending, uint64_t id) noexcept nogil
+ctypedef bint (*SpillOrder)(void *spill, uint32_t segment, uint32_t generation) noexcept nogil
+ctypedef uint32_t (*SpillKeep)(void *spill, const uint8_t *image, uint32_t bytes) noexcept nogil
+ctypedef void (*SpillRelease)(void *spill, uint32_t number) noexcept nogil
+ctypedef uint32_t (*SpillUnderWay)(void *spill) noexcept nogil
+ctypedef void (*SpillStop)(void *spill) noexcept nogil
+
+cdef struct Spilling:
+    uint32_t ready                  # atomic: the rest is set; never unset
+    void *spill
+    bint mirror                     # what goes to a lender is kept in the spill file too
+    SpillGet get                    # read the pages of a request; False: too many wait
+    SpillOrder order                # write a segment; False: too many wait
+    SpillKeep keep                  # write an image: its number and 1, or 0. By the shipper alone
+    SpillRelease release
+    SpillUnderWay under_way
+    SpillStop stop                  # end its threads; what it has not read is completed by nobody
 
 cdef struct Links_t:
     Store_t *store
@@ -205,6 +227,7 @@ cdef struct Links_t:
     uint64_t idle_ns
     uint64_t keepalive_ns
     uint32_t bulk_in_flight
+    Spilling spilling
     # gets under way
     pthread_mutex_t pending_lock
     Pending pending[4096]
@@ -264,6 +287,8 @@ cdef struct Links_t:
     uint64_t bytes_shipped
     uint64_t compacts_sent
     uint64_t segments_compacted     # of others, here
+    uint64_t orders_withdrawn
+    uint64_t gets_redirected        # to the spill file, since a lender is down or does not answer
 
 
 cdef inline uint32_t reply_bytes(uint32_t pages) noexcept nogil:
@@ -273,6 +298,14 @@ cdef inline uint32_t reply_bytes(uint32_t pages) noexcept nogil:
 
 cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pages, uint8_t *staging, Complete complete,
                    void *context, bint send_now) noexcept nogil
+cdef int links_unspill(Links_t *l, const RemoteRef *ref) noexcept nogil
+cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
+cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
+cdef uint32_t pending_asked(Links_t *l, uint32_t i, uint64_t id, uint32_t *segment, uint32_t *generation,
+                            uint16_t *ordinals) noexcept nogil
+cdef Pending *pending_claim(Links_t *l, uint32_t i, uint64_t id) noexcept nogil
+cdef void pending_arrived(Links_t *l, Pending *p, int status, const uint8_t *body, uint32_t length,
+                          EVP_CIPHER_CTX *ctx) noexcept nogil
 cdef int reply_next(Reply *reply, uint8_t *page) noexcept nogil
 cdef bint links_later(Links_t *l, Work work, void *context) noexcept nogil
 cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
@@ -286,6 +319,7 @@ cdef class TlsContext:
 cdef class Links:
     cdef Links_t *l
     cdef readonly Store store
+    cdef object spill               # what 'spilling' points into lives as long as the threads that call it
     cdef bint stopped
     cdef Links_t *live(self) except NULL
     cdef grant(self, uint64_t lend_bytes, bint lock, double borrower_share)

@@ -18,7 +18,11 @@ Rules of TLS under threads, each learned from somebody's failure (DESIGN.md sect
 * Writers go first: the reader looks whether somebody wants the lock before it takes it again.
 * No session tickets; keys are updated long before 2^24 records.
 
-Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock. None of them is held while sleeping.
+The spill file (_spill) is one more place that a segment goes to and that pages are got from: peer SPILL_PEER. It has threads
+of its own; no thread here waits for a disk, but for the shipper where images are mirrored.
+
+Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock or the spill file's. None of them is held
+while sleeping.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -45,7 +49,8 @@ from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._histogram cimport Histogram, quantile, record
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
-    REMOTE, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_flush_if, store_freed_told, store_short_of_frames,
+    REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
+    store_short_of_frames, store_unspill,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
     store_unseal_begin, store_unseal_context, memory_available)
@@ -64,6 +69,8 @@ cdef enum:
     RECORDS_PER_SEND_TURN = 4
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
+    HEDGE_MS = 100                  # a lender that has not answered by then stands still; a disk takes a tenth of it
+    SPILL_S = 30                    # what kernels give a disk for a command; many may wait for it
     ORDER_S = 2                     # an order waits so long without progress of its lender
     RECOMPRESS_NS_PER_BYTE = 10     # a link below 100 MB/s: a core recompresses 115 MB/s of sealed bytes, by 22 %
     SHIP_ANSWER_S = 30              # eight segments at 1 Mbit/s take half of it
@@ -110,6 +117,7 @@ cdef enum PendingState:
     P_WAITS = 1
     P_SENT = 2
     P_COMPLETING = 3
+    P_SPILL = 4                     # in the hands of the spill file's threads
 
 cdef enum LentState:
     LENT_FREE = 0
@@ -689,12 +697,65 @@ cdef uint64_t next_id(Links_t *l, uint32_t i) noexcept nogil:
     return (l.pending_sequence << 12) | i
 
 
+cdef bint pending_to_spill(Links_t *l, uint32_t i) noexcept nogil:
+    """Under pending_lock: have the spill file's threads read what this entry asks for; what a lender may still say is late."""
+    cdef Pending *p = &l.pending[i]
+    cdef uint64_t id = next_id(l, i)
+    if not l.spilling.get(l.spilling.spill, i, id):
+        return False
+    p.id = id
+    p.spilled = True
+    store32(&p.state, P_SPILL, RELAXED)
+    return True
+
+
+cdef uint32_t pending_asked(Links_t *l, uint32_t i, uint64_t id, uint32_t *segment, uint32_t *generation,
+                            uint16_t *ordinals) noexcept nogil:
+    """For the spill file's threads: what a request wants; the number of its pages, 0 when nobody waits any more."""
+    cdef Pending *p = &l.pending[i]
+    cdef uint32_t k, pages = 0
+    pthread_mutex_lock(&l.pending_lock)
+    if p.state == P_SPILL and p.id == id:
+        segment[0] = p.ref.segment
+        generation[0] = p.ref.generation
+        pages = p.pages
+        for k in range(pages):
+            ordinals[k] = p.wanted[k].ordinal
+    pthread_mutex_unlock(&l.pending_lock)
+    return pages
+
+
+cdef Pending *pending_claim(Links_t *l, uint32_t i, uint64_t id) noexcept nogil:
+    """For the spill file's threads: the right and the duty to complete a request, by pending_arrived(); NULL when its deadline
+    has passed meanwhile."""
+    cdef Pending *p = &l.pending[i]
+    pthread_mutex_lock(&l.pending_lock)
+    if p.state != P_SPILL or p.id != id:
+        p = NULL
+    else:
+        store32(&p.state, P_COMPLETING, RELAXED)
+    pthread_mutex_unlock(&l.pending_lock)
+    return p
+
+
+cdef void pending_arrived(Links_t *l, Pending *p, int status, const uint8_t *body, uint32_t length,
+                          EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Complete a claimed request: one page here and now, several by a worker."""
+    if status == OK and p.pages > 1:
+        memcpy(p.staging, body, length)
+        pthread_mutex_lock(&l.jobs_lock)
+        add_job(l, pending_open, p)
+        pthread_mutex_unlock(&l.jobs_lock)
+    else:
+        pending_complete(l, p, status, body, ctx)
+
+
 cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
     """True once a lender has been out of reach for longer than give_up, or said goodbye."""
     cdef Peer *peer = peer_at(l, number)
     cdef uint64_t down
     if peer == NULL:
-        return True
+        return number != SPILL_PEER or not load32(&l.spilling.ready, ACQUIRE)
     down = load64(&peer.down_ns, ACQUIRE)
     return load32(&peer.gone, ACQUIRE) != 0 or (down != 0 and now_ns() - down > l.give_up_ns)
 
@@ -702,7 +763,18 @@ cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
 cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
     """A lender whose get connection is up now."""
     cdef Peer *peer = peer_at(l, number)
-    return peer != NULL and not load32(&peer.gone, ACQUIRE) and load64(&peer.down_ns, ACQUIRE) == 0
+    if peer == NULL:
+        return number == SPILL_PEER and load32(&l.spilling.ready, ACQUIRE)
+    return not load32(&peer.gone, ACQUIRE) and load64(&peer.down_ns, ACQUIRE) == 0
+
+
+cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil:
+    """A page that this slot names, on this lender, cannot be had: the lender is lost, and the spill file has it not either."""
+    return links_peer_lost(l, peer) and not store_is_spilled(l.store, slot)
+
+
+cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil:
+    return links_peer_reachable(l, peer) or store_is_spilled(l.store, slot)
 
 
 cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
@@ -715,14 +787,15 @@ cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
 cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pages, uint8_t *staging, Complete complete,
                    void *context, bint send_now) noexcept nogil:
     """Ask a lender for pages of one segment. OK: under way, 'complete' is called once, from a thread of the links, within
-    give_up. Anything else: it will not be called (UNREACHABLE, or BUSY when too many gets are under way). 'wanted' and
+    give_up, or SPILL_S where the spill file is read. Anything else: it will not be called (UNREACHABLE, or BUSY when too many gets are under way). 'wanted' and
     'staging' (reply_bytes() of it, for more than one page) belong to the links until then. Several gets in a row cost one
     record and one system call when only links_flush sends them."""
     cdef uint32_t i
     cdef uint64_t id
     cdef Pending *p
+    cdef bint spilled = ref.spill != 0 and not links_peer_reachable(l, ref.peer) or ref.peer == SPILL_PEER
     ASSERT(0 < pages <= GET_PAGES_MAX and (pages == 1 or staging != NULL), b"a request asks for 1 to GET_PAGES_MAX pages")
-    if links_peer_lost(l, ref.peer):
+    if links_peer_lost(l, SPILL_PEER if spilled else ref.peer):
         say(&l.unreachable, pages)
         return UNREACHABLE
     pthread_mutex_lock(&l.pending_lock)
@@ -744,8 +817,17 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
     p.complete = complete
     p.context = context
     p.started_ns = p.sent_ns = now_ns()
+    p.spilled = False
+    if spilled and not pending_to_spill(l, i):
+        store32(&p.state, P_FREE, RELAXED)
+        store32(&l.pending_free_count, l.pending_free_count + 1, RELAXED)
+        pthread_mutex_unlock(&l.pending_lock)
+        return BUSY
     pthread_mutex_unlock(&l.pending_lock)
-    pending_send(l, i, id, send_now)
+    if not spilled:
+        pending_send(l, i, id, send_now)
+    elif ref.peer != SPILL_PEER:
+        say(&l.gets_redirected, pages)
     return OK
 
 
@@ -774,7 +856,38 @@ cdef int reply_next(Reply *reply, uint8_t *page) noexcept nogil:
         say(&l.remote_gets, 1)
     elif status == CORRUPT:
         say(&l.corrupt_replies, 1)
+        status = other_copy(reply)
     return status
+
+
+cdef int other_copy(Reply *reply) noexcept nogil:
+    """What a lender or the spill file gave is damaged. BUSY: look again, the segment is read from the other from now on;
+    UNREACHABLE: its lender has it, and is away; CORRUPT: there is no other."""
+    cdef Links_t *l = reply.links
+    cdef RemoteRef *ref = &reply.pending.ref
+    if ref.spill == 0 or ref.peer == SPILL_PEER:
+        return CORRUPT
+    if reply.spilled:
+        return links_unspill(l, ref)
+    if not store_fall_back(l.store, ref.segment, ref.generation, ref.peer):
+        return CORRUPT
+    pthread_mutex_lock(&l.ship_lock)
+    add_orphan(peer_at(l, ref.peer), ref.segment, ref.generation)
+    pthread_mutex_unlock(&l.ship_lock)
+    eventfd_write(l.order_fd, 1)
+    return BUSY
+
+
+cdef int links_unspill(Links_t *l, const RemoteRef *ref) noexcept nogil:
+    """A page of a mirrored segment cannot be read from the spill file. BUSY: its lender is asked from now on, and the image is
+    forgotten; UNREACHABLE: the lender is away, and the image kept for its other pages."""
+    cdef uint32_t spill
+    if not links_peer_reachable(l, ref.peer):
+        return UNREACHABLE
+    spill = store_unspill(l.store, ref.segment, ref.generation)
+    if spill:
+        l.spilling.release(l.spilling.spill, spill - 1)
+    return BUSY
 
 
 cdef void pending_complete(Links_t *l, Pending *p, int status, const uint8_t *body, EVP_CIPHER_CTX *ctx) noexcept nogil:
@@ -785,6 +898,7 @@ cdef void pending_complete(Links_t *l, Pending *p, int status, const uint8_t *bo
     reply.pages = p.pages
     reply.status = status
     reply.opened = 0
+    reply.spilled = p.spilled
     reply.ctx = ctx
     reply.sizes = <const uint16_t *> body
     reply.entry = NULL
@@ -835,7 +949,8 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
     say(&peer.gets, p.pages)
     if f.status == S_ABSENT:
         status = LOST               # for those whose slot still names it: the lender has it not
-        store_segment_lost(l.store, p.ref.segment, p.ref.generation, peer.number)
+        if store_segment_lost(l.store, p.ref.segment, p.ref.generation, peer.number):
+            status = BUSY
     elif f.status != S_OK or body == NULL or not reply_shaped(body, f.length, p.pages):
         status = CORRUPT
     if p.pages == 1 or status != OK:
@@ -856,34 +971,45 @@ cdef void pending_open(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
 
 cdef void pending_forget_body(Links_t *l, uint32_t i, uint32_t peer) noexcept nogil:
     """By the get reactor: what is just being received for this request has nowhere to go any more."""
-    cdef Channel *ch = &peer_at(l, peer).channels[GET]
+    cdef Channel *ch
+    if peer == SPILL_PEER:
+        return
+    ch = &peer_at(l, peer).channels[GET]
     if ch.in_body and (ch.frame.request & (PENDING_MAX - 1)) == i:
         ch.body = NULL
 
 
 cdef void pending_tick(Links_t *l) noexcept nogil:
-    """Deadlines: ask again after request_deadline, give up after give_up, and say at once when the lender's memory is gone."""
-    cdef uint32_t i
+    """Deadlines: ask again after request_deadline, or the spill file where it has what is wanted too, give up after give_up, and
+    say at once when the lender's memory is gone."""
+    cdef uint32_t i, peer
     cdef uint64_t now = now_ns(), id
     cdef Pending *p
     cdef int outcome
-    cdef bint resend, stopping = load32(&l.stopping, ACQUIRE) != 0
+    cdef bint resend, redirected, stopping = load32(&l.stopping, ACQUIRE) != 0
     if load32(&l.pending_free_count, RELAXED) == PENDING_MAX:
         return
     for i in range(PENDING_MAX):
         p = &l.pending[i]
-        if load32(&p.state, ACQUIRE) != P_WAITS and load32(&p.state, ACQUIRE) != P_SENT:
+        outcome = <int> load32(&p.state, ACQUIRE)
+        if outcome != P_WAITS and outcome != P_SENT and outcome != P_SPILL:
             continue
         pthread_mutex_lock(&l.pending_lock)
         outcome = -1
-        resend = False
+        resend = redirected = False
         id = 0
-        if p.state == P_WAITS or p.state == P_SENT:
-            if stopping or now > p.started_ns + l.give_up_ns:
+        peer = p.ref.peer               # once redirected, the request may be over before this turn is
+        if p.state == P_WAITS or p.state == P_SENT or p.state == P_SPILL:
+            if stopping or now > p.started_ns + (max(l.give_up_ns, SPILL_S * 1000000000ull) if p.spilled else l.give_up_ns):
                 outcome = UNREACHABLE
+            elif p.state == P_SPILL:
+                pass
             elif store_slot_state(l.store, p.wanted[0].slot) != REMOTE:
                 outcome = store_slot_state(l.store, p.wanted[0].slot)       # of the segment, whichever page names it
                 outcome = BUSY if outcome == MISS else outcome
+            elif p.ref.spill and (p.state == P_WAITS or now > p.started_ns + HEDGE_MS * 1000000ull) and pending_to_spill(l, i):
+                redirected = True
+                say(&l.gets_redirected, p.pages)
             elif p.state == P_WAITS or now > p.sent_ns + l.request_deadline_ns:
                 resend = True
                 id = next_id(l, i)
@@ -893,8 +1019,8 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
             if outcome >= 0:
                 store32(&p.state, P_COMPLETING, RELAXED)
         pthread_mutex_unlock(&l.pending_lock)
-        if outcome >= 0 or resend:
-            pending_forget_body(l, i, p.ref.peer)
+        if outcome >= 0 or resend or redirected:
+            pending_forget_body(l, i, peer)
         if outcome >= 0:
             if outcome == UNREACHABLE:
                 say(&l.unreachable, p.pages)
@@ -932,7 +1058,7 @@ cdef void waiter_complete(void *context, Reply *reply) noexcept nogil:
 
 
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
-    """Get a page wherever it is, waiting for a lender at most give_up."""
+    """Get a page wherever it is, waiting for a lender at most give_up, for the spill file SPILL_S."""
     cdef RemoteRef ref
     cdef Wanted wanted
     cdef Waiter w
@@ -953,7 +1079,7 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         if result == OK:
             pthread_mutex_lock(&w.lock)
             while not w.finished:
-                pthread_cond_wait(&w.done, &w.lock)     # bounded: the tick completes everything within give_up
+                pthread_cond_wait(&w.done, &w.lock)     # bounded: the tick completes everything in time
             result = w.status
             pthread_mutex_unlock(&w.lock)
         pthread_cond_destroy(&w.done)
@@ -1047,13 +1173,29 @@ cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     if ship.id == 0:
         say(&l.late_replies, 1)
     elif f.status == S_OK and not peer.gone:    # it said goodbye: what it holds goes, so the segment stays here
-        store_ship_commit(l.store, ship.segment, peer.number, f.handle, ship.meta)
+        store_ship_commit(l.store, ship.segment, peer.number, f.handle, ship.spill, ship.meta)
         say(&peer.segments_sent, 1)
     else:
-        free(ship.meta)
         say(&l.ships_refused, 1)
         say(&peer.refused, 1)
+        ship_failed(l, &ship)
+
+
+cdef void ship_failed(Links_t *l, const Ship *ship) noexcept nogil:
+    """No lender has it. It stays here, whole, unless the spill file has it already."""
+    if ship.spill:
+        store_ship_commit(l.store, ship.segment, SPILL_PEER, 0, ship.spill, ship.meta)
+    else:
+        free(ship.meta)
         store_ship_abort(l.store, ship.segment)
+
+
+cdef void add_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept nogil:
+    """Under ship_lock: this lender is to forget a segment that has another place, and gets none of this name before it did."""
+    if peer.orphan_count < 64 and not is_orphan(peer, segment, generation):
+        peer.orphans[peer.orphan_count] = segment
+        peer.orphan_generations[peer.orphan_count] = generation
+        store32(&peer.orphan_count, peer.orphan_count + 1, RELAXED)
 
 
 cdef bint is_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept nogil:
@@ -1091,15 +1233,11 @@ cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
         if l.ships[i].id != 0 and l.ships[i].peer == peer.number:
             ship = l.ships[i]
             ship_done(l, peer, i)
-            if peer.orphan_count < 64 and not is_orphan(peer, ship.segment, ship.generation):
-                peer.orphans[peer.orphan_count] = ship.segment
-                peer.orphan_generations[peer.orphan_count] = ship.generation
-                store32(&peer.orphan_count, peer.orphan_count + 1, RELAXED)
+            add_orphan(peer, ship.segment, ship.generation)
         pthread_mutex_unlock(&l.ship_lock)
         if ship.id:
-            free(ship.meta)
             say(&l.ships_failed, 1)
-            store_ship_abort(l.store, ship.segment)
+            ship_failed(l, &ship)
 
 
 cdef bint queue_image(Links_t *l, Channel *ch, uint32_t bytes, uint32_t life) noexcept nogil:
@@ -1124,9 +1262,10 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     cdef uint8_t *image
     cdef Frame *frame
     cdef ZSTD_CCtx *zstd = l.zstd
-    cdef uint32_t bytes, life, slot = 0
+    cdef uint32_t bytes, life, slot = 0, spill = 0
     cdef uint64_t id
     cdef bint congested
+    cdef Ship failed
     if store_ship_begin(l.store, order.segment, order.generation) != OK:
         return
     pthread_mutex_lock(&ch.lock)
@@ -1145,6 +1284,13 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
         say(&l.ships_failed, 1)
         store_ship_abort(l.store, order.segment)
         return
+    if load32(&l.spilling.ready, ACQUIRE) and l.spilling.mirror and not l.store.segments[order.segment].ephemeral:
+        spill = l.spilling.keep(l.spilling.spill, image + FRAME_BYTES, bytes)
+        if spill == 0:                  # a lender alone is not what was asked for
+            free(meta)
+            say(&l.ships_failed, 1)
+            store_ship_abort(l.store, order.segment)
+            return
     pthread_mutex_lock(&l.ship_lock)
     while l.ships[slot].id != 0:        # next_order saw a free one, and nobody else takes any
         slot += 1
@@ -1155,6 +1301,7 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     l.ships[slot].generation = order.generation
     l.ships[slot].peer = peer.number
     l.ships[slot].meta = meta
+    l.ships[slot].spill = spill
     l.ships[slot].sent_ns = now_ns()
     add32(&peer.shipping, 1, RELAXED)
     pthread_mutex_unlock(&l.ship_lock)
@@ -1171,12 +1318,12 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     if l.ships[slot].id != id:
         slot = SHIPS_MAX                # the reactor took the connection down and has dealt with it
     else:
+        failed = l.ships[slot]
         ship_done(l, peer, slot)
     pthread_mutex_unlock(&l.ship_lock)
     if slot < SHIPS_MAX:
-        free(meta)
         say(&l.ships_failed, 1)
-        store_ship_abort(l.store, order.segment)
+        ship_failed(l, &failed)
 
 
 cdef uint32_t ring_room(Channel *ch) noexcept nogil:
@@ -1226,7 +1373,7 @@ cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
 
 cdef void tell_freed(Links_t *l) noexcept nogil:
     """Tell lenders what they may forget. Without a connection, or room in it, it is told later."""
-    cdef uint32_t segment = 0, generation = 0, number = 0, handle = 0, i
+    cdef uint32_t segment = 0, generation = 0, number = 0, handle = 0, spill = 0, i
     cdef Peer *peer
     cdef Frame frame
     cdef bint found
@@ -1257,7 +1404,12 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
                 peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
                 break
-    while store_next_freed(l.store, &segment, &generation, &number, &handle):
+    while store_next_freed(l.store, &segment, &generation, &number, &handle, &spill):
+        if spill:
+            l.spilling.release(l.spilling.spill, spill - 1)
+        if number == SPILL_PEER:
+            store_freed_told(l.store, segment, generation, SPILL_PEER)
+            continue
         peer = peer_at(l, number)
         if peer == NULL:
             continue
@@ -1976,6 +2128,8 @@ cdef class Links:
             pthread_join(l.sender, NULL)
             pthread_join(l.reactors[GET], NULL)
             pthread_join(l.reactors[BULK], NULL)
+            if load32(&l.spilling.ready, ACQUIRE):
+                l.spilling.stop(l.spilling.spill)
             pthread_mutex_lock(&l.jobs_lock)
             l.reactors_done = True
             pthread_cond_broadcast(&l.jobs_there)
@@ -1986,6 +2140,11 @@ cdef class Links:
     @property
     def event_fd(self):
         return self.live().event_fd
+
+    @property
+    def number(self):
+        """This node's."""
+        return self.live().number
 
     def attach(self, Connection connection not None, uint32_t number, uint32_t kind, uint64_t generation, uint32_t credit):
         """Make a connection that has said hello this peer's get or bulk channel. An older one is closed first. A new
@@ -2112,22 +2271,29 @@ cdef class Links:
         return peer != NULL and is_up(&peer.channels[kind & 1])
 
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
-        """Queue one sealed segment for a lender; False when too many wait. What fails stays here, whole."""
+        """Queue one sealed segment for a lender, or for the spill file (SPILL_PEER); False when too many wait. What fails stays
+        here, whole."""
         cdef Links_t *l = self.live()
         cdef Peer *peer = peer_at(l, number)
         cdef Order *order
         cdef bint queued = False
         pthread_mutex_lock(&l.ship_lock)
-        if peer == NULL or segment >= load32(&l.store.segments_used, ACQUIRE):
+        if links_peer_lost(l, number) if peer == NULL else False:
+            queued = False
+        elif segment >= load32(&l.store.segments_used, ACQUIRE):
             queued = False
         elif load32(&l.store.segments[segment].ordered, RELAXED):
             queued = True               # whoever decides looks again before it has left
+        elif number == SPILL_PEER:
+            queued = l.spilling.order(l.spilling.spill, segment, generation)
         elif l.orders_count < ORDERS_MAX and peer.ordered < ORDERS_PER_PEER:
             order = &l.orders[l.orders_count]
             order.segment = segment
             order.generation = generation
             order.peer = number
             order.ordered_ns = now_ns()
+            if peer.ordered == 0 and peer.shipping == 0:
+                peer.progress_ns = order.ordered_ns
             store32(&l.orders_count, l.orders_count + 1, RELAXED)
             peer.ordered += 1
             store32(&l.store.segments[segment].ordered, 1, RELAXED)
@@ -2136,14 +2302,34 @@ cdef class Links:
         eventfd_write(l.order_fd, 1)
         return queued
 
+    def withdraw(self, uint32_t number):
+        """Take back the orders for a lender that wait for it, so that the segments can go elsewhere; how many."""
+        cdef Links_t *l = self.live()
+        cdef uint32_t i, kept = 0, withdrawn
+        pthread_mutex_lock(&l.ship_lock)
+        for i in range(l.orders_count):
+            if l.orders[i].peer == number:
+                store32(&l.store.segments[l.orders[i].segment].ordered, 0, RELAXED)
+                sub32(&peer_at(l, number).ordered, 1, RELAXED)
+            else:
+                l.orders[kept] = l.orders[i]
+                kept += 1
+        withdrawn = l.orders_count - kept
+        store32(&l.orders_count, kept, RELAXED)
+        pthread_mutex_unlock(&l.ship_lock)
+        say(&l.orders_withdrawn, withdrawn)
+        return withdrawn
+
     def shipping(self):
-        """Segments ordered, being sealed or under way; zero only when nothing is."""
+        """Segments ordered, being sealed or written, or under way; zero only when nothing is."""
         cdef Links_t *l = self.live()
         cdef uint32_t n, i
         pthread_mutex_lock(&l.ship_lock)
         n = l.orders_count + l.sealing
         for i in range(SHIPS_MAX):
             n += l.ships[i].id != 0
+        if load32(&l.spilling.ready, ACQUIRE):
+            n += l.spilling.under_way(l.spilling.spill)
         pthread_mutex_unlock(&l.ship_lock)
         return n
 
@@ -2205,17 +2391,23 @@ cdef class Links:
         lent_at(l, &l.rows[handle], offset)[0] ^= 0xff
 
     def lenders(self):
-        """What a decision needs of each peer: (number, up, credit, segments ordered or on their way to it)."""
+        """What a decision needs of each peer: (number, up, credit, segments ordered or on their way to it, for how many ms none
+        of them got any further)."""
         cdef Links_t *l = self.live()
         cdef Peer *p
-        cdef uint32_t i
+        cdef uint32_t i, waiting
+        cdef uint64_t since
         result = []
         for i in range(PEERS_MAX):
             p = peer_at(l, i)
             if p != NULL:
                 up = is_up(&p.channels[GET]) and is_up(&p.channels[BULK])
-                waiting = load32(&p.shipping, RELAXED) + load32(&p.ordered, RELAXED)
-                result.append((i, up, load32(&p.credit, RELAXED), waiting))
+                pthread_mutex_lock(&l.ship_lock)        # no Python under it
+                waiting = p.shipping + p.ordered
+                since = p.progress_ns
+                pthread_mutex_unlock(&l.ship_lock)
+                stalled_ms = (now_ns() - since) // 1000000 if waiting else 0
+                result.append((i, up, load32(&p.credit, RELAXED), waiting, stalled_ms))
         return result
 
     def peers(self):
@@ -2258,7 +2450,8 @@ cdef class Links:
             segments_received=load64(&l.segments_received, RELAXED), gets_served=load64(&l.gets_served, RELAXED),
             unreachable=load64(&l.unreachable, RELAXED), corrupt_replies=load64(&l.corrupt_replies, RELAXED),
             bytes_shipped=load64(&l.bytes_shipped, RELAXED), compacts_sent=load64(&l.compacts_sent, RELAXED),
-            segments_compacted=load64(&l.segments_compacted, RELAXED), lend_bytes=<uint64_t> l.lent_blocks * BLOCK_BYTES,
+            segments_compacted=load64(&l.segments_compacted, RELAXED), orders_withdrawn=load64(&l.orders_withdrawn, RELAXED),
+            gets_redirected=load64(&l.gets_redirected, RELAXED), lend_bytes=<uint64_t> l.lent_blocks * BLOCK_BYTES,
             lent_frames=l.lent_blocks // blocks, lent_free=load32(&l.lent_free_count, RELAXED) // blocks,
             lent_bytes_free=<uint64_t> load32(&l.lent_free_count, RELAXED) * BLOCK_BYTES,
             lent_bytes=load64(&l.lent_bytes, RELAXED), lent_images=load32(&l.lent_images, RELAXED),

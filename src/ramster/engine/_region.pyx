@@ -54,7 +54,7 @@ from ramster.engine._c.pthread cimport (
     pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
-    Links, Reply, links_flush, links_get, links_later, links_peer_lost, links_peer_reachable, reply_bytes,
+    Links, Reply, links_flush, links_get, links_later, links_slot_lost, links_slot_reachable, reply_bytes,
     reply_next)
 from ramster.engine._prefetch cimport (
     ADVICE_CYCLIC, ADVICE_SEQUENTIAL, RANGES_MAX, SKIP_MAX, Plan, Range, pattern_advise, pattern_fault, pattern_init, pattern_missed, pattern_next,
@@ -970,7 +970,7 @@ cdef bint stored_copy_good(Region_t *r, uint64_t page) noexcept nogil:
     cdef uint32_t peer = 0
     cdef uint64_t slot = 0
     cdef int where = store_where(r.store, r.pool, <uint32_t> page, &peer, &slot)
-    return where == OK or where == MISS or (where == REMOTE and not links_peer_lost(r.links, peer))
+    return where == OK or where == MISS or (where == REMOTE and not links_slot_lost(r.links, peer, slot))
 
 
 cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
@@ -978,7 +978,7 @@ cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
     cdef uint32_t peer = 0
     cdef uint64_t slot = 0
     cdef int where = store_where(r.store, r.pool, <uint32_t> page, &peer, &slot)
-    return where == OK or where == MISS or (where == REMOTE and links_peer_reachable(r.links, peer))
+    return where == OK or where == MISS or (where == REMOTE and links_slot_reachable(r.links, peer, slot))
 
 
 cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, uint8_t *buffer) noexcept nogil:

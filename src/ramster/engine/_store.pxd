@@ -20,6 +20,7 @@ cdef enum:
     COUNTER_STRIPES = 8
     HEAD_STRIPES_MAX = 4
     DIRECTORY_HINTED = 0x80000000
+    SPILL_PEER = 255            # Segment.peer of what lies in this node's spill file alone
     ROOM_CLASSES = 521          # sizes in units of 8 bytes; the last class is for everything that fits any entry
 
 # Results of page operations. Negative would read as errno; these are outcomes.
@@ -126,8 +127,9 @@ cdef struct Segment:
     uint32_t held_bytes             # of entries, dead ones included, that the lender still has
     uint32_t compacting             # COMPACT_QUEUED, COMPACT_SENT
     uint32_t compact_next           # link in the queue of remote segments to compact
-    uint32_t damaged                # entries in it have lost their key: the cleaner leaves it alone
+    uint32_t damaged                # entries in it have lost their key or their bytes: cleaning leaves it alone
     uint32_t writers                # puts that have taken room in it, sealed as it is, and have not published yet
+    uint32_t spill                  # of a remote one: number of its image in the spill file, and 1; 0: it has none there
     uint64_t touched_ms
     uint64_t opened                 # epoch in which it was opened: a hint that is older is of an earlier use of the id
     RemoteMeta *meta
@@ -139,6 +141,7 @@ cdef struct RemoteRef:              # everything that a request for a remote pag
     uint32_t ordinal
     uint32_t peer
     uint32_t handle
+    uint32_t spill                  # as in the row
     uint32_t pool
     uint32_t index
     uint32_t sparse
@@ -227,6 +230,20 @@ cdef struct Rooms:                  # by kind (persistent, ephemeral) and size, 
     uint32_t last[2][521]
     Room *hints
 
+cdef struct Gathered:               # one page of an image that is made of others
+    uint64_t slot                   # what names it until then
+    uint64_t oid[3]
+    uint32_t pool
+    uint32_t index
+
+cdef struct Gather:
+    uint32_t segment                # taken for it
+    uint32_t capacity               # ordinals
+    uint32_t entries
+    uint32_t bytes                  # of them
+    RemoteMeta *meta
+    Gathered *pages                 # room for 'capacity' of them
+
 cdef struct Candidate:
     uint32_t segment
     uint32_t generation
@@ -311,10 +328,12 @@ cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry
 cdef int store_ship_begin(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, RemoteMeta **meta,
                                EVP_CIPHER_CTX *ctx, ZSTD_CCtx *zstd) noexcept nogil
-cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil
+cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, uint32_t spill,
+                            RemoteMeta *meta) noexcept nogil
 cdef void store_ship_abort(Store_t *s, uint32_t segment) noexcept nogil
 cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
-cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil
+cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle,
+                           uint32_t *spill) noexcept nogil
 cdef void store_freed_told(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
 cdef bint store_short_of_frames(Store_t *s) noexcept nogil
 cdef uint32_t store_retell(Store_t *s, uint32_t peer) noexcept nogil
@@ -322,7 +341,22 @@ cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *genera
 cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t image_bytes) noexcept nogil
 cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
-cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
+cdef bint store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
+cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
+cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil
+cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,
+                            uint32_t *offsets, uint16_t *sizes) noexcept nogil
+cdef uint32_t store_sparsest(Store_t *s, uint32_t *cursor, Candidate *out, uint32_t most) noexcept nogil
+cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, uint16_t *sizes,
+                                 uint32_t *entries) noexcept nogil
+cdef bint store_gather_begin(Store_t *s, Gather *g, EVP_CIPHER_CTX *ctx) noexcept nogil
+cdef int store_gather_add(Store_t *s, Gather *g, uint8_t *out, const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes,
+                          EVP_CIPHER_CTX *open_ctx, EVP_CIPHER_CTX *seal_ctx) noexcept nogil
+cdef uint32_t store_gather_end(Store_t *s, Gather *g, uint8_t *out) noexcept nogil
+cdef void store_gather_commit(Store_t *s, Gather *g, uint32_t spill) noexcept nogil
+cdef void store_gather_abort(Store_t *s, Gather *g) noexcept nogil
+cdef void store_spare(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
+cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
 cdef uint64_t store_census(
     Store_t *s, uint32_t pool, uint64_t first, uint32_t count, const uint8_t *resident, uint64_t *census) noexcept nogil

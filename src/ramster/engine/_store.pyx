@@ -81,6 +81,7 @@ cdef enum:
     ROOM_ORDINALS_MAX = 1024        # entries of a segment that is searched for room: bounds the time under its lock
     ROOM_ARENA_SHARE = 32768        # one hint for so many bytes of arena
     ROOM_HINTS_MIN = 256
+    SPARSE_LOOKS = 16384            # rows that one look for sparse images goes over: a millisecond
     ROOM_HINTS_SPARE = 64           # free hints that a search for room begins with
 
 cdef inline uint64_t slot_stored(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil:
@@ -284,6 +285,25 @@ cdef void rows_ahead(Store_t *s) noexcept nogil:
         pthread_mutex_unlock(&s.frame_lock)
 
 
+cdef uint32_t take_id(Store_t *s) noexcept nogil:
+    """Under frame_lock, when there is one. Fresh ids first, then the one that has rested longest: a stale slot must not match
+    by chance."""
+    cdef uint32_t segment
+    if s.free_ids_count > s.frames or (s.free_ids_count and s.segments_used == s.segments_max):
+        segment = s.free_ids[s.free_ids_head]
+        s.free_ids_head = (s.free_ids_head + 1) % s.segments_max
+        s.free_ids_count -= 1
+    else:
+        segment = s.segments_used
+        if segment == s.rows_ready:         # used up faster than the cleaner came round
+            ready_rows(s, segment)
+            s.rows_ready = min(segment + <uint32_t> ROWS_PER_STEP, s.segments_max)
+        elif segment + ROWS_PER_STEP // 2 == s.rows_ready:
+            pthread_cond_signal(&s.clean_wanted)
+        store32(&s.segments_used, s.segments_used + 1, RELEASE)
+    return segment
+
+
 cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept nogil:
     """Take a frame and a segment id and make them an open segment; SEGMENT_FRAMES_NONE when there is no frame."""
     cdef uint32_t frame, segment, available
@@ -304,19 +324,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     s.free_count -= 1
     store32(&s.plugging, s.free_count <= s.clean_low_frames, RELAXED)
     frame = s.free_frames[s.free_count]
-    # Fresh ids first, then the one that has rested longest: a stale slot must not match by chance.
-    if s.free_ids_count > s.frames or (s.free_ids_count and s.segments_used == s.segments_max):
-        segment = s.free_ids[s.free_ids_head]
-        s.free_ids_head = (s.free_ids_head + 1) % s.segments_max
-        s.free_ids_count -= 1
-    else:
-        segment = s.segments_used
-        if segment == s.rows_ready:         # used up faster than the cleaner came round
-            ready_rows(s, segment)
-            s.rows_ready = min(segment + <uint32_t> ROWS_PER_STEP, s.segments_max)
-        elif segment + ROWS_PER_STEP // 2 == s.rows_ready:
-            pthread_cond_signal(&s.clean_wanted)
-        store32(&s.segments_used, s.segments_used + 1, RELEASE)
+    segment = take_id(s)
     store32(&s.frame_segment[frame], segment, RELEASE)
     pthread_mutex_unlock(&s.frame_lock)
     if available - 1 < s.pressure_frames:
@@ -339,6 +347,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     row.live_bytes = 0
     row.meta = NULL
     row.damaged = False
+    row.spill = 0
     row.touched_ms = 0 if cleaner else coarse_ms()
     store32(&row.state, SEG_OPEN, RELEASE)
     spin_unlock(&row.lock)
@@ -383,7 +392,8 @@ cdef void queue_freed(Store_t *s, uint32_t segment) noexcept nogil:
 cdef void queue_compact(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a remote segment that is mostly dead waits for the order to compact it."""
     cdef Segment *row = &s.segments[segment]
-    if row.compacting or <uint64_t> row.live_bytes * 1024 >= <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
+    if row.compacting or row.peer == SPILL_PEER or \
+            <uint64_t> row.live_bytes * 1024 >= <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
         return
     row.compacting = COMPACT_QUEUED
     row.compact_next = SEGMENT_FRAMES_NONE
@@ -401,6 +411,7 @@ cdef void queue_compact(Store_t *s, uint32_t segment) noexcept nogil:
 cdef void free_row(Store_t *s, uint32_t segment) noexcept nogil:
     """Under the row's lock: a segment that lies nowhere any more."""
     cdef Segment *row = &s.segments[segment]
+    ASSERT(row.spill == 0, b"whoever frees a segment has given back its room in the spill file")
     if row.meta != NULL:
         OPENSSL_cleanse(row.meta.key, 32)
         free(row.meta)
@@ -1498,6 +1509,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             ref.ordinal = slot_ordinal(slot)
             ref.peer = row.peer
             ref.handle = row.handle
+            ref.spill = row.spill
             memcpy(ref.seal_id, row.meta.seal_id, SEAL_ID_BYTES)
             memcpy(ref.key, row.meta.key, 32)
             spin_unlock(&row.lock)
@@ -2028,6 +2040,49 @@ cdef const EntryHeader *recompress(const EntryHeader *header, uint8_t *buffer, Z
     return smaller
 
 
+cdef bint seal_key(Store_t *s, RemoteMeta *meta, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Draw a seal id, derive its key and set it. HKDF-Expand (RFC 5869) with one block: the node key is uniform, so there is
+    nothing to extract."""
+    cdef uint8_t info[48]
+    cdef unsigned int key_bytes = 32
+    memcpy(info, <const uint8_t *> b"ramster seal v1\0", 16)
+    if RAND_bytes(meta.seal_id, SEAL_ID_BYTES) != 1:
+        return False
+    memcpy(info + 16, meta.seal_id, SEAL_ID_BYTES)
+    info[40] = 1
+    return HMAC(EVP_sha256(), s.node_key, 32, info, 41, meta.key, &key_bytes) != NULL and \
+        EVP_EncryptInit_ex(ctx, EVP_aes_256_gcm(), NULL, meta.key, NULL) == 1
+
+
+cdef void image_header(ImageHeader *image, uint32_t segment, uint32_t generation, uint32_t entries, uint32_t data_bytes,
+                       const RemoteMeta *meta) noexcept nogil:
+    image.magic = IMAGE_MAGIC
+    image.segment = segment
+    image.generation = generation
+    image.entries = entries
+    image.data_bytes = data_bytes
+    memcpy(image.seal_id, meta.seal_id, SEAL_ID_BYTES)
+
+
+cdef bint seal_entry(const RemoteMeta *meta, uint32_t ordinal, const EntryHeader *header, const uint8_t *body, const uint64_t *oid,
+                     uint32_t size, EntryHeader *target, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """An entry as it lies in an image, 'size' bytes with its padding. 'body' begins with the object id where there is one."""
+    cdef uint8_t nonce[12]
+    cdef uint8_t aad[72]
+    cdef int n = 0, aad_bytes
+    memcpy(target, header, HEADER_BYTES)
+    target.crc = 0          # the tag takes its place; a CRC of the plain bytes would tell a lender about them
+    aad_bytes = seal_nonce_aad(meta.seal_id, ordinal, header, oid, nonce, aad)
+    if EVP_EncryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
+            EVP_EncryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
+            EVP_EncryptUpdate(ctx, <unsigned char *> target + HEADER_BYTES, &n, body, header.length) != 1 or \
+            EVP_EncryptFinal_ex(ctx, <unsigned char *> target + HEADER_BYTES + n, &n) != 1 or \
+            EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_GET_TAG, TAG_BYTES, target.tag) != 1:
+        return False
+    memset(<uint8_t *> target + HEADER_BYTES + header.length, 0, size - HEADER_BYTES - header.length)
+    return True
+
+
 cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, RemoteMeta **meta_out,
                                EVP_CIPHER_CTX *ctx, ZSTD_CCtx *zstd) noexcept nogil:
     """Build the sealed image of a segment in state shipping: live entries only, ordinals kept; pages as zstd where a
@@ -2042,23 +2097,10 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
     cdef EntryHeader *target
     cdef uint8_t buffer[ENTRY_BYTES_MAX]
     cdef uint32_t recompressed = 0, saved = 0
-    cdef uint8_t info[48]
-    cdef uint8_t nonce[12]
-    cdef uint8_t aad[72]
     cdef uint64_t oid[3]
-    cdef unsigned int key_bytes = 32
-    cdef int n = 0, aad_bytes
     if meta == NULL:
         return 0
-    # HKDF-Expand (RFC 5869) with one block: the node key is uniform, so there is nothing to extract.
-    memcpy(info, <const uint8_t *> b"ramster seal v1\0", 16)
-    if RAND_bytes(meta.seal_id, SEAL_ID_BYTES) != 1:
-        free(meta)
-        return 0
-    memcpy(info + 16, meta.seal_id, SEAL_ID_BYTES)
-    info[40] = 1
-    if HMAC(EVP_sha256(), s.node_key, 32, info, 41, meta.key, &key_bytes) == NULL or \
-            EVP_EncryptInit_ex(ctx, EVP_aes_256_gcm(), NULL, meta.key, NULL) != 1:
+    if not seal_key(s, meta, ctx):
         free(meta)
         return 0
     base = align8(FRAME_HEADER_BYTES + 2 * entries)
@@ -2087,25 +2129,11 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
                 size = align8(HEADER_BYTES + header.length)
         meta.sizes[ordinal] = <uint16_t> (size >> 3)
         position += size
-        memcpy(target, header, HEADER_BYTES)
-        target.crc = 0          # the tag takes its place; a CRC of the plain bytes would tell a lender about them
         entry_oid(header, oid)
-        aad_bytes = seal_nonce_aad(meta.seal_id, ordinal, header, oid, nonce, aad)
-        if EVP_EncryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
-                EVP_EncryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
-                EVP_EncryptUpdate(ctx, <unsigned char *> target + HEADER_BYTES, &n,
-                                  <unsigned char *> header + HEADER_BYTES, header.length) != 1 or \
-                EVP_EncryptFinal_ex(ctx, <unsigned char *> target + HEADER_BYTES + n, &n) != 1 or \
-                EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_GET_TAG, TAG_BYTES, target.tag) != 1:
+        if not seal_entry(meta, ordinal, header, <const uint8_t *> header + HEADER_BYTES, oid, size, target, ctx):
             free(meta)
             return 0
-        memset(<uint8_t *> target + HEADER_BYTES + header.length, 0, size - HEADER_BYTES - header.length)
-    image.magic = IMAGE_MAGIC
-    image.segment = segment
-    image.generation = row.generation
-    image.entries = entries
-    image.data_bytes = position
-    memcpy(image.seal_id, meta.seal_id, SEAL_ID_BYTES)
+    image_header(image, segment, row.generation, entries, position, meta)
     ASSERT(base + position <= s.segment_bytes, b"a sealed segment fits into a frame")
     meta_out[0] = meta
     if recompressed:
@@ -2114,8 +2142,10 @@ cdef uint32_t store_seal_image(Store_t *s, uint32_t segment, uint8_t *out, Remot
     return base + position
 
 
-cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, RemoteMeta *meta) noexcept nogil:
-    """The lender has it: from here on the segment is remote. Entries that died on the way are dead there too."""
+cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_t handle, uint32_t spill,
+                            RemoteMeta *meta) noexcept nogil:
+    """The lender has it, or the spill file (SPILL_PEER), or both: from here on the segment is remote. Entries that died on the
+    way are dead there too."""
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t ordinal, frame, live = 0, live_bytes = 0, held_bytes = 0
     spin_lock(&row.lock)
@@ -2134,6 +2164,7 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
     row.meta = meta
     row.peer = peer
     row.handle = handle
+    row.spill = spill
     store32(&row.frame, SEGMENT_FRAMES_NONE, RELAXED)
     row.held_bytes = held_bytes
     row.compacting &= COMPACT_QUEUED        # it may still be in the queue from its former life
@@ -2165,8 +2196,10 @@ cdef void store_touch(Store_t *s, uint32_t segment, uint32_t generation) noexcep
     spin_unlock(&row.lock)
 
 
-cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle) noexcept nogil:
-    """Take the next remote segment that a lender must be told to forget."""
+cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint32_t *handle,
+                           uint32_t *spill) noexcept nogil:
+    """Take the next remote segment that a lender must be told to forget, and the room in the spill file that it gives back
+    (its number and 1, or 0): the caller's from here on."""
     cdef Segment *row
     pthread_mutex_lock(&s.freed_lock)
     if s.freed_count == 0:
@@ -2182,6 +2215,8 @@ cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, 
     generation[0] = row.generation
     peer[0] = row.peer
     handle[0] = row.handle
+    spill[0] = row.spill
+    row.spill = 0
     spin_unlock(&row.lock)
     return True
 
@@ -2204,7 +2239,7 @@ cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *genera
         spin_lock(&row.lock)
         row.compacting = 0
         # It may have been freed meanwhile, and its number even be in use again.
-        if row.state == SEG_REMOTE and \
+        if row.state == SEG_REMOTE and row.peer != SPILL_PEER and \
                 <uint64_t> row.live_bytes * 1024 < <uint64_t> row.held_bytes * load32(&s.compact_below, RELAXED):
             row.compacting = COMPACT_SENT
             generation[0] = row.generation
@@ -2285,6 +2320,70 @@ cdef void store_freed_told(Store_t *s, uint32_t segment, uint32_t generation, ui
     spin_unlock(&row.lock)
 
 
+cdef void fall_back(Store_t *s, Segment *row) noexcept nogil:
+    """Under the row's lock: a remote segment whose lender has it no more is lost, unless the spill file has it too. What it
+    holds there is what was sealed: nothing was compacted."""
+    cdef uint32_t ordinal
+    if row.spill == 0:
+        store32(&row.state, SEG_LOST, RELEASE)
+        count(s, C_LOST_SEGMENTS, 1)
+        return
+    row.peer = SPILL_PEER
+    row.compacting &= COMPACT_QUEUED
+    row.held_bytes = 0
+    for ordinal in range(row.entries):
+        row.held_bytes += <uint32_t> (row.meta.sizes[ordinal] & 0x7fff) * 8
+
+
+cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil:
+    """The segment that this slot value names has an image in the spill file, alone or beside a lender's."""
+    cdef Segment *row
+    cdef bint spilled
+    if slot_kind(slot) != KIND_STORED or slot_segment(slot) >= load32(&s.segments_used, ACQUIRE):
+        return False
+    row = &s.segments[slot_segment(slot)]
+    spin_lock(&row.lock)
+    spilled = row.generation == slot_generation(slot) and row.state == SEG_REMOTE and row.spill != 0
+    spin_unlock(&row.lock)
+    return spilled
+
+
+cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,
+                            uint32_t *offsets, uint16_t *sizes) noexcept nogil:
+    """Where entries of a segment lie in its image in the spill file, from this node's own table: nothing in the file is
+    believed. Returns the image's number there, and 1; 0 when it has none (any more)."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t at[ORDINALS_MAX]
+    cdef uint32_t ordinal, k, position, last = 0, spill = 0
+    for k in range(count):
+        last = max(last, ordinals[k])
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and last < row.entries:
+        spill = row.spill
+        position = align8(FRAME_HEADER_BYTES + 2 * row.entries)
+        for ordinal in range(last + 1):
+            at[ordinal] = position
+            position += <uint32_t> (row.meta.sizes[ordinal] & 0x7fff) * 8
+        for k in range(count):
+            offsets[k] = at[ordinals[k]]
+            sizes[k] = <uint16_t> ((row.meta.sizes[ordinals[k]] & 0x7fff) * 8)
+    spin_unlock(&row.lock)
+    return spill
+
+
+cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
+    """The image in the spill file is no good, and a lender has the segment too: forget that image. Returns its number there,
+    and 1, for the caller to free; 0 when there is nothing to forget, or nothing else to read."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t spill = 0
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.peer != SPILL_PEER:
+        spill = row.spill
+        row.spill = 0
+    spin_unlock(&row.lock)
+    return spill
+
+
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
     """A lender's memory is gone for good (it restarted or said goodbye): what only it held is lost. Returns pages."""
     cdef uint32_t segment
@@ -2294,23 +2393,38 @@ cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
         row = &s.segments[segment]
         spin_lock(&row.lock)
         if row.peer == peer and row.state == SEG_REMOTE:
-            store32(&row.state, SEG_LOST, RELEASE)
-            pages += row.live_entries
-            count(s, C_LOST_SEGMENTS, 1)
+            fall_back(s, row)
+            pages += row.live_entries if row.state == SEG_LOST else 0
         elif row.peer == peer and row.state == SEG_FREE_SENT:
             free_row(s, segment)
         spin_unlock(&row.lock)
     return pages
 
 
-cdef void store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
-    """Its lender says that it has this segment no more."""
+cdef bint store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
+    """Its lender says that it has this segment no more. True: the spill file has it, look again."""
     cdef Segment *row = &s.segments[segment]
+    cdef bint spilled
     spin_lock(&row.lock)
     if row.state == SEG_REMOTE and row.generation == generation and row.peer == peer:
-        store32(&row.state, SEG_LOST, RELEASE)
-        count(s, C_LOST_SEGMENTS, 1)
+        fall_back(s, row)
+    spilled = row.state == SEG_REMOTE and row.generation == generation and row.peer == SPILL_PEER
     spin_unlock(&row.lock)
+    return spilled
+
+
+cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil:
+    """What a lender sent of this segment is damaged. True: the spill file has it too and is asked from now on; False: nothing
+    has changed, and other pages of it may be right."""
+    cdef Segment *row = &s.segments[segment]
+    cdef bint spilled = False
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.spill:
+        if row.peer == peer:
+            fall_back(s, row)
+        spilled = row.peer == SPILL_PEER
+    spin_unlock(&row.lock)
+    return spilled
 
 
 cdef EVP_CIPHER_CTX *store_unseal_context() noexcept nogil:
@@ -2331,25 +2445,205 @@ cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry
                       EVP_CIPHER_CTX *ctx) noexcept nogil:
     """Check and uncompress a sealed entry that came back, after store_unseal_begin(). CORRUPT unless it is the very entry
     that was asked for."""
-    cdef EntryHeader *header = <EntryHeader *> entry
     cdef uint8_t plain[OID_BYTES + PAGE]
-    cdef uint8_t nonce[12]
-    cdef uint8_t aad[72]
     cdef uint64_t oid[3]
-    cdef int n = 0, aad_bytes
-    if entry_bytes < HEADER_BYTES or header.length > OID_BYTES + PAGE or entry_bytes < HEADER_BYTES + header.length:
-        return CORRUPT
     memset(oid, 0, OID_BYTES)
     if ref.sparse:
         memcpy(oid, ref.oid, OID_BYTES)
-    aad_bytes = seal_nonce_aad(ref.seal_id, ref.ordinal, header, oid, nonce, aad)
-    if EVP_DecryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
-            EVP_DecryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
-            EVP_DecryptUpdate(ctx, plain, &n, entry + HEADER_BYTES, header.length) != 1 or \
-            EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_SET_TAG, TAG_BYTES, header.tag) != 1 or \
-            EVP_DecryptFinal_ex(ctx, plain + n, &n) != 1:
+    if not open_entry(ref, oid, entry, entry_bytes, plain, ctx):
         return CORRUPT
-    return decode(header, plain, ref, page)
+    return decode(<EntryHeader *> entry, plain, ref, page)
+
+
+cdef bint open_entry(const RemoteRef *ref, const uint64_t *oid, const uint8_t *entry, uint32_t entry_bytes, uint8_t *plain,
+                     EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Decrypt an entry to OID_BYTES + PAGE bytes, its object id first where it has one; False unless its tag is right."""
+    cdef EntryHeader *header = <EntryHeader *> entry
+    cdef uint8_t nonce[12]
+    cdef uint8_t aad[72]
+    cdef int n = 0, aad_bytes
+    if entry_bytes < HEADER_BYTES or header.length > OID_BYTES + PAGE or entry_bytes < HEADER_BYTES + header.length:
+        return False
+    aad_bytes = seal_nonce_aad(ref.seal_id, ref.ordinal, header, oid, nonce, aad)
+    return EVP_DecryptInit_ex(ctx, NULL, NULL, NULL, nonce) == 1 and \
+        EVP_DecryptUpdate(ctx, NULL, &n, aad, aad_bytes) == 1 and \
+        EVP_DecryptUpdate(ctx, plain, &n, entry + HEADER_BYTES, header.length) == 1 and \
+        EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_SET_TAG, TAG_BYTES, header.tag) == 1 and \
+        EVP_DecryptFinal_ex(ctx, plain + n, &n) == 1
+
+
+# --- making one image of several -----------------------------------------------------------------------------------
+# The spill file holds images as they were sealed. When most of several has died, what lives in them becomes one new image of a
+# new segment, under a new key: written first, then its row is filled in, then each page's slot is swapped from the old name to
+# the new one, if it still has the old one. The arena has no part in it: it is full when this is needed.
+
+cdef uint32_t store_sparsest(Store_t *s, uint32_t *cursor, Candidate *out, uint32_t most) noexcept nogil:
+    """The emptiest of the next so many segments that lie in the spill file alone and are at most half alive, least first."""
+    cdef uint32_t i, looks, found = 0, used = load32(&s.segments_used, ACQUIRE)
+    cdef Candidate seen
+    cdef Segment *row
+    cdef bint sparse
+    for looks in range(min(used, <uint32_t> SPARSE_LOOKS)):
+        cursor[0] = (cursor[0] + 1) % used
+        row = &s.segments[cursor[0]]
+        if load32(&row.state, RELAXED) != SEG_REMOTE:
+            continue
+        spin_lock(&row.lock)
+        sparse = row.state == SEG_REMOTE and row.peer == SPILL_PEER and not row.damaged and 2 * row.live_bytes <= s.segment_bytes
+        seen.segment = cursor[0]
+        seen.generation = row.generation
+        seen.live_bytes = row.live_bytes
+        seen.live_entries = row.live_entries
+        spin_unlock(&row.lock)
+        if not sparse or (found == most and seen.live_bytes >= out[most - 1].live_bytes):
+            continue
+        i = found if found < most else most - 1
+        while i > 0 and out[i - 1].live_bytes > seen.live_bytes:
+            out[i] = out[i - 1]
+            i -= 1
+        out[i] = seen
+        if found < most:
+            found += 1
+    return found
+
+
+cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, uint16_t *sizes,
+                                 uint32_t *entries) noexcept nogil:
+    """What is needed to open the image of a segment that lies in the spill file alone: seal id and key in 'ref', a size in units
+    of 8 bytes per ordinal, with the dead bit. Returns the image's number there, and 1, or 0."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t spill = 0
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation and row.peer == SPILL_PEER:
+        spill = row.spill
+        entries[0] = row.entries
+        ref.segment = segment
+        ref.generation = generation
+        memcpy(ref.seal_id, row.meta.seal_id, SEAL_ID_BYTES)
+        memcpy(ref.key, row.meta.key, 32)
+        memcpy(sizes, row.meta.sizes, 2 * row.entries)
+    spin_unlock(&row.lock)
+    return spill
+
+
+cdef void store_spare(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
+    """Something in this image cannot be read: it stays where gets find and report it, and is not chosen again."""
+    cdef Segment *row = &s.segments[segment]
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.generation == generation:
+        row.damaged = True
+    spin_unlock(&row.lock)
+
+
+cdef bint store_gather_begin(Store_t *s, Gather *g, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Begin an image for 'capacity' entries; 'ctx' keeps its key until the end. False when there is no segment number left, or
+    no memory."""
+    cdef bint some
+    g.entries = g.bytes = 0
+    g.meta = <RemoteMeta *> calloc(1, sizeof(RemoteMeta) + 2 * <size_t> g.capacity)
+    if g.meta == NULL:
+        return False
+    pthread_mutex_lock(&s.frame_lock)
+    some = s.free_ids_count != 0 or s.segments_used < s.segments_max
+    if some:
+        g.segment = take_id(s)
+    pthread_mutex_unlock(&s.frame_lock)
+    if some and seal_key(s, g.meta, ctx):
+        return True
+    if some:
+        release_id(s, g.segment)
+    free(g.meta)
+    return False
+
+
+cdef int store_gather_add(Store_t *s, Gather *g, uint8_t *out, const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes,
+                          EVP_CIPHER_CTX *open_ctx, EVP_CIPHER_CTX *seal_ctx) noexcept nogil:
+    """Take over one entry: OK, CORRUPT when it is not what was sealed, FULL."""
+    cdef const EntryHeader *header = <const EntryHeader *> entry
+    cdef uint32_t base = align8(FRAME_HEADER_BYTES + 2 * g.capacity)
+    cdef uint8_t plain[OID_BYTES + PAGE]
+    cdef uint8_t nonce[12]
+    cdef uint64_t oid[3]
+    cdef Gathered *page = &g.pages[g.entries]
+    cdef int n = 0
+    if g.entries == g.capacity or base + g.bytes + entry_bytes > s.segment_bytes:
+        return FULL
+    memset(oid, 0, OID_BYTES)
+    if entry_bytes >= HEADER_BYTES + OID_BYTES and header.flags & SPARSE_FLAG:
+        # The object id is a part of what the tag is checked against, and stands in the ciphertext: look there first.
+        memset(nonce, 0, 12)
+        memcpy(nonce + 8, &ref.ordinal, 4)
+        if EVP_DecryptInit_ex(open_ctx, NULL, NULL, NULL, nonce) != 1 or \
+                EVP_DecryptUpdate(open_ctx, <uint8_t *> oid, &n, entry + HEADER_BYTES, OID_BYTES) != 1:
+            return CORRUPT
+    if not open_entry(ref, oid, entry, entry_bytes, plain, open_ctx) or align8(HEADER_BYTES + header.length) != entry_bytes or \
+            not seal_entry(g.meta, g.entries, header, plain, oid, entry_bytes, <EntryHeader *> (out + base + g.bytes), seal_ctx):
+        return CORRUPT
+    (<uint16_t *> (out + FRAME_HEADER_BYTES))[g.entries] = <uint16_t> (g.bytes >> 3)
+    g.meta.sizes[g.entries] = <uint16_t> (entry_bytes >> 3)
+    page.slot = slot_stored(ref.segment, ref.generation, ref.ordinal)
+    memcpy(page.oid, oid, OID_BYTES)
+    page.pool = header.pool
+    page.index = header.index
+    g.entries += 1
+    g.bytes += entry_bytes
+    return OK
+
+
+cdef uint32_t store_gather_end(Store_t *s, Gather *g, uint8_t *out) noexcept nogil:
+    """Header and directory; returns the bytes of the image."""
+    cdef uint32_t ordinal, base = align8(FRAME_HEADER_BYTES + 2 * g.capacity)
+    cdef uint16_t *offsets = <uint16_t *> (out + FRAME_HEADER_BYTES)
+    memset(out, 0, FRAME_HEADER_BYTES)
+    memset(out + FRAME_HEADER_BYTES + 2 * g.capacity, 0, base - FRAME_HEADER_BYTES - 2 * g.capacity)
+    for ordinal in range(g.entries, g.capacity):
+        offsets[ordinal] = DIRECTORY_ABSENT
+        g.meta.sizes[ordinal] = DIRECTORY_DEAD
+    image_header(<ImageHeader *> out, g.segment, s.segments[g.segment].generation, g.capacity, g.bytes, g.meta)
+    return base + g.bytes
+
+
+cdef void store_gather_commit(Store_t *s, Gather *g, uint32_t spill) noexcept nogil:
+    """The image is written: its pages move over, but for those that somebody has put or flushed meanwhile."""
+    cdef Segment *row = &s.segments[g.segment]
+    cdef Gathered *page
+    cdef Pool *pool
+    cdef uint32_t i, generation
+    cdef uint64_t moved
+    cdef Reader *reader = enter(s)
+    spin_lock(&row.lock)
+    ASSERT(row.state == SEG_FREE and row.live_entries == 0, b"an id that is handed out names nothing")
+    generation = row.generation
+    row.opened = load64(&s.epoch, SEQ_CST)
+    row.ephemeral = 0
+    row.ordered = 0
+    row.damaged = False
+    row.entries = g.capacity
+    row.used_bytes = row.live_bytes = row.held_bytes = g.bytes
+    row.live_entries = g.entries
+    row.peer = SPILL_PEER
+    row.handle = 0
+    row.spill = spill
+    row.meta = g.meta
+    row.compacting &= COMPACT_QUEUED
+    row.touched_ms = coarse_ms()
+    store32(&row.frame, SEGMENT_FRAMES_NONE, RELAXED)
+    store32(&row.state, SEG_REMOTE, RELEASE)
+    spin_unlock(&row.lock)
+    for i in range(g.entries):
+        page = &g.pages[i]
+        moved = slot_stored(g.segment, generation, i)
+        pool = pool_at(s, page.pool)
+        if pool != NULL and replace(pool, page.oid, page.index, page.slot, moved):
+            free_entry(s, page.slot)
+        else:
+            free_entry(s, moved)
+    leave(reader)
+
+
+cdef void store_gather_abort(Store_t *s, Gather *g) noexcept nogil:
+    free(g.meta)
+    release_id(s, g.segment)
 
 
 cdef uint64_t store_census(Store_t *s, uint32_t pool_id, uint64_t first, uint32_t count, const uint8_t *resident,
@@ -2747,11 +3041,11 @@ cdef class Store:
         return dropped
 
     def where(self, uint32_t pool, uint64_t index):
-        """'here', 'lost', 'none' or the number of the lender, of a page in a dense pool."""
+        """'here', 'spill', 'lost', 'none' or the number of the lender, of a page in a dense pool."""
         cdef uint32_t peer = 0
         cdef uint64_t slot = 0
         cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
-        return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, peer)
+        return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, "spill" if peer == SPILL_PEER else peer)
 
     def census(self, uint32_t pool):
         """Pages of a dense pool by where they are: here (same-filled ones too), away, lost. A glance, while others go on; the
@@ -2924,7 +3218,7 @@ cdef class Store:
         cdef uint32_t i
         cdef Segment *row
         cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
-        cdef uint64_t used_r = 0, metadata = 0, rows
+        cdef uint64_t used_r = 0, metadata = 0, rows, spilled = 0, mirrored = 0, pages_s = 0
         for i in range(load32(&s.segments_used, ACQUIRE)):
             row = &s.segments[i]
             spin_lock(&row.lock)
@@ -2937,6 +3231,11 @@ cdef class Store:
                 live_r += row.live_bytes
                 pages_r += row.live_entries
                 used_r += row.held_bytes
+                if row.peer == SPILL_PEER:
+                    spilled += 1
+                    pages_s += row.live_entries
+                elif row.spill:
+                    mirrored += 1
             elif row.state == SEG_LOST:
                 lost += 1
                 pages_x += row.live_entries
@@ -2962,8 +3261,8 @@ cdef class Store:
         puts = tallied(s, T_PUTS)
         return dict(
             arena_bytes=s.arena_bytes, segment_bytes=s.segment_bytes, frames_total=s.frames, frames_free=i,
-            segments_local=local, segments_remote=remote, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
-            pages_local=pages_l, pages_remote=pages_r, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
+            segments_local=local, segments_remote=remote, segments_spilled=spilled, segments_mirrored=mirrored, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
+            pages_local=pages_l, pages_remote=pages_r, pages_spilled=pages_s, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
             dead_bytes=used_l - live_l, live_bytes_remote=live_r, dead_bytes_remote=used_r - live_r,
             table_bytes=total(s, C_TABLE_BYTES), puts=puts, gets=tallied(s, T_GETS),
             local_gets=tallied(s, T_LOCAL_GETS), gets_missed=tallied(s, T_GETS_MISSED), flushes=tallied(s, T_FLUSHES),

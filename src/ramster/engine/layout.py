@@ -94,6 +94,21 @@ IMAGE_HEADER = Table(
     ),
 )
 
+SPILL_HEADER = Table(
+    "SpillHeader",
+    (
+        Field("magic", "8s", "`RAMspill`: a file that begins otherwise is not touched"),
+        Field("version", "I", "1"),
+        Field("image_bytes", "I", "room for one image"),
+        Field("images", "Q", "rooms, one after the other from byte 4096 on"),
+        Field("node", "I", "number of the node that writes it"),
+        Field("pid", "I", "its process, for people"),
+    ),
+)
+SPILL_MAGIC = b"RAMspill"
+SPILL_VERSION = 1
+SPILL_FIRST_IMAGE = 4096
+
 TABLES = (ENTRY_HEADER, IMAGE_HEADER)
 
 

@@ -19,10 +19,13 @@ class StoreStatistics:
     """One look at a store. Counts are pages unless the name says otherwise; `bytes` are bytes.
 
     Always: pages_stored = pages_local + pages_remote + pages_filled (lost pages are counted apart), and bytes held by
-    local segments = live_bytes + dead_bytes. metadata_bytes: everything that is kept beside the entries: page tables,
-    rows and directories of segments, hints, free lists, what is known of segments away, all fixed tables. Headers of
-    entries are part of the entries, in live_bytes. puts_incompressible: stored as they are; puts_untried: of these,
-    without a try; puts_plugged: into the room of dead entries.
+    local segments = live_bytes + dead_bytes. Remote is what is not in the arena: on lenders, or in the spill file alone
+    (spilled, a part of remote); mirrored segments are on a lender and in the spill file.
+
+    metadata_bytes: everything that is kept beside the entries: page tables, rows and directories of segments, hints,
+    free lists, what is known of segments away, all fixed tables. Headers of entries are part of the entries, in
+    live_bytes. puts_incompressible: stored as they are; puts_untried: of these, without a try; puts_plugged: into the
+    room of dead entries.
     """
 
     arena_bytes: int
@@ -31,10 +34,13 @@ class StoreStatistics:
     frames_free: int
     segments_local: int
     segments_remote: int
+    segments_spilled: int
+    segments_mirrored: int
     segments_lost: int
     pages_stored: int
     pages_local: int
     pages_remote: int
+    pages_spilled: int
     pages_filled: int
     pages_lost: int
     live_bytes: int

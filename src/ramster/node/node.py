@@ -17,6 +17,7 @@ from ramster.config.knobs import Config
 from ramster.engine.links import Links, TlsContext
 from ramster.engine.nbd import NbdServer
 from ramster.engine.region import Region
+from ramster.engine.spill import Spill
 from ramster.engine.store import Store
 from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
@@ -66,10 +67,20 @@ class Node:
             compact_below=c.remotify.compact_below,
             recompress=c.remotify.recompress,
         )
+        self.spill = None
+        if c.spill.path is not None:
+            self.spill = Spill(self.links, c.spill.path, c.spill.size_bytes, mirror=c.spill.mirror)
+            if self.spill.in_memory:
+                log.warning(
+                    "spill file %s lies on a %s, that is in RAM: set [spill] path to a disk",
+                    c.spill.path,
+                    self.spill.file_system,
+                )
         r = c.remotify
-        self.remotify = Worker(
-            self.store, self.links, Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms)), r.tick_ms
-        )
+        # A put that waits for room must see a lender passed over well before it gives up.
+        stalled_ms = max(10, min(c.arena.full_wait_ms, c.region.full_wait_ms) // 4)
+        policy = Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms, stalled_ms))
+        self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill)
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
         context = None if c.cluster is None else TlsContext(*map(str, (c.cluster.ca, c.cluster.cert, c.cluster.key)))
         self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context)
@@ -145,6 +156,8 @@ class Node:
             await self.peering.close()
         await self.control.stop()
         await asyncio.to_thread(self.links.stop)
+        if self.spill is not None:
+            await asyncio.to_thread(self.spill.close)
         await asyncio.to_thread(self.store.close)
 
     # --- NodeView: what the control API asks ----------------------------------------------------------------------
@@ -241,6 +254,7 @@ class Node:
                 "locked": links["lent_locked"],
                 "owners": {names.get(owner, str(owner)): n for owner, n in self.links.foreign().items()},
             },
+            "spill": self._spill_status(arena),
             "peers": peers,
             "regions": await self.regions(),
             "exports": await self.exports(),
@@ -263,6 +277,23 @@ class Node:
                 "segments_ordered": self.remotify.ordered,
                 "under_way": self.links.shipping(),
             },
+        }
+
+    def _spill_status(self, arena: dict[str, Any]) -> dict[str, Any] | None:
+        """None without a spill file."""
+        if self.spill is None:
+            return None
+        seen = dataclasses.asdict(self.spill.statistics())
+        return {
+            "path": str(self.spill.path),
+            "mirror": self.spill.mirror,
+            "file_system": self.spill.file_system,
+            "reserved": self.spill.reserved,
+            "segments": arena["segments_spilled"],
+            "mirrored": arena["segments_mirrored"],
+            "pages": arena["pages_spilled"],
+            "errors": seen["read_errors"] + seen["write_errors"],
+            **seen,
         }
 
 

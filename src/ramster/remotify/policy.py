@@ -1,9 +1,13 @@
-"""The decision: which sealed segments leave now, and to which lender. Pure: everything it knows is an argument.
+"""The decision: which sealed segments leave now, and where to. Pure: everything it knows is an argument.
 
 Two reasons to ship. Pressure: the arena is fuller than `high`, so the segments untouched for longest leave until what
 is on its way would bring it down to `low` (hysteresis: between the two it goes on only if it had begun). Age: a segment
 untouched for `cold_after_ms` leaves without pressure, so that room is there before it is needed. Persistent and
 ephemeral leave alike. Lenders are chosen by free room, less what is already on its way to them.
+
+The spill file is the last tier. Under pressure it gets what no lender takes: none is up, none has room, or those that
+have do not get any further. And while puts are about to wait it takes the coldest beside whatever is on its way to
+lenders. Nothing goes to it for age alone, and nothing ephemeral: that may be dropped.
 """
 
 from __future__ import annotations
@@ -11,11 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ramster.constants import SPILL_PEER
+
 # More than this in one decision would outlive the facts it was based on: 8 MiB, 0.07 s of traffic at 1 Gbit/s. Under
 # pressure the next decision comes within a tenth of a tick.
 SHIPS_PER_DECISION_MAX = 32
 # Ordered or on their way to one lender: 0.14 s of traffic at 1 Gbit/s. One that takes nothing must not attract all.
 BACKLOG_MAX = 64
+# Free part of the arena below which puts are about to wait: less than what the cleaner begins at.
+URGENT_FREE = 0.05
+# At once to the spill file then: 2 MiB, a hundredth of a second of a disk, and the next decision comes as soon.
+URGENT_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +42,33 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Lender:
-    """A peer: `credit` segments is what it last said it has room for, `shipping` those ordered or on their way."""
+    """A peer: `credit` segments is what it last said it has room for, `shipping` those ordered or on their way, of
+    which none got any further for `stalled_ms`.
+    """
 
     number: int
     up: bool
     credit: int
     shipping: int
+    stalled_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpillRoom:
+    """The spill file: rooms that are free, orders that will take one, whether writing works now, and whether what goes
+    to a lender is kept there too.
+    """
+
+    free: int
+    waiting: int
+    ready: bool = True
+    mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What a decision is based on. `coldest` is ordered, untouched for longest first; `under_way` counts segments
-    ordered or on their way to any lender.
+    ordered or on their way to any lender or to the spill file.
     """
 
     frames_total: int
@@ -51,11 +76,12 @@ class Snapshot:
     coldest: Sequence[Segment]
     lenders: Sequence[Lender]
     under_way: int
+    spill: SpillRoom | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ship:
-    """The instruction to ship one segment to one lender."""
+    """The instruction to ship one segment to one lender, or to the spill file (SPILL_PEER)."""
 
     segment: int
     generation: int
@@ -64,12 +90,15 @@ class Ship:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The knobs of [remotify]: fractions of the arena, and ms (0: age alone is no reason)."""
+    """The knobs of [remotify]: fractions of the arena, and ms (0: age alone is no reason). `stalled_ms`: a lender that
+    gets no further for so long is passed over where there is a spill file.
+    """
 
     enabled: bool = True
     high: float = 0.75
     low: float = 0.60
     cold_after_ms: int = 30_000
+    stalled_ms: int = 250
 
 
 @dataclass(slots=True)
@@ -86,8 +115,17 @@ class Policy:
         anybody = any(lender.up and lender.credit > lender.shipping for lender in lenders)
         return self.settings.cold_after_ms if self.settings.enabled and anybody else 0
 
+    def stalled(self, lenders: Sequence[Lender], spill: SpillRoom | None) -> list[int]:
+        """Lenders whose orders are to be taken back, since the spill file can have those segments now."""
+        if not self.draining or not _can_write(spill):
+            return []
+        return [lender.number for lender in lenders if self._stalls(lender)]
+
+    def _stalls(self, lender: Lender) -> bool:
+        return lender.shipping > 0 and lender.stalled_ms >= self.settings.stalled_ms
+
     def decide(self, now: Snapshot) -> list[Ship]:
-        """Instructions for this moment, coldest first. Never more to a lender than it has room for."""
+        """Instructions for this moment, coldest first. Never more to a place than it has room for."""
         if not self.settings.enabled or now.frames_total == 0:
             self.draining = False
             return []
@@ -95,19 +133,41 @@ class Policy:
         self.draining = used > self.settings.high * now.frames_total or (
             self.draining and used > self.settings.low * now.frames_total
         )
-        wanted = int(used - self.settings.low * now.frames_total) - now.under_way if self.draining else 0
-        room = {lender.number: lender.credit - lender.shipping for lender in now.lenders if lender.up}
-        backlog = {lender.number: lender.shipping for lender in now.lenders}
+        # What is under way to a lender that stands still will not be gone soon.
+        passed_over = [lender for lender in now.lenders if _can_write(now.spill) and self._stalls(lender)]
+        under_way = now.under_way - sum(lender.shipping for lender in passed_over)
+        wanted = int(used - self.settings.low * now.frames_total) - under_way if self.draining else 0
+        urgent = 0
+        if self.draining and now.spill is not None and now.frames_free <= URGENT_FREE * now.frames_total:
+            urgent = URGENT_MAX - now.spill.waiting
+        lenders = [lender for lender in now.lenders if lender.up and lender not in passed_over]
+        room = {lender.number: lender.credit - lender.shipping for lender in lenders}
+        backlog = {lender.number: lender.shipping for lender in lenders}
+        disk = now.spill.free - now.spill.waiting if now.spill is not None and _can_write(now.spill) else 0
+        mirror = now.spill is not None and now.spill.mirror
         ships: list[Ship] = []
         for segment in now.coldest[:SHIPS_PER_DECISION_MAX]:
             cold = 0 < self.settings.cold_after_ms <= segment.age_ms
-            if segment.live_pages == 0 or (len(ships) >= wanted and not cold):
+            pressed = len(ships) < max(wanted, urgent)
+            if segment.live_pages == 0 or not (pressed or cold):
                 continue
-            open_to = (number for number in room if room[number] > 0 and backlog[number] < BACKLOG_MAX)
-            lender = max(open_to, key=lambda number: (room[number], -number), default=None)
-            if lender is None:
-                break
-            room[lender] -= 1
-            backlog[lender] += 1
+            kept = mirror and not segment.ephemeral
+            lender = None
+            if (len(ships) < wanted or cold) and (disk > 0 or not kept):
+                open_to = (number for number in room if room[number] > 0 and backlog[number] < BACKLOG_MAX)
+                lender = max(open_to, key=lambda number: (room[number], -number), default=None)
+            if lender is not None:
+                room[lender] -= 1
+                backlog[lender] += 1
+                disk -= kept
+            elif pressed and disk > 0 and not segment.ephemeral:
+                lender = SPILL_PEER
+                disk -= 1
+            else:
+                continue
             ships.append(Ship(segment.number, segment.generation, lender))
         return ships
+
+
+def _can_write(spill: SpillRoom | None) -> bool:
+    return spill is not None and spill.ready and spill.free > 0

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 
 from ramster.engine.links import Links
+from ramster.engine.spill import Spill
 from ramster.engine.store import Store
-from ramster.remotify.policy import SHIPS_PER_DECISION_MAX, Lender, Policy, Segment, Snapshot
+from ramster.remotify.policy import SHIPS_PER_DECISION_MAX, Lender, Policy, Segment, Snapshot, SpillRoom
+
+log = logging.getLogger(__name__)
 
 
 class Worker:
     """Carries out the decisions of `policy`; `decisions` and `ordered` count them."""
 
-    def __init__(self, store: Store, links: Links, policy: Policy, tick_ms: int) -> None:
+    def __init__(self, store: Store, links: Links, policy: Policy, tick_ms: int, spill: Spill | None = None) -> None:
         self.store = store
         self.links = links
+        self.spill = spill
+        self._said = ""
         self.policy = policy
         self.tick_s = tick_ms / 1000
         self.decisions = 0
@@ -49,6 +55,11 @@ class Worker:
     def step(self) -> int:
         """One look, one decision; returns the number of segments ordered."""
         lenders = [Lender(*row) for row in self.links.lenders()]
+        spill = self._look_at_spill()
+        if stalled := self.policy.stalled(lenders, spill):
+            for number in stalled:
+                self.links.withdraw(number)
+            lenders = [Lender(*row) for row in self.links.lenders()]
         if age_ms := self.policy.seal_after_ms(lenders):
             self.store.seal_cold(age_ms)
         free, total = self.store.frames()
@@ -58,6 +69,7 @@ class Worker:
             coldest=[Segment(*row) for row in self.store.coldest(SHIPS_PER_DECISION_MAX)],
             lenders=lenders,
             under_way=self.links.shipping(),
+            spill=spill,
         )
         self.decisions += 1
         ordered = 0
@@ -65,6 +77,19 @@ class Worker:
             ordered += self.links.ship(ship.segment, ship.generation, ship.lender)
         self.ordered += ordered
         return ordered
+
+    def _look_at_spill(self) -> SpillRoom | None:
+        """What a decision needs of it; a kind of trouble is said once."""
+        if self.spill is None:
+            return None
+        free, waiting, works = self.spill.room()
+        trouble = "" if works else self.spill.statistics().last_error
+        if not free:
+            trouble = "it is full"
+        if trouble and trouble != self._said:
+            log.warning("spill file %s: %s; pages stay in the arena while there is room", self.spill.path, trouble)
+            self._said = trouble
+        return SpillRoom(free, waiting, works, self.spill.mirror)
 
 
 def _drain(fd: int) -> None:

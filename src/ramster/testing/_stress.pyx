@@ -357,7 +357,7 @@ def ship(Store store, uint32_t segment, uint32_t generation, uint32_t peer, uint
             raise MemoryError("cannot seal")
         image = out[:size]
         if commit:
-            store_ship_commit(s, segment, peer, handle, meta)
+            store_ship_commit(s, segment, peer, handle, 0, meta)
         else:
             store_ship_abort(s, segment)
             free(meta)

@@ -262,6 +262,11 @@ cdef extern from "<fcntl.h>" nogil:
     int fcntl(int fd, int command, ...)
     int fallocate(int fd, int mode, off_t offset, off_t size)
     int posix_fallocate(int fd, off_t offset, off_t size)
+    enum:
+        POSIX_FADV_DONTNEED
+        SYNC_FILE_RANGE_WRITE
+    int posix_fadvise(int fd, off_t offset, off_t size, int advice)
+    int sync_file_range(int fd, off_t offset, off_t size, unsigned int flags)
 
 
 cdef extern from "<sys/mman.h>" nogil:

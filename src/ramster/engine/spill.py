@@ -1,0 +1,221 @@
+"""The spill file's documented face: makes, reserves and locks the file, and says how it does.
+
+The mechanism and its rules are in `_spill.pyx`, the bytes in docs/spill.md. When something goes there is decided by
+`ramster.remotify`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ramster.config.units import format_bytes
+from ramster.constants import MIB
+from ramster.engine import _spill
+from ramster.engine.layout import SPILL_FIRST_IMAGE, SPILL_HEADER, SPILL_MAGIC, SPILL_VERSION
+from ramster.engine.links import Links
+from ramster.errors import PermissionMissing, StoreFull, UsageError
+
+#: file systems that lie in RAM themselves
+IN_MEMORY = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True, slots=True)
+class SpillStatistics:
+    """One look. Bytes are of whole rooms, one for each image, whatever its size; errors are counted since the start.
+
+    waiting: segments that are to be written; refused: orders that found no room; merged: sparse images that went into
+    fuller ones. reads counts requests of the disk, of
+    one page or several of a segment; the times are from the request to its answer.
+    """
+
+    bytes_total: int
+    bytes_used: int
+    waiting: int
+    reads: int
+    pages_read: int
+    read_p50_us: int
+    read_p99_us: int
+    writes: int
+    bytes_written: int
+    read_errors: int
+    write_errors: int
+    refused: int
+    merged: int
+    last_error: str
+    direct: bool
+    metadata_bytes: int
+
+
+class Spill(_spill.Spill):
+    """A file on a disk as the last tier of a store: what was ordered to SPILL_PEER, and copies of what lenders have.
+
+    Args:
+        links: whose store's segments it takes; once per links, before anything is shipped.
+        path: the file; made (mode 0600) when missing. What it held is discarded. It must be an ordinary file that is
+            empty or was a spill file before.
+        size_bytes: reserved on the disk at once where the file system can (`reserved`).
+        mirror: every persistent segment that goes to a lender is written here first, and one that cannot be stays in
+            the arena. Segments of a lender that is lost, or does not answer, are read from here then.
+        threads: that wait for the disk; all but one of them only read.
+
+    What is written is sealed: the keys are in this process's RAM alone, so nothing of it can be read by anybody else
+    or survives this process. It ends with the links; `close` empties the file.
+
+    Raises PermissionMissing, StoreFull (the disk has less room than size_bytes) or UsageError; then no file was left.
+    """
+
+    def __new__(cls, links: Links, path: Path, size_bytes: int, *, mirror: bool = False, threads: int = 2) -> Self:
+        image_bytes = int(links.store.counters()["segment_bytes"])
+        images = (size_bytes - SPILL_FIRST_IMAGE) // image_bytes
+        if images < 1:
+            least = format_bytes(image_bytes + SPILL_FIRST_IMAGE)
+            raise UsageError(f"a spill file of {format_bytes(size_bytes)}: it must be at least {least}, one segment")
+        fd, made = _open(path)
+        try:
+            reserved = _reserve(fd, path, SPILL_FIRST_IMAGE + images * image_bytes)
+            header = struct.pack(
+                SPILL_HEADER.format, SPILL_MAGIC, SPILL_VERSION, image_bytes, images, links.number, os.getpid()
+            )
+            _write_header(fd, path, header)
+            direct = _set_direct(fd)
+            self = super().__new__(cls, links, fd, images, direct, mirror, threads)
+        except BaseException:
+            os.close(fd)
+            if made:
+                path.unlink(missing_ok=True)
+            raise
+        self._fd = fd
+        self.path = path
+        self.mirror = mirror
+        self.reserved = reserved
+        self.file_system = _file_system(path)
+        return self
+
+    _fd: int
+    path: Path
+    mirror: bool
+    reserved: bool
+    file_system: str
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the file lies in RAM: then it is no tier of its own."""
+        return self.file_system in IN_MEMORY
+
+    def statistics(self) -> SpillStatistics:
+        return SpillStatistics(**self.counters())
+
+    def close(self) -> None:
+        """After the links have stopped: empty the file, so that the disk has its room again. Again: does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+            os.close(fd)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """The file, locked and empty, and whether it was made."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        try:
+            fd, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            fd, made = os.open(path, flags), False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PermissionMissing(
+                f"cannot write the spill file {path}: {_words(error)}; "
+                "let this user write there or set another [spill] path"
+            ) from error
+        raise UsageError(f"cannot open the spill file {path}: {_words(error)}; set another [spill] path") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"the spill file {path} is not an ordinary file; set another [spill] path")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"the spill file {path} is in use by another node; give each node one of its own"
+            ) from error
+        if status.st_size and os.pread(fd, len(SPILL_MAGIC), 0) != SPILL_MAGIC:
+            raise UsageError(
+                f"{path} holds something that is no spill file, and would be overwritten; "
+                "remove it or set another [spill] path"
+            )
+        if not made:
+            os.fchmod(fd, 0o600)
+        os.ftruncate(fd, 0)
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(f"cannot prepare the spill file {path}: {_words(error)}; set another [spill] path") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, made
+
+
+def _reserve(fd: int, path: Path, size: int) -> bool:
+    """Take the room on the disk now; False where the file system cannot promise it."""
+    room = os.fstatvfs(fd)
+    free = room.f_bavail * room.f_frsize
+    short = (
+        f"the disk of the spill file {path} has {format_bytes(free - free % MIB)} free "
+        f"of the {format_bytes(size - size % MIB)} wanted; set a smaller [spill] size or another path"
+    )
+    if free < size:
+        raise StoreFull(short)
+    try:
+        _spill.reserve(fd, size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            os.ftruncate(fd, size)
+            return False
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull(short) from error
+        raise StoreFull(
+            f"cannot reserve {format_bytes(size)} for the spill file {path}: {_words(error)}; set less [spill] size"
+        ) from error
+    return True
+
+
+def _write_header(fd: int, path: Path, header: bytes) -> None:
+    try:
+        os.pwrite(fd, header.ljust(SPILL_FIRST_IMAGE, b"\0"), 0)
+    except OSError as error:
+        raise StoreFull(f"cannot write the spill file {path}: {_words(error)}; set another [spill] path") from error
+
+
+def _set_direct(fd: int) -> bool:
+    """Past the page cache, where the file system can."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+        return False
+    return True
+
+
+def _file_system(path: Path) -> str:
+    """Its type, such as ext4; "" when it cannot be told."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields = line.split()
+            if fields[2] == wanted:
+                return fields[fields.index("-") + 1]
+    return ""
+
+
+def _words(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
