@@ -219,6 +219,29 @@ def remove(paths: list[Path], deadline_s: float = EMPTY_S) -> int:
     return len(killed)
 
 
+def tight(where: Hierarchies | None = None) -> Iterator[tuple[Path, int, int]]:
+    """(group, bytes it has in swap, its limit) of each group whose limit leaves no room for what it has in swap.
+
+    Page cache counts as room. Of a tree of such groups, the topmost alone.
+    """
+    where = where or hierarchies()
+    if where.memory is None:
+        return
+    version, mount, _ = where.memory
+    for name, below, _ in os.walk(mount):
+        path = Path(name)
+        stat = table(_text(path / "memory.stat"))
+        if version == 2:
+            swapped, limit = _number(path / "memory.swap.current") or 0, _number(path / "memory.max")
+            kept = stat.get("anon", 0) + stat.get("shmem", 0)
+        else:
+            swapped, limit = stat.get("total_swap", 0), stat.get("hierarchical_memory_limit")
+            kept = stat.get("total_rss", 0) + stat.get("total_shmem", 0)
+        if limit is not None and swapped and swapped + kept > limit:
+            yield path, swapped, limit
+            below.clear()
+
+
 def named(pattern: str, where: Hierarchies | None = None) -> Iterator[Path]:
     """Groups that an earlier process of ours has made, wherever in both hierarchies it stood."""
     where = where or hierarchies()

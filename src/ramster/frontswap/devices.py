@@ -48,11 +48,15 @@ FILE: Final = "swap"  # below the mount
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one swap is made of: its name, its export and where its files lie. Paths below `directory` are ours."""
+    """What one swap is made of: its name, its export and where its files lie. Paths below `directory` are ours.
+
+    lock: a descriptor that the tools inherit: when this process is killed, whoever comes next waits for the tool too.
+    """
 
     name: str
     directory: Path  # RUN_DIR/swap
     nbd_socket: Path
+    lock: int | None = None
 
     @property
     def record(self) -> Path:
@@ -137,16 +141,22 @@ def swapoff(device: str) -> list[str]:
     return ["swapoff", device]
 
 
-def step(command: Sequence[str], what: str, deadline_s: float = STEP_S) -> str:
+def step(command: Sequence[str], what: str, lock: int | None = None) -> str:
     """Runs a tool to its end; what it printed. ToolMissing, Refused with the tool's own words."""
     need(command[0])
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=deadline_s, stdin=subprocess.DEVNULL, errors="replace"
+            command,
+            capture_output=True,
+            text=True,
+            timeout=STEP_S,
+            stdin=subprocess.DEVNULL,
+            errors="replace",
+            pass_fds=() if lock is None else (lock,),
         )
     except subprocess.TimeoutExpired:
         raise Refused(
-            f"{what}: `{' '.join(command)}` did not end within {deadline_s:g} s; does the node answer (ramster status)?"
+            f"{what}: `{' '.join(command)}` did not end within {STEP_S:g} s; does the node answer (ramster status)?"
         ) from None
     if done.returncode:
         said = " ".join((done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split("\n"))
@@ -314,10 +324,10 @@ class Bridge:
             said = " ".join(place.log.read_text(errors="replace").split())[-500:]
             raise Refused(f"nbdfuse ended at once: {said or 'it does not say why'}")
         try:
-            return step(losetup(place, direct=True), "making a loop device").strip()
+            return step(losetup(place, direct=True), "making a loop device", place.lock).strip()
         except Refused:
             # A file system without direct I/O; the pages then pass through the page cache.
-            return step(losetup(place, direct=False), "making a loop device").strip()
+            return step(losetup(place, direct=False), "making a loop device", place.lock).strip()
 
 
 def _start_nbdfuse(place: Place, connections: int) -> None:
@@ -376,18 +386,18 @@ def detach(place: Place, device: str | None) -> list[str]:
     """
     done = []
     for loop in loops(place.file):
-        step(["losetup", "--detach", loop], "detaching the loop device")
+        step(["losetup", "--detach", loop], "detaching the loop device", place.lock)
         _until(lambda loop=loop: loop not in loops(place.file), f"{loop} is detached")  # type: ignore[misc]
         done.append(f"detached {loop}")
     if device is not None and device.startswith("/dev/nbd") and nbd_attached(device):
-        step(nbd_disconnect(device), "disconnecting the device")
+        step(nbd_disconnect(device), "disconnecting the device", place.lock)
         _until(lambda: not nbd_attached(device), f"{device} is disconnected")
         done.append(f"disconnected {device}")
     if mounted(place.mount):
         try:
-            step(["umount", str(place.mount)], "unmounting")
+            step(["umount", str(place.mount)], "unmounting", place.lock)
         except Refused:
-            step(["umount", "--lazy", str(place.mount)], "unmounting")
+            step(["umount", "--lazy", str(place.mount)], "unmounting", place.lock)
         done.append(f"unmounted {place.mount}")
     if running := daemons(place):
         # Unmounting ends it; what hangs on a server that is gone has to be told.

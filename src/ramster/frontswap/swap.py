@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 from ramster.config.units import format_bytes
 from ramster.constants import MIB, NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES
 from ramster.errors import NodeUnreachable, PermissionMissing, RamsterError, Refused, UsageError
+from ramster.frontswap.cgroups import tight
 from ramster.frontswap.devices import (
     CONNECTIONS_MAX,
     Bridge,
@@ -133,7 +134,7 @@ def names(run_dir: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(where: Place) -> Iterator[None]:
+def _locked(where: Place) -> Iterator[Place]:
     """One command at a time changes swaps of this node: two would choose the same device."""
     where.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(where.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -149,7 +150,7 @@ def _locked(where: Place) -> Iterator[None]:
                         f"another `ramster swap` has worked for more than {LOCK_S:g} s; wait until it is done"
                     ) from None
                 time.sleep(_POLL_S)
-        yield
+        yield replace(where, lock=descriptor)
     finally:
         os.close(descriptor)
 
@@ -292,7 +293,7 @@ def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
     where = place(run_dir, plan.name)
     need_root("switching swap on")
     need("mkswap", "swapon", "swapoff")
-    with _locked(where):
+    with _locked(where) as where:
         if read(where) is not None:
             raise Refused(
                 f"there is a swap {plan.name} already (ramster swap status); "
@@ -346,8 +347,8 @@ def _make(node: Node, where: Place, plan: Plan, way: Way, record: Record) -> Rec
     device = way.attach(where, plan.connections, chosen)
     record = replace(record, device=device, attached=True)
     write(where, record)
-    step(mkswap(where, device), "writing the swap header")
-    step(swapon(device, plan.priority), "switching the swap on")
+    step(mkswap(where, device), "writing the swap header", where.lock)
+    step(swapon(device, plan.priority), "switching the swap on", where.lock)
     record = replace(record, done=True)
     write(where, record)
     return record
@@ -395,7 +396,7 @@ def off(node: Node, run_dir: Path, name: str, *, force: bool, say: Say) -> Ended
     """
     where = place(run_dir, name)
     need_root("switching swap off")
-    with _locked(where):
+    with _locked(where) as where:
         record = read(where)
         if record is None:
             return Ended(name, ())
@@ -404,8 +405,8 @@ def off(node: Node, run_dir: Path, name: str, *, force: bool, say: Say) -> Ended
             row = swap_on(device)
             if row is not None:
                 if not force:
-                    refuse_if_no_room(row, swaps(), meminfo())
-                _swap_off(row, say)
+                    refuse_if_no_room(row, swaps(), meminfo(), list(tight()))
+                _swap_off(where, row, say)
                 done.append(f"switched {device} off")
         more, notes = _take_down(node, where, record)
         return Ended(name, (*done, *more), tuple(notes))
@@ -419,8 +420,14 @@ def _devices(where: Place, record: Record) -> list[str]:
     return found
 
 
-def refuse_if_no_room(row: Swap, rows: list[Swap], memory: Mapping[str, int]) -> None:
-    """Refused when what is on `row` fits neither into RAM nor into the other swaps."""
+def refuse_if_no_room(
+    row: Swap, rows: list[Swap], memory: Mapping[str, int], groups: list[tuple[Path, int, int]]
+) -> None:
+    """Refused when what is on `row` fits neither into RAM nor into the other swaps.
+
+    groups: cgroups whose own limit has no room for what they have in swap, as of `cgroups.tight`: the kernel kills
+    their processes when their pages come back.
+    """
     elsewhere = sum(each.size_bytes - each.used_bytes for each in rows if each.device != row.device)
     free = memory["MemAvailable"] - int(memory["MemTotal"] * MARGIN)
     if row.used_bytes > free + elsewhere:
@@ -430,15 +437,27 @@ def refuse_if_no_room(row: Swap, rows: list[Swap], memory: Mapping[str, int]) ->
             + " are free: processes would be killed; end some of them or add another swap first, "
             "or take the risk with --force"
         )
+    if groups and row.used_bytes > elsewhere:
+        path, swapped, limit = groups[0]
+        raise Refused(
+            f"the processes in {path} have {swapped // MIB} MiB in swap, and their limit of {limit // MIB} MiB has no "
+            "room for that: the kernel would kill them; let them end first (a `ramster run`?), raise the limit, "
+            "or take the risk with --force"
+        )
 
 
-def _swap_off(row: Swap, say: Say) -> None:
+def _swap_off(where: Place, row: Swap, say: Say) -> None:
     """Minutes, when much is out there. Interrupted, it leaves the swap on, and nothing is lost."""
     device = row.device
     last, seen = time.monotonic(), row.used_bytes
     said = time.monotonic()
     with subprocess.Popen(
-        swapoff(device), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        swapoff(device),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=() if where.lock is None else (where.lock,),
     ) as process:
         try:
             while True:
@@ -468,11 +487,9 @@ def _swap_off(row: Swap, say: Say) -> None:
 
 def _take_down(node: Node, where: Place, record: Record) -> tuple[list[str], list[str]]:
     """Everything below the swap itself; (done, notes). Refused while it is still on, or when something does not go."""
-    if any((row := swap_on(device)) is not None for device in _devices(where, record)):
-        # Only after an interrupted `on`: nothing can have been swapped out for long.
-        for device in _devices(where, record):
-            if (row := swap_on(device)) is not None:
-                _swap_off(row, lambda _: None)
+    for each in _devices(where, record):
+        if (row := swap_on(each)) is not None:  # only after an `on` that failed: little can be out there yet
+            _swap_off(where, row, lambda _: None)
     notes: list[str] = []
     foreign = record.way == "nbd" and not record.attached and not _ours(node, where.name)
     device = None if foreign else record.device
@@ -511,7 +528,10 @@ def _remove_export(node: Node, name: str) -> list[str]:
 
 
 def describe(where: Place, record: Record, node: Node | None) -> dict[str, Any]:
-    """One swap: what is asked for, what is there, and what the node says of its export (None: no answer)."""
+    """One swap: what is asked for, what is there, and what the node says of its export (None: no answer).
+
+    state: "on"; "cut off": the kernel swaps on it, but there is no node or no export behind it; "half-done".
+    """
     row = next((row for each in _devices(where, record) if (row := swap_on(each)) is not None), None)
     device = row.device if row is not None else record.device
     export: dict[str, Any] | None = None
@@ -521,9 +541,12 @@ def describe(where: Place, record: Record, node: Node | None) -> dict[str, Any]:
     there = bool(loops(where.file) or mounted(where.mount) or daemons(where))
     if record.way == "nbd" and device is not None:
         there = nbd_attached(device)
+    state = "half-done"
+    if row is not None and record.done:
+        state = "on" if export is not None else "cut off"
     return {
         "name": record.name,
-        "state": "on" if row is not None and record.done and export is not None else "half-done",
+        "state": state,
         "way": record.way,
         "device": device,
         "attached": there,

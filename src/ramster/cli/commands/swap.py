@@ -203,5 +203,7 @@ def _tables(found: dict[str, Any]) -> None:
     if found["zswap"]:
         _say("zswap is on: each page is compressed twice (echo N > /sys/module/zswap/parameters/enabled)")
     for each in found["swaps"]:
-        if each["state"] != "on":
+        if each["state"] == "half-done":
             _say(f"{each['name']} is half-done, as a crash leaves it: ramster swap off {each['name']}")
+        elif each["state"] == "cut off":
+            _say(f"{each['name']} is on, but its export is out of reach: what needs a page of it is killed or waits")
