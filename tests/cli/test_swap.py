@@ -197,6 +197,16 @@ class Silent:
         raise NodeUnreachable("gone")
 
 
+def test_without_a_node_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(swap, "need", lambda *tools: None)
+    for run_dir in (tmp_path, tmp_path / "none"):
+        with pytest.raises(NodeUnreachable):
+            swap.on(Silent(), run_dir, swap.Plan("swap0", MIB), lambda line: None)
+        assert swap.off(Silent(), run_dir, "swap0", force=False, say=lambda line: None).done == ()
+    assert not list(tmp_path.iterdir())
+
+
 def test_status_works_without_a_node(tmp_path: Path) -> None:
     where = swap.place(tmp_path, "swap0")
     where.directory.mkdir()

@@ -136,7 +136,7 @@ def names(run_dir: Path) -> list[str]:
 @contextlib.contextmanager
 def _locked(where: Place) -> Iterator[Place]:
     """One command at a time changes swaps of this node: two would choose the same device."""
-    where.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    where.directory.mkdir(mode=0o700, exist_ok=True)
     descriptor = os.open(where.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         until = time.monotonic() + LOCK_S
@@ -293,6 +293,7 @@ def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
     where = place(run_dir, plan.name)
     need_root("switching swap on")
     need("mkswap", "swapon", "swapoff")
+    node.status()  # a run directory of nobody is not made
     with _locked(where) as where:
         if read(where) is not None:
             raise Refused(
@@ -396,6 +397,8 @@ def off(node: Node, run_dir: Path, name: str, *, force: bool, say: Say) -> Ended
     """
     where = place(run_dir, name)
     need_root("switching swap off")
+    if not where.directory.is_dir():
+        return Ended(name, ())
     with _locked(where) as where:
         record = read(where)
         if record is None:
