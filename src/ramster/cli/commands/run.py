@@ -31,7 +31,7 @@ CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND [ARGS]...", help="What to run.")],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What to run.")],
     memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help='RAM that it may use, such as "512MiB".')],
     any_swap: Annotated[bool, typer.Option("--any-swap", help="With whatever swap there is, or none.")] = False,
     report: Annotated[

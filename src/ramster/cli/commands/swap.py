@@ -98,7 +98,7 @@ def on(
 @app.command("off", help=OFF_HELP)
 def off(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Which one; may be left out when there is one.")
+        str | None, typer.Argument(metavar="NAME", help="Which one; may be left out when there is one.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every swap of this node.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also when RAM may not have room for it.")] = False,
