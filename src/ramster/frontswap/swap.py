@@ -136,7 +136,7 @@ def names(run_dir: Path) -> list[str]:
 @contextlib.contextmanager
 def _locked(where: Place) -> Iterator[Place]:
     """One command at a time changes swaps of this node: two would choose the same device."""
-    where.directory.mkdir(mode=0o700, exist_ok=True)
+    where.directory.mkdir(mode=0o750, exist_ok=True)
     descriptor = os.open(where.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         until = time.monotonic() + LOCK_S

@@ -117,6 +117,8 @@ def off(
     wanted = there if name is None else [name]
     swap.need_root("switching swap off")
     ended = [swap.off(_client(path), path.parent, each, force=force, say=_progress) for each in wanted]
+    if sys.stderr.isatty():
+        typer.echo("\r\x1b[K", err=True, nl=False)  # the last line of progress
     if as_json:
         typer.echo(json.dumps({"swaps": [{"name": e.name, "done": e.done, "notes": e.notes} for e in ended]}, indent=2))
         return
