@@ -76,6 +76,13 @@ def test_every_reason_is_said_at_once() -> None:
     assert len(judged(65 * RAM, arena={}, peers=[LENDER]).refusals) == 4
 
 
+@pytest.mark.parametrize("state", ["off", "refused", "unsupported"])
+def test_a_node_that_is_not_locked_itself_is_refused_whatever_one_insists_on(state: str) -> None:
+    guard = {"locked_memory": {"state": state, "detail": "8MiB may be locked", "advice": "LimitMEMLOCK=infinity"}}
+    (why,) = judged(MIB, accept_loss=True, guard=guard).refusals
+    assert "8MiB may be locked" in why and "LimitMEMLOCK=infinity" in why
+
+
 def test_what_the_guard_was_refused_is_a_warning() -> None:
     guard = {"oom_score": {"state": "refused", "detail": "not -1000", "advice": "OOMScoreAdjust=-1000"}}
     assert judged(MIB, guard=guard).warnings == (

@@ -186,6 +186,14 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
             "the node's arena is not locked in RAM: the kernel could swap out the very memory that it swaps to; "
             "set lock = true in [arena] and give the node the right to lock it (LimitMEMLOCK=infinity or CAP_IPC_LOCK)"
         )
+    guard: Mapping[str, Any] = status.get("guard") or {}
+    own = guard.get("locked_memory")
+    if isinstance(own, Mapping) and own.get("state") != "ok":
+        advice = own.get("advice") or 'set guard = "auto" in [node]'
+        refusals.append(
+            f"the node's own memory is not locked in RAM ({own.get('detail', '')}): to write a page out, the kernel "
+            f"would wait for a node that waits for a page; {advice}"
+        )
     lenders = [str(peer.get("name", "?")) for peer in status.get("peers") or []]
     remotifies = bool((status.get("remotify") or {}).get("enabled", True)) and bool(lenders)
     if remotifies and not (status.get("spill") or {}).get("mirror"):
@@ -212,8 +220,8 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
             f"that compress {RATIO}:1, and {size // MIB} MiB are asked for; "
             "choose a smaller --size, raise size in [arena], or add a lender or a [spill] file"
         )
-    for name, check in (status.get("guard") or {}).items():
-        if isinstance(check, Mapping) and check.get("state") in ("refused", "unsupported"):
+    for name, check in guard.items():
+        if name != "locked_memory" and isinstance(check, Mapping) and check.get("state") in ("refused", "unsupported"):
             advice = f"; {check['advice']}" if check.get("advice") else ""
             warnings.append(f"the node's guard: {name} {check['state']}: {check.get('detail', '')}{advice}")
     return Verdict(tuple(refusals), tuple(warnings))

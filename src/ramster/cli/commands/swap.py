@@ -12,6 +12,7 @@ import typer
 
 from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket, size_option
 from ramster.cli.control_client import ControlClient
+from ramster.constants import MIB
 from ramster.errors import UsageError
 
 app = typer.Typer(help="Let this machine's kernel swap to its node.", no_args_is_help=True)
@@ -90,7 +91,7 @@ def on(
     if as_json:
         typer.echo(json.dumps(made, indent=2))
         return
-    size_mib = made["size_bytes"] >> 20
+    size_mib = -(-made["size_bytes"] // MIB)  # the header takes a page of it
     typer.echo(f"the kernel swaps on {made['device']}, {size_mib} MiB, priority {made['priority']}")
     typer.echo(f"to undo it: ramster swap off {name}")
 
@@ -183,7 +184,7 @@ def _tables(found: dict[str, Any]) -> None:
             each["state"],
             each["device"] or "-",
             each["way"] + ("" if each["direct_io"] in (None, True) else " (through the page cache)"),
-            f"{each['size_bytes'] >> 20} MiB",
+            f"{-(-each['size_bytes'] // MIB)} MiB",
             f"{each['used_bytes'] >> 20} MiB",
             str(each["priority"]),
             f"{int(export.get('pages_away', 0)) >> 8} MiB" if export else "-",
@@ -195,7 +196,7 @@ def _tables(found: dict[str, Any]) -> None:
             "on",
             row["device"],
             row["kind"],
-            f"{row['size_bytes'] >> 20} MiB",
+            f"{-(-row['size_bytes'] // MIB)} MiB",
             f"{row['used_bytes'] >> 20} MiB",
             str(row["priority"]),
             "-",
