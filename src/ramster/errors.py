@@ -184,6 +184,17 @@ class PortTaken(RamsterError):
     blame = "environment"
 
 
+class ToolMissing(RamsterError):
+    """A program that the command needs is not installed.
+
+    The message names it and Debian's package; nothing was changed.
+    """
+
+    code = "tool-missing"
+    exit_code = 14
+    blame = "environment"
+
+
 def every_error() -> Iterator[type[RamsterError]]:
     """RamsterError and the subclasses declared here, in that order."""
     yield RamsterError

@@ -14,7 +14,13 @@ import pytest
 from ramster.cli import main
 from ramster.config import load
 
-COMMANDS = ["", "demo", "node", "status", "stop", "cluster", "cluster init", "config", "config check", "config list"]
+COMMANDS = [
+    *("", "demo", "node", "status", "stop", "doctor", "run"),
+    *("cluster", "cluster init", "config", "config check", "config list"),
+    *("export", "export create", "export ls", "export rm", "export resize"),
+    *("swap", "swap on", "swap off", "swap status"),
+]
+DOCS = ("cli", "demo", "swap", "run")
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,21 +34,21 @@ def test_help_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]
     assert f"Usage: {' '.join(['ramster', *command.split()])}" in help_of(command, capsys)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("", "cluster", "config")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("", "cluster", "config", "export", "swap")])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"ramster {command}" in help_of(command, capsys).split("Examples:")[1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_docs_name_each_command_and_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    docs = (ROOT / "docs/cli.md").read_text() + (ROOT / "docs/demo.md").read_text()
+    docs = "".join((ROOT / f"docs/{name}.md").read_text() for name in DOCS)
     assert not command or f"ramster {command}" in docs
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", help_of(command, capsys)))
     assert {option for option in options if f"`{option}" not in docs} == set()
 
 
 def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    docs = (ROOT / "docs/cli.md").read_text() + (ROOT / "docs/demo.md").read_text()
+    docs = "".join((ROOT / f"docs/{name}.md").read_text() for name in DOCS)
     real = set(re.findall(r"--[a-z][a-z-]+", "".join(help_of(command, capsys) for command in COMMANDS)))
     assert set(re.findall(r"`(--[a-z][a-z-]+)", docs)) - real == set()
 
@@ -66,6 +72,7 @@ def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[s
         ("config check /nonexistent.toml", 3, "/nonexistent.toml"),
         ("status --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("status --socket a --config b", 2, "--socket and --config"),
+        ("export create a --size 1MiB --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("stop --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("cluster init", 2, "--directory"),
     ],
@@ -107,6 +114,17 @@ def test_shell_completion_lists_commands() -> None:
         COMP_CWORD="1",
     )
     assert ended.stdout.split() == ["status", "stop"], ended.stderr
+
+
+def test_shell_completion_lists_options_of_a_command_in_a_group() -> None:
+    ended = run_python(
+        "-c",
+        "import sys; from ramster.cli import main; sys.exit(main())",
+        _RAMSTER_COMPLETE="complete_bash",
+        COMP_WORDS="ramster swap on --acc",
+        COMP_CWORD="3",
+    )
+    assert ended.stdout.split() == ["--accept-loss"], ended.stderr
 
 
 def test_broken_pipe_is_silent() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands import cluster, config, demo, node, status, stop
+from ramster.cli.commands import cluster, config, demo, doctor, export, node, run, status, stop, swap
 from ramster.errors import RamsterError
 
 EXIT_USAGE = 2
@@ -29,6 +29,10 @@ app.command("demo", help=demo.HELP)(demo.demo)
 app.command("node", help=node.HELP)(node.node)
 app.command("status", help=status.HELP)(status.status)
 app.command("stop", help=stop.HELP)(stop.stop)
+app.command("run", help=run.HELP, context_settings=run.CONTEXT)(run.run)
+app.command("doctor", help=doctor.HELP)(doctor.doctor)
+app.add_typer(export.app, name="export")
+app.add_typer(swap.app, name="swap")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(config.app, name="config")
 

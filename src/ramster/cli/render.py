@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -23,7 +23,7 @@ def status_tables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _guard(status.get("guard") or {})
     yield _peers(status.get("peers") or [])
     yield _regions(status.get("regions") or [])
-    yield _exports(status.get("exports") or [])
+    yield export_table(status.get("exports") or [])
     yield _foreign(status.get("lend") or {})
 
 
@@ -176,7 +176,8 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def _exports(exports: list[Mapping[str, Any]]) -> RenderableType:
+def export_table(exports: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """All exports of a node."""
     if not exports:
         return Text("No exports.\n")
     table = _table("Exports (NBD)", "name", "size", "here", "away", "lost", "connections", "reads", "writes", "errors")

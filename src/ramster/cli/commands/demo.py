@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ramster.errors import UsageError
+from ramster.cli.commands.options import size_option
 
 HELP = """Run two real nodes on this machine and work on an array that is larger than its RAM.
 
@@ -47,9 +47,9 @@ def demo(
     from ramster.cli.demo.run import run, verdict
 
     options = Options(
-        size=_size("--size", size),
-        local=_size("--local", local),
-        resident=_size("--resident", resident),
+        size=size_option("--size", size),
+        local=size_option("--local", local),
+        resident=size_option("--resident", resident),
         nodes=nodes,
         seed=seed,
         keep=keep,
@@ -71,12 +71,3 @@ def demo(
         for part in result.tables():
             console.print(part)
     verdict(result)
-
-
-def _size(option: str, text: str) -> int:
-    from ramster.config.units import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise UsageError(f"{option} is {text!r}; {error}") from None

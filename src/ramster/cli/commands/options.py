@@ -35,3 +35,13 @@ def control_socket(socket: Path | None, config: Path | None) -> Path:
 
         return control_path(load(config).node.run_dir)
     return control_path(default_run_dir())
+
+
+def size_option(option: str, text: str) -> int:
+    """Bytes of a size as people write it. UsageError names the option."""
+    from ramster.config.units import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{option} is {text!r}; {error}") from None

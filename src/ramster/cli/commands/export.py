@@ -1,0 +1,124 @@
+"""`ramster export`: block devices that any NBD client can use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket, size_option
+from ramster.cli.control_client import ControlClient
+
+app = typer.Typer(help="Block devices of this node, for any NBD client.", no_args_is_help=True)
+
+CREATE_HELP = """Make an export and print its URIs, to be pasted into any NBD client.
+
+It takes RAM for what is written to it alone; what is discarded is freed,
+here and on lenders. It ends with the node.
+
+\b
+Examples:
+  ramster export create vm --size 1GiB
+  nbdcopy disk.img "$(ramster export create vm --size 1GiB)"
+  ramster export create data --size 8GiB --max-size 64GiB --json
+"""
+LS_HELP = """Show every export: its size, what it holds here and away, who uses it.
+
+\b
+Examples:
+  ramster export ls
+  ramster export ls --json
+"""
+RM_HELP = """Remove an export and all that is in it, here and away.
+
+Refused while clients use it. --force ends their connections first; their
+further requests then fail.
+
+\b
+Examples:
+  ramster export rm vm
+  ramster export rm vm --force
+"""
+RESIZE_HELP = """Let an export grow, up to the --max-size that it was made with.
+
+Clients see the new size when they connect the next time.
+
+\b
+Examples:
+  ramster export resize data --size 16GiB
+"""
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The export's name.")]
+SizeOption = Annotated[str, typer.Option("--size", metavar="SIZE", help='Its size, such as "8GiB".')]
+
+
+@app.command("create", help=CREATE_HELP)
+def create(
+    name: NameArgument,
+    size: SizeOption,
+    max_size: Annotated[
+        str | None,
+        typer.Option("--max-size", metavar="SIZE", help="How large it may ever grow; its size if not given."),
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Clients may not write.")] = False,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config: ConfigOption = None,
+) -> None:
+    size_bytes = size_option("--size", size)
+    max_bytes = None if max_size is None else size_option("--max-size", max_size)
+    client = ControlClient(control_socket(socket, config))
+    export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only)
+    _show(export, as_json)
+
+
+@app.command("ls", help=LS_HELP)
+def ls(as_json: JsonOption = False, socket: SocketOption = None, config: ConfigOption = None) -> None:
+    exports = ControlClient(control_socket(socket, config)).exports()
+    if as_json:
+        typer.echo(json.dumps({"exports": exports}, indent=2))
+        return
+    from rich.console import Console
+
+    from ramster.cli.render import export_table
+
+    Console(highlight=False).print(export_table(exports))
+    for export in exports:
+        for uri in export.get("uris") or []:
+            typer.echo(uri)
+
+
+@app.command("rm", help=RM_HELP)
+def rm(
+    name: NameArgument,
+    force: Annotated[bool, typer.Option("--force", help="End the connections of its clients first.")] = False,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config: ConfigOption = None,
+) -> None:
+    ControlClient(control_socket(socket, config)).remove_export(name, force=force)
+    typer.echo(json.dumps({"removed": name}) if as_json else f"removed the export {name}")
+
+
+@app.command("resize", help=RESIZE_HELP)
+def resize(
+    name: NameArgument,
+    size: SizeOption,
+    as_json: JsonOption = False,
+    socket: SocketOption = None,
+    config: ConfigOption = None,
+) -> None:
+    _show(ControlClient(control_socket(socket, config)).resize_export(name, size_option("--size", size)), as_json)
+
+
+def _show(export: Mapping[str, Any], as_json: bool) -> None:
+    """URIs alone on stdout, so that a script can take them; what else there is to say on stderr."""
+    if as_json:
+        typer.echo(json.dumps(export, indent=2))
+        return
+    for note in export.get("notes") or []:
+        typer.echo(note, err=True)
+    for uri in export.get("uris") or []:
+        typer.echo(uri)

@@ -1,0 +1,260 @@
+"""`ramster swap` without a swap: what is refused and why, what each tool is told, what is read from the kernel."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ramster.cli import main
+from ramster.constants import MIB
+from ramster.errors import NodeUnreachable, Refused, ToolMissing, UsageError
+from ramster.frontswap import devices, swap
+
+GOOD: dict[str, Any] = {
+    "arena": {"locked": True, "segment_bytes": 256 << 10, "frames_free": 256},
+    "peers": [],
+    "remotify": {"enabled": True},
+    "spill": None,
+    "guard": {"locked_memory": {"state": "ok", "detail": "", "advice": ""}},
+}
+LENDER = {"name": "beta", "state": "up", "credit": 1024}
+RAM = 8 << 30
+
+
+def judged(size: int, *, accept_loss: bool = False, **changes: Any) -> swap.Verdict:
+    return swap.judge({**copy.deepcopy(GOOD), **changes}, size, RAM, accept_loss=accept_loss)
+
+
+def test_a_sound_node_is_swapped_on_without_a_word() -> None:
+    assert judged(128 * MIB) == swap.Verdict((), ())
+
+
+def test_an_arena_that_is_not_locked_is_refused_whatever_one_insists_on() -> None:
+    arena = {**GOOD["arena"], "locked": False}
+    (why,) = judged(MIB, accept_loss=True, arena=arena).refusals
+    assert "not locked" in why and "lock = true" in why
+
+
+def test_pages_on_a_lender_without_a_copy_are_refused_until_one_insists() -> None:
+    (why,) = judged(MIB, peers=[LENDER]).refusals
+    assert "beta" in why and "[spill]" in why and "--accept-loss" in why
+    insisted = judged(MIB, peers=[LENDER], accept_loss=True)
+    assert insisted.refusals == () and "beta" in insisted.warnings[0]
+
+
+def test_a_mirror_on_disk_is_a_second_copy_and_a_plain_spill_file_is_none() -> None:
+    spill = {"bytes_total": 0, "bytes_used": 0}
+    assert judged(MIB, peers=[LENDER], spill={**spill, "mirror": True}).refusals == ()
+    assert judged(MIB, peers=[LENDER], spill={**spill, "mirror": False}).refusals != ()
+
+
+def test_a_node_that_sends_nothing_away_needs_no_second_copy() -> None:
+    assert judged(MIB, peers=[LENDER], remotify={"enabled": False}).refusals == ()
+
+
+def test_too_little_room_is_refused_with_the_arithmetic() -> None:
+    (why,) = judged(129 * MIB).refusals
+    assert "64 MiB free in the arena hold about 128 MiB" in why and "129 MiB are asked for" in why
+    peers, spill = (
+        [LENDER, {**LENDER, "state": "down"}],
+        {"bytes_total": 96 * MIB, "bytes_used": 32 * MIB, "mirror": True},
+    )
+    assert judged(768 * MIB, peers=peers, spill=spill).refusals == ()
+    (why,) = judged(769 * MIB, peers=peers, spill=spill).refusals
+    assert "64 MiB free in the arena + 256 MiB granted by lenders + 64 MiB in the spill file" in why
+
+
+def test_a_size_beyond_sense_is_refused() -> None:
+    assert any("64 times" in why for why in judged(65 * RAM).refusals)
+
+
+def test_every_reason_is_said_at_once() -> None:
+    assert len(judged(65 * RAM, arena={}, peers=[LENDER]).refusals) == 4
+
+
+@pytest.mark.parametrize("state", ["off", "refused", "unsupported"])
+def test_a_node_that_is_not_locked_itself_is_refused_whatever_one_insists_on(state: str) -> None:
+    guard = {"locked_memory": {"state": state, "detail": "8MiB may be locked", "advice": "LimitMEMLOCK=infinity"}}
+    (why,) = judged(MIB, accept_loss=True, guard=guard).refusals
+    assert "8MiB may be locked" in why and "LimitMEMLOCK=infinity" in why
+
+
+def test_what_the_guard_was_refused_is_a_warning() -> None:
+    guard = {"oom_score": {"state": "refused", "detail": "not -1000", "advice": "OOMScoreAdjust=-1000"}}
+    assert judged(MIB, guard=guard).warnings == (
+        "the node's guard: oom_score refused: not -1000; OOMScoreAdjust=-1000",
+    )
+
+
+def test_what_stands_in_front_of_it_is_said() -> None:
+    rows = [devices.Swap("/dev/zram0", "partition", 1, 0, 100), devices.Swap("/dev/sda2", "partition", 1, 0, 50)]
+    zswap, zram, disk = swap.other_swap_notes(rows, 50, True)
+    assert "zswap" in zswap and "/dev/zram0 has the higher priority" in zram and "in turn" in disk
+
+
+SWAPS = """Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority
+/dev/loop0                              partition\t409596\t\t1024\t\t50
+/var/a\\040b\\040(deleted)                 file\t\t2048\t\t0\t\t-2
+"""
+
+
+def test_proc_swaps_is_read() -> None:
+    assert devices.parse_swaps(SWAPS) == [
+        devices.Swap("/dev/loop0", "partition", 409596 << 10, MIB, 50),
+        devices.Swap("/var/a b (deleted)", "file", 2 * MIB, 0, -2),
+    ]
+    assert devices.parse_swaps("Filename Type Size Used Priority\n") == []
+
+
+def test_meminfo_is_read() -> None:
+    text = "MemTotal:       24684084 kB\nActive(anon):      100 kB\nHugePages_Total:       0\n"
+    assert devices.parse_meminfo(text) == {"MemTotal": 24684084 << 10, "Active": 100 << 10}
+
+
+def test_swapoff_is_refused_when_ram_has_no_room() -> None:
+    row = devices.Swap("/dev/nbd0", "partition", 8 << 30, 600 * MIB, 50)
+    disk = devices.Swap("/dev/sda2", "partition", 200 * MIB, 0, -2)
+    memory = {"MemTotal": 1000 * MIB, "MemAvailable": 520 * MIB}
+    swap.refuse_if_no_room(row, [row, disk], memory, [])
+    with pytest.raises(Refused, match=r"600 MiB are on /dev/nbd0, and 500 MiB of RAM are free.*--force"):
+        swap.refuse_if_no_room(row, [row], memory, [])
+
+
+def test_swapoff_is_refused_when_a_group_has_no_room_within_its_limit() -> None:
+    row = devices.Swap("/dev/nbd0", "partition", 8 << 30, 90 * MIB, 50)
+    disk = devices.Swap("/dev/sda2", "partition", 200 * MIB, 0, -2)
+    memory = {"MemTotal": 1000 * MIB, "MemAvailable": 520 * MIB}
+    groups = [(Path("/sys/fs/cgroup/build"), 80 * MIB, 64 * MIB)]
+    with pytest.raises(Refused, match=r"/sys/fs/cgroup/build have 80 MiB in swap.*limit of 64 MiB"):
+        swap.refuse_if_no_room(row, [row], memory, groups)
+    swap.refuse_if_no_room(row, [row, disk], memory, groups)
+
+
+WHERE = swap.place(Path("/run/ramster"), "swap0")
+
+
+def test_nbd_client_is_told_everything() -> None:
+    words = devices.nbd_client(WHERE, "/dev/nbd3", 4)
+    assert words[:4] == ["nbd-client", "-unix", "/run/ramster/nbd.sock", "/dev/nbd3"]
+    options = " ".join(words[4:])
+    assert options == f"-name swap0 -block-size 4096 -timeout {devices.TIMEOUT_S} -connections 4 -swap -persist"
+
+
+def test_freed_slots_become_freed_pages() -> None:
+    assert devices.swapon("/dev/nbd0", 50) == ["swapon", "--priority", "50", "--discard=pages", "/dev/nbd0"]
+
+
+def test_a_label_fits_into_the_header() -> None:
+    where = swap.place(Path("/run/ramster"), "a" * 63)
+    assert devices.mkswap(where, "/dev/nbd0")[2] == "ramster-aaaaaaa"
+
+
+def test_the_bridge_reads_nothing_to_write_a_page() -> None:
+    words = devices.losetup(WHERE, direct=True)
+    assert words[-1] == "/run/ramster/swap/swap0/swap" and {"4096", "--direct-io=on"} <= set(words)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "A", "a/b", "..", "a" * 64])
+def test_a_name_is_never_a_path(name: str) -> None:
+    with pytest.raises(UsageError, match="name is"):
+        swap.place(Path("/run/ramster"), name)
+
+
+def test_a_missing_tool_is_named_with_its_package() -> None:
+    with pytest.raises(ToolMissing, match="no-such-tool") as caught:
+        devices.TOOLS["no-such-tool"] = "some-package"
+        try:
+            devices.need("no-such-tool")
+        finally:
+            del devices.TOOLS["no-such-tool"]
+    assert "apt-get install some-package" in str(caught.value) and caught.value.exit_code == 14
+
+
+def test_a_record_is_written_whole_and_read_back(tmp_path: Path) -> None:
+    where = swap.place(tmp_path, "swap0")
+    where.directory.mkdir()
+    assert swap.read(where) is None
+    record = swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd0", made=True)
+    swap.write(where, record)
+    assert swap.read(where) == record and swap.names(tmp_path) == ["swap0"]
+    where.record.write_text("{")
+    with pytest.raises(Refused, match="/proc/swaps"):
+        swap.read(where)
+
+
+class Silent:
+    """A node that is gone."""
+
+    def status(self) -> dict[str, Any]:
+        raise NodeUnreachable("gone")
+
+    def exports(self) -> list[dict[str, Any]]:
+        raise NodeUnreachable("gone")
+
+    def create_export(
+        self, name: str, size_bytes: int, *, max_bytes: int | None = None, read_only: bool = False
+    ) -> dict[str, Any]:
+        raise NodeUnreachable("gone")
+
+    def remove_export(self, name: str, *, force: bool = False) -> None:
+        raise NodeUnreachable("gone")
+
+
+def test_without_a_node_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(swap, "need", lambda *tools: None)
+    for run_dir in (tmp_path, tmp_path / "none"):
+        with pytest.raises(NodeUnreachable):
+            swap.on(Silent(), run_dir, swap.Plan("swap0", MIB), lambda line: None)
+        assert swap.off(Silent(), run_dir, "swap0", force=False, say=lambda line: None).done == ()
+    assert not list(tmp_path.iterdir())
+
+
+def test_status_works_without_a_node(tmp_path: Path) -> None:
+    where = swap.place(tmp_path, "swap0")
+    where.directory.mkdir()
+    swap.write(where, swap.Record("swap0", MIB, 50, "bridge"))
+    found = swap.status(Silent(), tmp_path)
+    assert not found["node"]
+    (row,) = found["swaps"]
+    assert row["state"] == "half-done" and row["device"] is None and row["export"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ("swap on", 2, "--size"),
+        ("swap on --size 12XB", 2, "--size is '12XB'"),
+        ("swap on --size 4KiB", 2, "--size is 4KiB"),
+        ("swap on --size 1GiB --priority -5", 2, "--priority"),
+        ("swap on --size 1GiB --priority 40000", 2, "--priority is 40000"),
+        ("swap on --size 1GiB --connections 0", 2, "--connections is 0"),
+        ("swap on --size 1GiB --way ublk", 2, "--way is 'ublk'"),
+        ("swap on --size 1GiB --name ../x", 2, "name is"),
+        ("swap on --size 1GiB --socket a --config b", 2, "--socket and --config"),
+        ("swap off a --all", 2, "--all"),
+    ],
+)
+def test_mistakes_get_one_message(arguments: str, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == code
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("ramster: ") and says in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_another_user_is_told_to_become_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    for words in (["on", "--size", "1GiB"], ["off"]):
+        assert main(["swap", *words, "--socket", str(tmp_path / "control.sock")]) == 8
+        assert "sudo" in capsys.readouterr().err
+
+
+def test_status_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["swap", "status", "--json", "--socket", str(tmp_path / "control.sock")]) == 0
+    assert json.loads(capsys.readouterr().out)["swaps"] == []
