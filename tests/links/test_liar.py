@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -281,9 +282,12 @@ def test_requests_that_find_the_lenders_buffer_full_wait_for_room(
     Nothing would be asked twice in this test: what the lender dropped would be out of reach."""
     pair: Pair = make_pair(segments=64, lend=48, give_up_ms=10_000, request_deadline_ms=60_000)
     per_segment = 24
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(everywhere)})  # each processor has an open segment of its own
     for first in range(0, 40 * per_segment, per_segment):
         pair.put(*range(first, first + per_segment))
         pair.ship()
+    os.sched_setaffinity(0, everywhere)
     pair.get.down.hold()
     gets = [
         threading.Thread(target=together, args=(pair, first, per_segment))
@@ -294,7 +298,8 @@ def test_requests_that_find_the_lenders_buffer_full_wait_for_room(
     monkeypatch.setattr(threading, "excepthook", lambda args: failures.append(args.exc_value))
     for each in gets:
         each.start()
-    wait_until(lambda: pair.pending() == len(gets), "everything is under way")
+    wait_until(lambda: bool(failures) or pair.pending() == len(gets), "everything is under way")
+    assert not failures
     pair.get.down.release()
     for each in gets:
         each.join()
