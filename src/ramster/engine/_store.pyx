@@ -1331,7 +1331,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     # So is the place where the entry will go: the next atomic operation would wait for its lines to come.
     place = <uint8_t *> load_pointer(<void **> &head_of(s, pool).tail, RELAXED)
     for i in range(0, PREFETCH_BYTES, 64):
-        prefetch(place + i, 1)
+        prefetch(<const void *> (<size_t> place + i), 1)     # a head without a segment has none yet
     size = compress(s, pool, page, body + prefix, header.version)
     if pool.dense:
         expected = expect(s, pool, index)
