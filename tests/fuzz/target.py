@@ -1,0 +1,35 @@
+"""The fuzzer: `python -m tests.fuzz.target transmission|handshake [libFuzzer's options and folders]`; see scripts/fuzz.sh.
+
+Covers atheris around the two targets. Of the transmission phase only the native parser is instrumented, by clang; of the
+handshake, its Python.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+
+def transmission(arguments: list[str]) -> None:
+    from tests.fuzz.transmission import Player, mutate
+
+    player = Player()
+
+    def mutated(data: bytes, most: int, seed: int) -> bytes:
+        # Now and then libFuzzer's own, which knows what numbers the code has compared with.
+        return bytes(atheris.Mutate(data, most)) if seed % 8 == 0 else mutate(data, most, seed)
+
+    atheris.Setup(arguments, player.run, custom_mutator=mutated, enable_python_coverage=False)
+    atheris.Fuzz()
+
+
+def handshake(arguments: list[str]) -> None:
+    with atheris.instrument_imports(include=["ramster.wire.nbd"]):
+        from tests.fuzz.handshake import run
+    atheris.Setup(arguments, run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    {"transmission": transmission, "handshake": handshake}[sys.argv[1]](sys.argv[:1] + sys.argv[2:])
