@@ -69,4 +69,4 @@ def _check(reply: bytes, told: bool) -> None:
             assert kind >= 1 << 31 or (kind == OptionReply.ACK and option in (Option.STARTTLS, Option.ABORT)), kind
         if kind >= 1 << 31:
             body.decode()
-    assert all(kind not in (OptionReply.ACK,) and kind < 1 << 31 for _, kind, _ in replies[:-1])
+    assert all(kind != OptionReply.ACK and kind < 1 << 31 for _, kind, _ in replies[:-1])

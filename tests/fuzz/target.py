@@ -1,14 +1,14 @@
-"""The fuzzer: `python -m tests.fuzz.target transmission|handshake [libFuzzer's options and folders]`; see scripts/fuzz.sh.
+"""The fuzzer: `python -m tests.fuzz.target transmission|handshake [options and folders of libFuzzer]`.
 
-Covers atheris around the two targets. Of the transmission phase only the native parser is instrumented, by clang; of the
-handshake, its Python.
+Covers atheris around the two targets; scripts/fuzz.sh starts it. Of the transmission phase only the native parser is
+instrumented, by clang; of the handshake, its Python.
 """
 
 from __future__ import annotations
 
 import sys
 
-import atheris
+import atheris  # type: ignore[import-untyped]
 
 
 def transmission(arguments: list[str]) -> None:

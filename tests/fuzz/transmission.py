@@ -1,8 +1,8 @@
 """One fuzzing input against the native transmission phase: what a client sends, what it may get, what it must get.
 
-Covers a connection from the end of its handshake on: `run` plays an input and raises `Broken` when an answer is not what
-the protocol and the bytes written so far ask for. The first two bytes of an input choose what the client talks to and
-how (see `Plan`); the rest is what it sends. Cookies are numbered here, because nothing depends on what they are. The
+Covers a connection from the end of its handshake on: `run` plays an input and raises `Broken` when an answer is not
+what the protocol and the bytes written so far ask for. The first two bytes of an input choose what the client talks to
+and how (see `Plan`); the rest is what it sends. Cookies are numbered here, because nothing depends on what they are. The
 fuzzer around this is `target`; `seeds` makes inputs.
 """
 
@@ -49,8 +49,11 @@ _CHUNK: Final = struct.Struct(">IHHQI")
 _COOKIE: Final = 0xAB << 56
 _SECRET: Final = random.Random(77).randbytes(64)
 _ZEROS: Final = bytes(PAGE_BYTES)
+_UNREADABLE: Final[frozenset[bytes | None]] = frozenset([None])
 
-Page = frozenset[bytes | None] | None  # what a page may hold. A None among it: it cannot be read. None: nothing is known
+# What a page may hold. A None among it: it cannot be read. None instead of it: nothing is known.
+Page = frozenset[bytes | None] | None
+
 
 class Broken(AssertionError):
     """The server did what it must not do."""
@@ -235,7 +238,7 @@ class Model:
         if r.command == Command.READ:
             r.pages = needed
         may_fail = self.may_fail and any(held is None or None in held for held in needed)
-        must_fail = any(held == {None} for held in needed)
+        must_fail = any(held == _UNREADABLE for held in needed)
         if r.command in (Command.WRITE, Command.WRITE_ZEROES):
             may_fail |= self.may_refuse
         if may_fail:
@@ -251,15 +254,17 @@ class Model:
     def _change(self, r: Request, page: int, low: int, new: bytes, may_fail: bool) -> None:
         old = self.pages[page]
         if len(new) == PAGE_BYTES:
-            after: Page = frozenset([new])
+            after: frozenset[bytes | None] = frozenset([new])
         elif r.command == Command.TRIM or old is None:
             return  # parts of pages stay as they are
         else:
             high = low + len(new)
             after = frozenset(each[:low] + new + each[high:] for each in old if each is not None)
         if may_fail and r.command != Command.TRIM:
-            after = None if old is None else after | old | (frozenset([None]) if self.may_refuse else frozenset())
-        self.pages[page] = None if after is None or len(after) > CANDIDATES_MAX else after
+            if old is None:
+                return
+            after |= old | (_UNREADABLE if self.may_refuse else frozenset())
+        self.pages[page] = None if len(after) > CANDIDATES_MAX else after
 
 
 def _parts(r: Request) -> Iterator[tuple[int, int, int]]:
@@ -644,7 +649,9 @@ def _random_request(r: random.Random) -> bytes:
     command = r.choice([*Command, *Command, Command.READ, Command.WRITE, r.randrange(1 << 16)])
     if r.random() < 0.7:  # within the export
         offset = r.choice([r.randrange(SIZE), r.randrange(PAGES) * PAGE_BYTES])
-        length = min(r.choice([r.randrange(1, 9000), r.randrange(1, 30) * PAGE_BYTES, r.choice(_NUMBERS)]), SIZE - offset)
+        length = min(
+            r.choice([r.randrange(1, 9000), r.randrange(1, 30) * PAGE_BYTES, r.choice(_NUMBERS)]), SIZE - offset
+        )
     else:
         offset, length = r.choice(_OFFSETS), r.choice(_NUMBERS)
     flags = r.choice([0, 0, 0, 1, 2, 4, 8, 16, r.randrange(32), r.randrange(1 << 16)])

@@ -1,4 +1,4 @@
-"""The NBD server where something runs out: rows, memory, room, time. Who is slow holds up nobody else, and nothing turns into zeros."""
+"""The NBD server where rows, room or time run out: nobody slow holds up the others, and nothing turns into zeros."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_answers_go_out_while_a_request_waits_for_a_row(
     client = export.connect(tls=tls if encrypted else None)
     with pair.get.up.held():
         asked = [client.send(Command.READ, n * PAGE_BYTES, PAGE_BYTES) for n in range(ROWS + 8)]
-        wait_until(lambda: export.statistics()["reads"] == ROWS // 4 + 1, "it has as many rows as it may, and wants one more")
+        wait_until(lambda: export.statistics()["reads"] == ROWS // 4 + 1, "it wants one more than it may")
     for n, cookie in enumerate(asked):
         answer = client.wait(cookie)
         assert answer.error == 0
