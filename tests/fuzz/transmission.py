@@ -2,8 +2,8 @@
 
 Covers a connection from the end of its handshake on: `run` plays an input and raises `Broken` when an answer is not
 what the protocol and the bytes written so far ask for. The first two bytes of an input choose what the client talks to
-and how (see `Plan`); the rest is what it sends. Cookies are numbered here, because nothing depends on what they are. The
-fuzzer around this is `target`; `seeds` makes inputs.
+and how (see `Plan`); the rest is what it sends. Cookies are numbered here: nothing depends on what they are. The fuzzer
+around this is `target`; `seeds` makes inputs.
 """
 
 from __future__ import annotations
