@@ -6,6 +6,7 @@ instrumented, by clang; of the handshake, its Python.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import atheris  # type: ignore[import-untyped]
@@ -32,4 +33,6 @@ def handshake(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # What was to be loaded first is loaded; the sanitizers' symbolizer is a child that has no use for it.
+    os.environ.pop("LD_PRELOAD", None)
     {"transmission": transmission, "handshake": handshake}[sys.argv[1]](sys.argv[:1] + sys.argv[2:])
