@@ -3,7 +3,7 @@
 PYTHON_SOURCES := $(wildcard src tests bench scripts)
 VENV := .venv/bin
 
-.PHONY: help setup demo test guest lint bench asan tsan soak docs clean
+.PHONY: help setup demo test guest lint bench asan tsan fuzz soak docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,6 +35,9 @@ asan: setup ## Run the tests of the native code under AddressSanitizer and UBSan
 
 tsan: setup ## Run the threaded tests of the native code under ThreadSanitizer (own build in build/tsan)
 	@scripts/tsan.sh
+
+fuzz: setup ## Fuzz the NBD parser under AddressSanitizer and UBSan (SECONDS=60; own build in build/fuzz)
+	@scripts/fuzz.sh $(or $(SECONDS),60)
 
 soak: setup ## Verify every page of regions, exports and pools under full load (SECONDS=60, SOAK="--json --seed 7")
 	@$(VENV)/python -m ramster.testing.soak --seconds $(or $(SECONDS),60) $(SOAK)

@@ -66,6 +66,7 @@ cdef struct Export:
     pthread_mutex_t locks[256]      # of pages, by their number: whoever writes one holds its lock
     uint8_t *failed                 # bit per page: a write to it was refused and what it was is gone
     uint64_t failed_pages           # atomic
+    uint64_t refusals               # atomic: of writes; between a page's bit in 'failed' and its going
     uint64_t counters[15]
 
 cdef struct Job:
@@ -137,6 +138,7 @@ cdef struct Conn:
     Parked *done_first              # answers that wait to be sent
     Parked *done_last
     uint32_t users                  # atomic: parked requests, until whoever finished them has let go of the connection
+    uint32_t rows                   # parked requests, under the server's free_lock
     uint32_t dead                   # atomic
     const char *reason
 
@@ -157,6 +159,7 @@ cdef struct Server_t:
     Piece *piece_free
     Piece *piece_rows
     uint64_t large_bytes
+    uint32_t rows_each              # that one connection may have: a client that takes no answers leaves some to others
     uint8_t *memory
     uint64_t memory_bytes
     pthread_mutex_t slow_lock

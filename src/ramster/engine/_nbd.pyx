@@ -15,8 +15,9 @@ Rules:
 * A request is checked in one place, valid(), before anything is done; what follows trusts it.
 * Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Reads take no
   lock: the store answers with the page as it is at that moment.
-* A put that is refused leaves nothing of what the page was (the store's rule). The page counts as failed and reads as
-  EIO until it is written or trimmed: absent pages read as zeros, and these must not.
+* A put that is refused leaves nothing of what the page was (tmem's rule). The page counts as failed and reads as EIO until it
+  is written or trimmed: absent pages read as zeros, and these must not. It counts as failed before the old page goes, and
+  `refusals` tells a read that was in between, see load_page().
 * `send_lock` is held by whoever sends. A thread that finds it taken leaves its answer in the queue: the holder looks again after
   it has let go. Only the connection's own thread waits for a slow client; TLS is spoken by that thread alone.
 * A parked request holds the connection (`users`) until its last thread has let go of it.
@@ -96,18 +97,27 @@ cdef void set_failed(Export *e, uint64_t page, bint on) noexcept nogil:
 cdef int load_page(Server_t *s, Export *e, uint64_t page, uint8_t *bytes, RemoteRef *ref) noexcept nogil:
     """OK, MISS (the bytes are zeros), REMOTE, or what is wrong with it."""
     cdef int result
-    if failed(e, page):
-        return LOST
-    result = store_get(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, -1, ref)
-    if result == MISS:
-        memset(bytes, 0, PAGE)
-    return result
+    cdef uint64_t refusals
+    while True:
+        refusals = load64(&e.refusals, ACQUIRE)
+        if failed(e, page):
+            return LOST
+        result = store_get(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, -1, ref)
+        if result != MISS:
+            return result
+        if load64(&e.refusals, ACQUIRE) == refusals:
+            memset(bytes, 0, PAGE)
+            return MISS
 
 
 cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
-    cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, s.store.full_wait_ns)
-    if result != OK or load64(&e.failed_pages, ACQUIRE) != 0:
-        set_failed(e, page, result != OK)
+    cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, s.store.full_wait_ns, True)
+    if result != OK:
+        set_failed(e, page, True)
+        add64(&e.refusals, 1, RELEASE)
+        store_flush(s.store, e.pool, NO_OBJECT, <uint32_t> page)
+    elif load64(&e.failed_pages, ACQUIRE) != 0:
+        set_failed(e, page, False)
     return result
 
 
@@ -164,8 +174,9 @@ cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noe
     while pages and not store_short_of_frames(s.store) and not load32(&s.stopping, RELAXED):
         if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE:
             pthread_mutex_lock(lock_of(e, page))
-            if get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK:
-                put_locked(s, e, page, <uint8_t *> scratch)
+            # A refused put leaves the page where it is: asking for it to be near must not cost it.
+            if get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK and \
+                    store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, 0, True) == OK:
                 tally(e, E_PAGES_REMOTE, 1)
             pthread_mutex_unlock(lock_of(e, page))
         page += 1
@@ -256,6 +267,7 @@ cdef void parked_free(Parked *p) noexcept nogil:
         free(p.data)
     pthread_mutex_lock(&s.free_lock)
     s.large_bytes -= p.large_bytes
+    p.conn.rows -= 1
     p.next = s.parked_free
     s.parked_free = p
     pthread_cond_broadcast(&s.freed)
@@ -327,6 +339,9 @@ cdef void send_what_can(Conn *c) noexcept nogil:
         else:
             return
     eventfd_write(c.wake, 1)
+    pthread_mutex_lock(&c.server.free_lock)         # it may wait for a row
+    pthread_cond_broadcast(&c.server.freed)
+    pthread_mutex_unlock(&c.server.free_lock)
 
 
 cdef bint flush_out(Conn *c) noexcept nogil:
@@ -456,17 +471,27 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     """A row and memory for so many pages; waits for others to finish. NULL: they did not, or the system has no memory."""
     cdef Server_t *s = c.server
     cdef Parked *p
-    cdef uint64_t deadline = now_ns() + s.deadline_ns, large = 0 if pages <= SMALL_PAGES else pages * PAGE
-    flush_out(c)                    # nobody waits for an answer because of this wait
+    cdef uint64_t deadline, large = 0 if pages <= SMALL_PAGES else pages * PAGE
+    if not flush_out(c):            # nobody waits for an answer because of this wait
+        return NULL
+    deadline = now_ns() + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
-    while s.parked_free == NULL or (large and s.large_bytes + large > LARGE_BYTES_MAX):
+    while s.parked_free == NULL or c.rows >= s.rows_each or (large and s.large_bytes + large > LARGE_BYTES_MAX):
         if now_ns() > deadline or load32(&s.stopping, RELAXED):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
+        if waits_to_be_sent(c):     # what is finished holds its row until it is sent, and nobody else may send it
+            pthread_mutex_unlock(&s.free_lock)
+            if not flush_out(c):
+                return NULL
+            deadline = now_ns() + s.deadline_ns
+            pthread_mutex_lock(&s.free_lock)
+            continue
         cond_wait_until(&s.freed, &s.free_lock, deadline)
     p = s.parked_free
     s.parked_free = p.next
     s.large_bytes += large
+    c.rows += 1
     pthread_mutex_unlock(&s.free_lock)
     p.conn = c
     p.cookie = r.cookie
@@ -644,14 +669,20 @@ cdef void again(Server_t *s, Job *job) noexcept nogil:
     cdef Parked *p = piece.request
     cdef Export *e = p.conn.export
     cdef uint8_t *bytes
+    cdef RemoteRef ref
     cdef uint32_t i
     cdef int result
     for i in range(piece.pages):
         bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
-        result = get_page(s.links, e.pool, NO_OBJECT, piece.wanted[i].index, bytes, -1)
-        if result == MISS:
-            memset(bytes, 0, PAGE)
-        elif result != OK:
+        result = REMOTE
+        while result == REMOTE:
+            if load32(&s.stopping, RELAXED):
+                result = UNREACHABLE
+                break
+            result = get_page(s.links, e.pool, NO_OBJECT, piece.wanted[i].index, bytes, -1)
+            if result == MISS:      # it was freed, or a write to it was refused; or it is stored and away again by now
+                result = load_page(s, e, piece.wanted[i].index, bytes, &ref)
+        if result != OK and result != MISS:
             parked_fail(p, piece.wanted[i].index, result)
     piece_free(s, piece)
     parked_done(p)
@@ -666,7 +697,7 @@ cdef void work(Server_t *s, Job *job) noexcept nogil:
         return
     e = p.conn.export
     if job.kind == JOB_PATCH:
-        result = patch_page(s, e, job.page, job.low, job.high, job.bytes, True)
+        result = patch_page(s, e, job.page, job.low, job.high, job.bytes, not load32(&s.stopping, RELAXED))
         if result != OK:
             parked_fail(p, job.page, result)
     elif job.kind == JOB_FREE:
@@ -809,6 +840,8 @@ cdef bint write_goes_on(Conn *c) noexcept nogil:
     cdef Request r
     cdef int result
     while c.write_left:
+        if load32(&s.stopping, RELAXED):            # each page may have to wait for room
+            return False
         if c.write_error:           # the rest is thrown away
             n = <uint32_t> min(<uint64_t> (c.end - c.start), c.write_left)
             if n == 0:
@@ -829,6 +862,7 @@ cdef bint write_goes_on(Conn *c) noexcept nogil:
                 if result == REMOTE:
                     r.cookie = c.write_cookie
                     r.offset = c.write_started
+                    r.length = 0
                     r.type = CMD_WRITE
                     p = patch_later(c, &r, c.write_parked, c.write_offset // PAGE, low, low + n, bytes)
                     if p != NULL:
@@ -836,7 +870,7 @@ cdef bint write_goes_on(Conn *c) noexcept nogil:
                     result = NO_MEMORY if p == NULL else OK
             if result != OK:
                 c.write_error = error_of(result)
-                tally(e, E_ERRORS, 1)
+                tally(e, E_ERRORS, c.write_parked == NULL)      # else it is counted when that ends
                 if result == LOST or result == CORRUPT:
                     report(c, c.write_offset // PAGE, result)
         c.start += n
@@ -892,7 +926,8 @@ cdef void range_request(Conn *c, const Request *r) noexcept nogil:
                 p = longer if longer != NULL else p
             if result != OK:
                 error = error_of(result)
-                tally(e, E_ERRORS, 1)
+                if result == LOST or result == CORRUPT:
+                    report(c, page, result)
     if error == 0 and first < last:
         if last - first <= INLINE_PAGES and r.type != CMD_CACHE:
             drop_pages(s, e, first, last - first)
@@ -901,7 +936,6 @@ cdef void range_request(Conn *c, const Request *r) noexcept nogil:
                 p = parked_take(c, r, 1)
             if p == NULL:
                 error = NBD_ENOMEM
-                tally(e, E_ERRORS, 1)
             else:
                 p.jobs[2].kind = JOB_CACHE if r.type == CMD_CACHE else JOB_FREE
                 p.jobs[2].request = p
@@ -914,6 +948,7 @@ cdef void range_request(Conn *c, const Request *r) noexcept nogil:
             parked_error(p, error)
         parked_done(p)
     else:
+        tally(e, E_ERRORS, error != 0)
         answer(c, r.type, r.cookie, error, r.offset)
 
 
@@ -959,7 +994,7 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
     cdef uint32_t error
     memcpy(&r, bytes, sizeof(Request))
     if r.magic != swap32_bytes(REQUEST_MAGIC):
-        stop_connection(c, b"the client sent something that is not a request")
+        c.reason = b"the client sent something that is not a request"
         return False
     r.flags = swap16(r.flags)
     r.type = swap16(r.type)
@@ -974,7 +1009,7 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
         if r.type != CMD_WRITE:
             answer(c, r.type, r.cookie, error, r.offset)
         elif r.length > 2 * LENGTH_MAX:
-            stop_connection(c, b"the client sent a write of more than 64 MiB")
+            c.reason = b"the client sent a write of more than 64 MiB"
             return False
         else:
             write_begins(c, &r, error)
@@ -1053,7 +1088,7 @@ cdef bint fill(Conn *c) noexcept nogil:
 
 cdef void serve(Conn *c) noexcept nogil:
     cdef bint more = True
-    while more:
+    while more and not load32(&c.server.stopping, RELAXED):
         if c.writing:
             more = write_goes_on(c) or (flush_out(c) and fill(c))
         elif c.end - c.start >= sizeof(Request):
@@ -1063,6 +1098,8 @@ cdef void serve(Conn *c) noexcept nogil:
             more = flush_out(c) and fill(c)
         if c.out_used >= FLUSH_BYTES and more:
             more = flush_out(c)
+    if load32(&c.server.stopping, RELAXED):
+        stop_connection(c, b"the node stops")
     if c.writing and c.write_parked != NULL:
         parked_done(c.write_parked)
     flush_out(c)
@@ -1101,6 +1138,7 @@ cdef class NbdServer:
         s.links = links.live()
         s.store = s.links.store
         s.deadline_ns = max(2 * s.links.give_up_ns, <uint64_t> PATIENCE_S * 1000000000ull)
+        s.rows_each = max(requests_max // 4, 1)
         pthread_mutex_init(&s.free_lock, NULL)
         cond_init_monotonic(&s.freed)
         pthread_mutex_init(&s.slow_lock, NULL)
@@ -1139,6 +1177,8 @@ cdef class NbdServer:
         cdef uint32_t i, k
         if not 0 < size_bytes <= max_bytes or size_bytes % PAGE or max_bytes % PAGE:
             raise errors.UsageError(f"size {size_bytes}, at most {max_bytes}: whole pages of {PAGE} bytes, and at least one")
+        if max_bytes // PAGE > 0xffffffff:
+            raise errors.UsageError(f"at most {max_bytes} bytes: page numbers have 32 bits, so {0xffffffff * PAGE} is the most")
         for i in range(EXPORTS_MAX):
             if not self.s.exports[i].used:
                 e = &self.s.exports[i]

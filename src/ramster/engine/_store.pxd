@@ -311,7 +311,7 @@ cdef struct Store_t:
 
 
 cdef int store_put(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, const uint8_t *page,
-                   uint64_t wait_ns) noexcept nogil
+                   uint64_t wait_ns, bint keep=*) noexcept nogil
 cdef int store_get(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
                    RemoteRef *ref) noexcept nogil
 cdef int store_where(Store_t *s, uint32_t pool, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil

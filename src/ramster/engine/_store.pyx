@@ -1286,8 +1286,11 @@ cdef bint wait_for_room(Store_t *s, uint64_t deadline_ns) noexcept nogil:
 
 
 cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, const uint8_t *page,
-                   uint64_t wait_ns) noexcept nogil:
-    """Compress a page and publish it. FULL after wait_ns without room; a refused put leaves no older copy behind."""
+                   uint64_t wait_ns, bint keep=False) noexcept nogil:
+    """Compress a page and publish it. FULL after wait_ns without room; a refused put leaves no older copy behind.
+
+    keep: it does, and the caller sees to it that nobody takes it for the newer one.
+    """
     cdef uint8_t buffer[ENTRY_BYTES_MAX]
     cdef EntryHeader *header = <EntryHeader *> buffer
     cdef uint8_t *body = buffer + HEADER_BYTES
@@ -1319,7 +1322,8 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             tally(reader, T_PUTS, 1)
         else:
             count(s, C_FILLED, <uint64_t> -1)
-            free_entry(s, clear(pool, oid, index))
+            if not keep:
+                free_entry(s, clear(pool, oid, index))
             count(s, C_PUTS_REFUSED, 1)
         leave(reader)
         return result
@@ -1331,7 +1335,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     # So is the place where the entry will go: the next atomic operation would wait for its lines to come.
     place = <uint8_t *> load_pointer(<void **> &head_of(s, pool).tail, RELAXED)
     for i in range(0, PREFETCH_BYTES, 64):
-        prefetch(place + i, 1)
+        prefetch(<const void *> (<size_t> place + i), 1)     # a head without a segment has none yet
     size = compress(s, pool, page, body + prefix, header.version)
     if pool.dense:
         expected = expect(s, pool, index)
@@ -1383,7 +1387,8 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         tally(reader, T_BYTES_COMPRESSED, <uint64_t> size)
     else:
         # Rule 3 of tmem: a duplicate put that fails must not leave the older page readable.
-        free_entry(s, clear(pool, oid, index))
+        if not keep:
+            free_entry(s, clear(pool, oid, index))
         count(s, C_PUTS_REFUSED, 1)
     leave(reader)
     return result
