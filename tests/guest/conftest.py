@@ -38,7 +38,7 @@ def _asked_for(item: pytest.Item) -> Iterator[object]:
     """Names of its fixtures, those that a parameter chooses too."""
     yield from getattr(item, "fixturenames", ())
     if (call := getattr(item, "callspec", None)) is not None:
-        yield from call.params.values()
+        yield from (value for value in call.params.values() if isinstance(value, str))
 
 
 def _finished(runs: dict[str, Future[Run]], name: str) -> Run:

@@ -36,6 +36,7 @@ class Pair:
         self.bulk = self._relays[BULK].proxy
         self.pool = a.store.create_pool(pages=4096)
         self._tasks = ThreadPoolExecutor(8)
+        self.under_way: list[Later] = []
 
     def connect(self, *kinds: int) -> None:
         for kind in kinds or (GET, BULK):
@@ -119,7 +120,11 @@ class Later:
     """A call in another thread that is known to be under way once `started` is true."""
 
     def __init__(self, pair: Pair, work: Callable[[], bytes | None]) -> None:
+        pair.under_way = [each for each in pair.under_way if not each.done()]
+        # A request that has been answered is counted for a moment longer.
+        wait_until(lambda: pair.pending() <= len(pair.under_way), "those that are done are counted no more")
         before = pair.pending()
+        pair.under_way.append(self)
         self._future = pair._tasks.submit(work)
         wait_until(lambda: pair.pending() > before or self._future.done(), "the get is under way")
 

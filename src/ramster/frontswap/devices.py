@@ -33,7 +33,6 @@ TOOLS: Final = {
     "swapoff": "mount",
     "modprobe": "kmod",
     "umount": "mount",
-    "setsid": "util-linux",
 }
 # How long the kernel waits for one request before it gives up. Far above [arena] full_wait and all deadlines of links,
 # so that the node's own answer comes first.
@@ -248,8 +247,8 @@ def daemons(place: Place) -> list[int]:
         if each.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (each / "cmdline").read_bytes().split(b"\0")
-                # setsid becomes nbdfuse in a moment; a zombie has no command line.
-                if Path(os.fsdecode(words[0])).name in ("nbdfuse", "setsid") and os.fsencode(place.file) in words:
+                # A zombie has no command line.
+                if Path(os.fsdecode(words[0])).name == "nbdfuse" and os.fsencode(place.file) in words:
                     found.append(int(each.name))
     return found
 
@@ -311,15 +310,15 @@ class Bridge:
     name = "bridge"
 
     def attach(self, place: Place, connections: int, chosen: Callable[[str], None]) -> str:
-        need("nbdfuse", "losetup", "umount", "setsid")
+        need("nbdfuse", "losetup", "umount")
         if not Path("/dev/fuse").exists() or not Path("/dev/loop-control").exists():
             raise KernelUnsupported(
                 "this kernel has no nbd, and no FUSE or loop devices for the way around it; "
                 "load one of them: modprobe nbd, or modprobe fuse loop"
             )
         place.mount.mkdir(mode=0o700, exist_ok=True)
-        _start_nbdfuse(place, connections)
-        _until(lambda: mounted(place.mount) or not daemons(place), f"{place.mount} is mounted")
+        process = _start_nbdfuse(place, connections)
+        _until(lambda: mounted(place.mount) or process.poll() is not None, f"{place.mount} is mounted")
         if not mounted(place.mount):
             said = " ".join(place.log.read_text(errors="replace").split())[-500:]
             raise Refused(f"nbdfuse ended at once: {said or 'it does not say why'}")
@@ -330,8 +329,8 @@ class Bridge:
             return step(losetup(place, direct=False), "making a loop device", place.lock).strip()
 
 
-def _start_nbdfuse(place: Place, connections: int) -> None:
-    """It outlives this process.
+def _start_nbdfuse(place: Place, connections: int) -> subprocess.Popen[bytes]:
+    """It outlives this process, in a session of its own.
 
     A cgroup keeps it out of swap, a score from the OOM killer, where that is allowed: it stands in the way of reclaim.
     """
@@ -351,15 +350,14 @@ def _start_nbdfuse(place: Place, connections: int) -> None:
             os.write(os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC), _OOM_NEVER)
 
     with place.log.open("wb") as log:
-        subprocess.run(
-            ["setsid", "--fork", *nbdfuse(place, connections)],
+        return subprocess.Popen(
+            nbdfuse(place, connections),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd="/",
             preexec_fn=shield,
-            timeout=STEP_S,
-            check=True,
+            start_new_session=True,
         )
 
 
