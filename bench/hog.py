@@ -39,17 +39,18 @@ CODEC: Final = "lz4"  # the codec that we use; a kernel without it takes its own
 CONTROL: Final = Path("/sys/class/zram-control")
 DEADLINE_S: Final = 120.0
 
-# order, every n-th visited page is rewritten, both walks bound to one processor, name of the path
+# order, every n-th visited page is rewritten, bound to one processor (zram's walk is not: a fault of its never leaves its
+# thread, and bound to one the small memory cgroup of a quick run was now and then out of memory), name of the path
 WALKS: Final = (
     ("random", 2, False, "verifying random walk, half rewritten"),
     ("random", 0, False, "verifying random walk, reading"),
-    ("random", 2, True, "the same on one processor, half rewritten"),
-    ("random", 0, True, "the same on one processor, reading"),
+    ("random", 2, True, "the same, bound to one processor, half rewritten"),
+    ("random", 0, True, "the same, bound to one processor, reading"),
     ("stride", 2, False, "verifying walk by one large stride, half rewritten"),
     ("sequential", 2, False, "verifying sequential pass, half rewritten"),
     ("sequential", 0, False, "verifying sequential pass, reading"),
-    ("sequential", 2, True, "the same on one processor, half rewritten"),
-    ("sequential", 0, True, "the same on one processor, reading"),
+    ("sequential", 2, True, "the same, bound to one processor, half rewritten"),
+    ("sequential", 0, True, "the same, bound to one processor, reading"),
 )
 
 
@@ -192,7 +193,7 @@ def interruptible() -> Iterator[None]:
 
 
 def run(quick: bool) -> list[Row]:
-    size, resident, rounds = (64 * MIB, 32 * MIB, 2) if quick else (256 * MIB, 128 * MIB, 7)
+    size, resident, rounds = (128 * MIB, 64 * MIB, 2) if quick else (256 * MIB, 128 * MIB, 7)
     rows = []
     try:
         with contextlib.ExitStack() as stack:
@@ -205,9 +206,8 @@ def run(quick: bool) -> list[Row]:
             node = nodes["a"].process
             assert node is not None
             everywhere = os.sched_getaffinity(0)
-            for order, dirty, bound, name in WALKS:
-                for walk in (ours, theirs):
-                    walk.bind({min(everywhere)} if bound else everywhere)
+            for order, dirty, bound, name in WALKS[:: 4 if quick else 1]:
+                ours.bind({min(everywhere)} if bound else everywhere)
                 row = compare(
                     name,
                     "pages/s",
