@@ -187,7 +187,7 @@ cdef class NbdConnection:
     cdef readonly int fd
     cdef SSL *ssl
     cdef object context
-    cdef bint serving
+    cdef readonly bint serving
     cpdef close(self)
     cdef int wait(self, short events, uint64_t deadline_ns) except -1
     cdef int wait_tls(self, int result, uint64_t deadline_ns) except -1

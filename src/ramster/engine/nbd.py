@@ -37,7 +37,8 @@ class NbdServer(_nbd.NbdServer):
 
     An `NbdConnection` owns a connected stream socket. receive, send and start_tls carry the handshake, with deadlines
     (TimeoutError; ConnectionError once the client is gone); serve then answers requests without the GIL until the
-    client goes, and returns why it ended. shutdown may be called from any thread and makes all of them end.
+    client goes, and returns why it ended; `serving` is true meanwhile. shutdown may be called from any thread and makes
+    all of them end.
     """
 
     def __new__(cls, links: Links, *, slow_threads: int = 2, requests_max: int = 512) -> Self:

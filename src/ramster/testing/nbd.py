@@ -181,13 +181,10 @@ class ServedExport:
             )
             connection.close()
 
-        before = self.statistics()["connections"]
         thread = threading.Thread(target=run)
         thread.start()
         self._threads.append(thread)
-        wait_until(
-            lambda: self.statistics()["connections"] > before or not thread.is_alive(), "the connection is served"
-        )
+        wait_until(lambda: connection.serving or not thread.is_alive(), "the connection is served")
 
     def statistics(self) -> dict[str, int]:
         return self.server.statistics(self.number)
