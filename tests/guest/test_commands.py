@@ -11,7 +11,10 @@ from tests.guest.scenarios import INSIDE_MIB, Run
 
 from ramster.errors import Refused
 
-pytestmark = pytest.mark.long
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.xfail(reason="a machine without free memory hangs when it swaps on its own node: docs/swap.md"),
+]
 
 
 def exports(run: Run, turn: int) -> list[dict[str, Any]]:
