@@ -47,6 +47,7 @@ libnbd = pytest.mark.skipif(not have_libnbd(), reason="not installed: python3-li
 def run(*command: str, code: int = 0) -> str:
     """What it wrote to standard output; AssertionError with both outputs for another exit code."""
     environment = {**os.environ, "LC_ALL": "C", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+    environment.pop("LD_PRELOAD", None)  # a sanitizer's library is for the server alone
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment)
     assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
