@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +46,7 @@ from ramster.frontswap.devices import (
     swapon,
     swaps,
 )
+from ramster.signals import unbroken
 
 DEFAULT_NAME: Final = "swap0"
 #: Behind zram (100 where zram-generator makes it), before disks (below 0 unless told otherwise).
@@ -64,7 +64,7 @@ MARGIN: Final = 0.02
 STALLED_S: Final = 120.0
 LOCK_S: Final = 60.0
 RELEASE_S: Final = 10.0  # for the node to see that the last client has gone
-_POLL_S: Final = 0.2
+_POLL_S: Final = 0.2  # neither a lock, nor swapoff, nor a closing connection tells when it is done
 
 
 class Node(Protocol):
@@ -366,23 +366,12 @@ def _make(node: Node, where: Place, plan: Plan, way: Way, record: Record) -> Rec
 def _undo_after(error: BaseException, node: Node, where: Place, say: Say) -> None:
     """Whatever `_make` has done, undone; the record stays if that fails too, so that `off` can try again."""
     try:
-        with _unbroken():
+        with unbroken():
             record = read(where)
             if record is not None:
                 _take_down(node, where, record)
     except (RamsterError, OSError) as second:
         say(f"not all of it could be undone ({second}); run `ramster swap off {where.name}`")
-
-
-@contextlib.contextmanager
-def _unbroken() -> Iterator[None]:
-    """A second Ctrl-C does not stop the undoing of the first; what is in here is bounded."""
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 # --- off ----------------------------------------------------------------------------------------------------------

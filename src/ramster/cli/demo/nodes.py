@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from ramster.cli.control_client import ControlClient
 from ramster.cli.demo.plan import LENDER_ARENA_BYTES, Options
 from ramster.constants import CONTROL_SOCKET, REGION_SOCKET
 from ramster.errors import NodeUnreachable, PortTaken, RamsterError
+from ramster.signals import unbroken
 
 READY_S = 30.0  # populating and locking a few GiB of arena takes seconds
 STOP_S = 5.0
@@ -146,23 +146,6 @@ def _failure(node: DemoNode) -> RamsterError:
         if kind.exit_code == code:
             return kind(message)
     return NodeUnreachable(message)
-
-
-@contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """A second Ctrl-C or SIGTERM does not stop the clean-up of the first; what is in here is short and bounded.
-
-    In another thread than the first it does nothing: signals do not interrupt those.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 def end(processes: list[subprocess.Popen[bytes]]) -> None:

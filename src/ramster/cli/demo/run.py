@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ramster.cli.demo import digest, preflight
-from ramster.cli.demo.nodes import PYTHON, DemoNode, cluster, end, spawn, unbroken
+from ramster.cli.demo.nodes import PYTHON, DemoNode, cluster, end, spawn
 from ramster.cli.demo.plan import Options, Work, make_work
 from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.source import Source, user_file, write_source
 from ramster.errors import NodeUnreachable, RamsterError, RegionFull, RegionLost, from_code
+from ramster.signals import unbroken
 
 STATUS_PERIOD_S = 0.25
 # A worker that neither speaks nor uses its CPU for so long is stuck. A fault waits for a lost lender for `give_up`, and
