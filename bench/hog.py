@@ -59,13 +59,13 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def swap(device: str) -> Iterator[None]:
-    """A device or file is swap; it loses what it holds."""
+def swap(device: str, *options: str) -> Iterator[None]:
+    """A device or file is swap, switched on with these options; it loses what it holds."""
     if os.geteuid() != 0:
         raise Unavailable("swap needs root")
     mkswap, swapon, swapoff = (installed(name) for name in ("mkswap", "swapon", "swapoff"))
     subprocess.run([mkswap, device], check=True, capture_output=True)
-    done = subprocess.run([swapon, "-p", "5", device], check=False, capture_output=True, text=True)
+    done = subprocess.run([swapon, "-p", "5", *options, device], check=False, capture_output=True, text=True)
     if done.returncode:
         raise Unavailable(done.stderr.strip())
     try:

@@ -24,6 +24,7 @@ from bench.nodes import cluster
 from bench.rows import Row, Unavailable, installed, middle_half
 
 from ramster.cli.demo.nodes import end, spawn
+from ramster.constants import NBD_SOCKET
 from ramster.testing.proxy import wait_until
 
 MIB: Final = 1 << 20
@@ -52,10 +53,15 @@ class Server:
     """One that is running. memory: RAM that it has taken so far, in bytes."""
 
     name: str
-    uri: str
+    socket: Path
+    export: str
     pid: int
     memory: Callable[[], int]
     codec: Callable[[], float] | None = None  # pages by what they take, where the server says so
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///{self.export}?socket={self.socket}"
 
 
 def rss(pid: int) -> int:
@@ -73,7 +79,7 @@ def nbdkit(name: str, folder: Path, size: int, *options: str) -> Iterator[Server
     process = spawn(command, outlive=False, stdin=subprocess.DEVNULL)
     try:
         wait_until(socket.exists, f"{name} listens")
-        yield Server(name, f"nbd+unix:///?socket={socket}", process.pid, lambda: rss(process.pid))
+        yield Server(name, socket, EXPORT, process.pid, lambda: rss(process.pid))
     finally:
         end([process])
 
@@ -96,7 +102,8 @@ def nbd_server(folder: Path, size: int) -> Iterator[Server]:
             wait_until(socket.exists, "nbd-server listens")
             yield Server(
                 "nbd-server",
-                f"nbd+unix:///{EXPORT}?socket={socket}",
+                socket,
+                EXPORT,
                 pid,
                 lambda: rss(pid) + os.fstat(file.fileno()).st_blocks * 512,
             )
@@ -111,7 +118,7 @@ def ours(size: int) -> Iterator[Server]:
     with cluster({"a": {"arena": {"size": size * 5 // 4}}}).start() as nodes:
         node = nodes["a"]
         assert node.process is not None
-        export = node.control.create_export(EXPORT, size)
+        node.control.create_export(EXPORT, size)
         pid = node.status()["pid"]
 
         def memory() -> int:
@@ -124,7 +131,7 @@ def ours(size: int) -> Iterator[Server]:
             arena = node.status()["arena"]
             return float(arena["bytes_in"] / arena["bytes_compressed"])
 
-        yield Server(OURS, export["uris"][0], pid, memory, codec)
+        yield Server(OURS, node.run_dir / NBD_SOCKET, EXPORT, pid, memory, codec)
 
 
 def fio(server: Server, job: str, section: str, size: int, seconds: float) -> dict[str, float]:

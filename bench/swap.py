@@ -9,7 +9,6 @@ reason, where swap cannot be set up; whatever happens, swap, devices, mounts and
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +16,13 @@ from typing import Final
 
 from bench.hog import Hog, interruptible, memory_cgroup, swap, zram
 from bench.nbd import OURS, PLAIN, Server, beside, nbdkit, ours
-from bench.rows import Row, Unavailable, installed
+from bench.rows import Row, Unavailable
 
-from ramster.cli.demo.nodes import end, spawn
-from ramster.testing.proxy import wait_until
+from ramster.errors import KernelUnsupported, Refused, ToolMissing
+from ramster.frontswap.devices import Bridge, Place, detach
 
 MIB: Final = 1 << 20
+CONNECTIONS: Final = 4  # as `swap on` has it
 DISK: Final = Path("/var/tmp")  # kept when a machine restarts, so it is no tmpfs
 # order of the walk, name of the path; every second page is rewritten
 WALKS: Final = (
@@ -34,27 +34,17 @@ Device = Callable[[], contextlib.AbstractContextManager[object]]
 
 @contextlib.contextmanager
 def bridged(server: Server, folder: Path) -> Iterator[None]:
-    """An export is swap: a file by FUSE, a device by a loop device."""
-    mount = folder / "mount"
-    mount.mkdir(exist_ok=True)
-    nbdfuse, losetup, unmount = (installed(name) for name in ("nbdfuse", "losetup", "fusermount3"))
-    process = spawn([nbdfuse, str(mount), server.uri], outlive=False, stdin=subprocess.DEVNULL)
+    """An export is swap, as `ramster swap on --way bridge` makes it."""
+    place = Place(server.export, folder, server.socket)
     try:
-        wait_until((mount / "nbd").exists, f"nbdfuse shows the export of {server.name}")
-        done = subprocess.run(
-            [losetup, "--find", "--show", str(mount / "nbd")], check=False, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise Unavailable(done.stderr.strip())
-        loop = done.stdout.strip()
         try:
-            with swap(loop):
-                yield
-        finally:
-            subprocess.run([losetup, "--detach", loop], check=False, capture_output=True)
+            device = Bridge().attach(place, CONNECTIONS, lambda _: None)
+        except (ToolMissing, KernelUnsupported, Refused) as error:
+            raise Unavailable(str(error)) from None
+        with swap(device, "--discard=pages"):
+            yield
     finally:
-        subprocess.run([unmount, "-u", str(mount)], check=False, capture_output=True)
-        end([process])
+        detach(place, None)
 
 
 @contextlib.contextmanager
@@ -75,7 +65,7 @@ def walked(device: Device, group: Path, size: int, resident: int, seconds: float
 
 
 def run(quick: bool) -> list[Row]:
-    size, resident, seconds, rounds = (48 * MIB, 24 * MIB, 0.2, 1) if quick else (128 * MIB, 64 * MIB, 2.0, 4)
+    size, resident, seconds, rounds = (96 * MIB, 48 * MIB, 0.2, 1) if quick else (128 * MIB, 64 * MIB, 2.0, 4)
     room = size * 5 // 4
     missing: list[str] = []
     try:
