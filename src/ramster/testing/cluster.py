@@ -181,9 +181,13 @@ class Cluster:
         return self.proxies[frozenset({one, other})]
 
     def start(self) -> Self:
-        for node in self.nodes.values():
-            node.start()
-        self.wait_up()
+        try:
+            for node in self.nodes.values():
+                node.start()
+            self.wait_up()
+        except BaseException:  # `with Cluster(...).start()` would never get to its end
+            self.close()
+            raise
         return self
 
     def wait_up(self) -> None:

@@ -41,6 +41,17 @@ class Answer:
     kinds: list[int] = field(default_factory=list)
 
 
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """ConnectionError once the server has closed it."""
+    data = bytearray()
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        if not more:
+            raise ConnectionError("the server has closed the connection")
+        data += more
+    return bytes(data)
+
+
 class NbdClient:
     """One connection, past its handshake. `send` puts a request on the wire, `answer` takes the next reply from it."""
 
@@ -109,13 +120,7 @@ class NbdClient:
             raise AssertionError(f"a chunk of type {kind}")
 
     def _take(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            more = self.socket.recv(size - len(data))
-            if not more:
-                raise ConnectionError("the server has closed the connection")
-            data += more
-        return bytes(data)
+        return receive_exactly(self.socket, size)
 
     def wait(self, cookie: int) -> Answer:
         """The reply to one request; others that come first are kept."""

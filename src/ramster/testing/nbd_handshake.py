@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from ramster.testing.nbd import NbdClient
+from ramster.testing.nbd import NbdClient, receive_exactly
 from ramster.wire import nbd
 from ramster.wire.nbd import Info, Option, OptionReply
 
@@ -44,13 +44,7 @@ class Dialled:
             raise
 
     def receive(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = self.socket.recv(size - len(data))
-            if not part:
-                raise ConnectionError("the server has closed the connection")
-            data += part
-        return bytes(data)
+        return receive_exactly(self.socket, size)
 
     def closed(self) -> bytes:
         """Waits until the server has closed the connection; what it said before."""
