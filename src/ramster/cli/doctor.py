@@ -123,7 +123,7 @@ def _user() -> Iterator[Check]:
         PermissionMissing.exit_code,
     )
     text = Path("/proc/self/status").read_text()
-    effective = int(re.search(r"^CapEff:\s*([0-9a-f]+)$", text, re.MULTILINE)[1], 16)  # type: ignore[index]
+    effective = int(text.partition("CapEff:")[2].split()[0], 16)
     for name, (bit, what) in CAPABILITIES.items():
         has = bool(effective >> bit & 1)
         advice = "" if has else f"AmbientCapabilities={name} in the node's unit"

@@ -22,7 +22,6 @@ cdef enum:
     PAGE_LOCKS = 256                # per export
     EVENTS_MAX = 256
     EXTENTS_MAX = 1024              # of one reply to BLOCK_STATUS
-    HEADER_MAX = 64
     SLOW_MAX = 16
     SCAN_PAGES = 262144             # that one reply to BLOCK_STATUS looks at: 1 GiB, some milliseconds
     INLINE_PAGES = 4096             # longer TRIM, WRITE_ZEROES and CACHE leave the connection to others meanwhile
@@ -173,7 +172,6 @@ cdef struct Server_t:
     uint32_t events_lock            # spin
     Event events[256]
     uint32_t events_count
-    uint64_t events_missed
     int event_fd
 
 cdef class NbdServer:

@@ -199,8 +199,6 @@ cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
         s.events[s.events_count].page = page
         s.events[s.events_count].kind = <uint32_t> result
         s.events_count += 1
-    else:
-        s.events_missed += 1
     spin_unlock(&s.events_lock)
     eventfd_write(s.event_fd, 1)
 

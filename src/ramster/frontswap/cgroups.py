@@ -20,7 +20,7 @@ from typing import Final, Literal
 from ramster.errors import KernelUnsupported, PermissionMissing
 
 EMPTY_S: Final = 10.0  # for processes that were killed to go; one in the middle of a swap-in takes its time
-_POLL_S: Final = 0.02
+_POLL_S: Final = 0.02  # a cgroup is busy until the last killed process is gone, and does not tell
 # cgroup v1 refuses no limit, but none below a page makes sense; one below this kills every program at once.
 LIMIT_BYTES_MIN: Final = 1 << 20
 SWAPPINESS_MIN: Final = 60  # the kernel's own default

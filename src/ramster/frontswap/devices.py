@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -39,7 +40,7 @@ TOOLS: Final = {
 TIMEOUT_S: Final = 60
 STEP_S: Final = 30.0  # a tool that makes a few system calls, on a busy machine
 CONNECTIONS_MAX: Final = 16
-_POLL_S: Final = 0.02
+_POLL_S: Final = 0.02  # the kernel tells nobody when a device or a mount has come or gone
 _PR_SET_IO_FLUSHER: Final = 57
 _OOM_NEVER: Final = b"-1000"
 FILE: Final = "swap"  # below the mount
@@ -228,6 +229,10 @@ def loops(file: Path) -> list[str]:
     return found
 
 
+def _gone(file: Path, loop: str) -> bool:
+    return loop not in loops(file)
+
+
 def loop_direct(device: str) -> bool:
     with contextlib.suppress(OSError):
         return Path("/sys/block", Path(device).name, "loop/dio").read_text().strip() == "1"
@@ -385,7 +390,7 @@ def detach(place: Place, device: str | None) -> list[str]:
     done = []
     for loop in loops(place.file):
         step(["losetup", "--detach", loop], "detaching the loop device", place.lock)
-        _until(lambda loop=loop: loop not in loops(place.file), f"{loop} is detached")  # type: ignore[misc]
+        _until(partial(_gone, place.file, loop), f"{loop} is detached")
         done.append(f"detached {loop}")
     if device is not None and device.startswith("/dev/nbd") and nbd_attached(device):
         step(nbd_disconnect(device), "disconnecting the device", place.lock)

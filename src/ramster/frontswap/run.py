@@ -85,7 +85,7 @@ class CannotStart(UsageError):
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.exit_code = code  # type: ignore[misc]
+        self.exit_code = code  # type: ignore[misc]  # of this one, not of the class: 126 or 127, as shells have it
 
 
 def _run(command: Sequence[str], limit_bytes: int, group: Group) -> Summary:
