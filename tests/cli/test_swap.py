@@ -90,6 +90,12 @@ def test_what_the_guard_was_refused_is_a_warning() -> None:
     )
 
 
+def test_a_small_reserve_of_the_kernel_is_said_with_the_command_that_raises_it() -> None:
+    (note,) = swap.reserve_notes(2508 << 10)
+    assert "2508 KiB" in note and "sysctl vm.min_free_kbytes=8192" in note
+    assert not list(swap.reserve_notes(8192 << 10))
+
+
 def test_what_stands_in_front_of_it_is_said() -> None:
     rows = [devices.Swap("/dev/zram0", "partition", 1, 0, 100), devices.Swap("/dev/sda2", "partition", 1, 0, 50)]
     zswap, zram, disk = swap.other_swap_notes(rows, 50, True)

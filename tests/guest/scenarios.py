@@ -254,8 +254,6 @@ def commanded(kernel: Kernel, folder: Path) -> Run:
         swap, at = f"run {ramster} swap", f"--config {config}"
         plan = [
             "host files",
-            # See `attached`. The node itself allocates for what it sends, and its own memory is the kernel's too.
-            "write /proc/sys/vm/min_free_kbytes 16384",
             f"start {ramster} node {at}",
             "wait /run/ramster/control.sock 300",
             f"{swap} on --size 256MiB {at}",
@@ -263,6 +261,7 @@ def commanded(kernel: Kernel, folder: Path) -> Run:
             *counted("nbd0"),
             "show /proc/swaps",
             f"{swap} status {at}",
+            f"run {ramster} status --json {at}",
             f"run {program('workload')} {INSIDE_MIB} {WORK_S}",
             f"run {ramster} export ls --json {at}",
             f"{swap} off {at}",

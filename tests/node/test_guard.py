@@ -20,7 +20,7 @@ from ramster.node import privileges
 from ramster.testing.cluster import Cluster, Node
 
 PYTHON = [sys.executable, "-P"]
-EVERY = ["locked_memory", "io_flusher", "oom_score", "open_files", "code", "arena"]
+EVERY = ["locked_memory", "io_flusher", "oom_score", "reserve", "open_files", "code", "arena"]
 
 
 def may(capability: int) -> bool:
@@ -31,6 +31,7 @@ def may(capability: int) -> bool:
 
 CAN_LOCK = may(14) or resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY
 CAN_SPARE = may(24)
+CAN_RESERVE = may(23) or resource.getrlimit(resource.RLIMIT_RTPRIO)[1] != 0
 
 
 def without(capability: str) -> list[str]:
@@ -55,9 +56,10 @@ def test_what_would_be_allowed_is_said_without_changing_anything() -> None:
     before = Path("/proc/self/oom_score_adj").read_text(), resource.getrlimit(resource.RLIMIT_MEMLOCK)
     found = {check.name: check for check in privileges.checks(arena_bytes=64 * MIB)}
     assert (Path("/proc/self/oom_score_adj").read_text(), resource.getrlimit(resource.RLIMIT_MEMLOCK)) == before
-    assert found.keys() >= {"locked_memory", "io_flusher", "oom_score", "open_files", "arena"}
+    assert found.keys() >= {"locked_memory", "io_flusher", "oom_score", "reserve", "open_files", "arena"}
     assert (found["locked_memory"].state == "ok") == CAN_LOCK
     assert (found["oom_score"].state == "ok") == CAN_SPARE
+    assert (found["reserve"].state == "ok") == CAN_RESERVE
     if not CAN_SPARE:
         assert found["io_flusher"].state == "refused", "unsupported is something else"
     for check in found.values():
@@ -151,6 +153,40 @@ print(json.dumps([check.state, check.detail]))
     assert detail == f"oom_score_adj is {min(lowest, 300)} instead of 300, not -1000"
 
 
+@pytest.mark.skipif(not CAN_RESERVE, reason="needs CAP_SYS_NICE")
+def test_every_thread_may_use_the_reserve_those_started_later_too() -> None:
+    code = """
+import threading
+from ramster.node.privileges import _schedule
+stop, before = threading.Event(), os.sched_getscheduler(0)
+def parent():
+    stop.wait()
+    child = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(threading.get_native_id())))
+    child.start()
+    child.join()
+seen, thread = [], threading.Thread(target=parent)
+thread.start()
+check = take_reserve()
+marked = real_time_threads()
+stop.set()
+thread.join()
+_schedule(os.SCHED_OTHER, 0)
+print(json.dumps([check.state, marked, seen == [os.SCHED_RR], os.sched_getscheduler(0) == before == os.SCHED_OTHER]))
+"""
+    assert python(code) == ["ok", [2, 2], True, True]
+
+
+def test_without_the_right_to_real_time_nothing_changes_and_the_advice_says_what_to_grant() -> None:
+    code = """
+resource.setrlimit(resource.RLIMIT_RTPRIO, (0, 0))
+check = take_reserve()
+print(json.dumps([check.state, check.advice, os.sched_getscheduler(0) == os.SCHED_OTHER]))
+"""
+    state, advice, unchanged = python(code, without("sys_nice"))
+    assert (state, unchanged) == ("refused", True)
+    assert "LimitRTPRIO=1" in advice and "CAP_SYS_NICE" in advice
+
+
 # --- where an arena's file lies ------------------------------------------------------------------------------------
 
 
@@ -220,6 +256,22 @@ def test_on_spares_a_node_from_the_oom_killer_at_once(node: Node) -> None:
     assert (said["state"], score == -1000) == (("ok", True) if CAN_SPARE else ("refused", False))
 
 
+@pytest.mark.skipif(not CAN_RESERVE, reason="needs CAP_SYS_NICE")
+def test_a_node_may_use_the_reserve_as_long_as_it_has_an_export(node: Node) -> None:
+    def state() -> str:
+        return str(node.status()["guard"]["reserve"]["state"])
+
+    def policies() -> set[int]:
+        assert node.process is not None
+        return {os.sched_getscheduler(int(each.name)) for each in Path(f"/proc/{node.process.pid}/task").iterdir()}
+
+    assert (state(), policies()) == ("off", {os.SCHED_OTHER})
+    node.control.create_export("swap", 64 * MIB)
+    assert (state(), policies()) == ("ok", {os.SCHED_RR})
+    node.control.remove_export("swap")
+    assert (state(), policies()) == ("off", {os.SCHED_OTHER})
+
+
 @pytest.mark.skipif(not CAN_SPARE, reason="needs CAP_SYS_RESOURCE")
 @pytest.mark.parametrize("node", ["on"], indirect=True)
 def test_every_thread_of_a_node_is_a_flusher(node: Node) -> None:
@@ -231,6 +283,7 @@ def test_a_node_with_an_export_is_spared_and_one_without_is_not() -> None:
     before = Path("/proc/self/oom_score_adj").read_text()
     guard.serve(True)
     assert guard.report()["oom_score"]["state"] == ("ok" if CAN_SPARE else "refused")
+    assert guard.report()["reserve"]["state"] == ("ok" if CAN_RESERVE else "refused")
     guard.serve(False)
     assert guard.report()["oom_score"]["state"] == "off"
     assert Path("/proc/self/oom_score_adj").read_text() == before

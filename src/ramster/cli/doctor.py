@@ -23,7 +23,7 @@ from typing import Final, Literal
 from ramster.constants import MIB, PAGE_BYTES
 from ramster.errors import KernelUnsupported, PermissionMissing, RamsterError, ToolMissing
 from ramster.frontswap.cgroups import hierarchies
-from ramster.frontswap.devices import TOOLS, meminfo, swaps
+from ramster.frontswap.devices import RESERVE_WANTED, TOOLS, meminfo, reserve_bytes, swaps
 
 State = Literal["ok", "missing", "refused", "note"]
 
@@ -33,6 +33,7 @@ CAPABILITIES: Final = {
     "CAP_SYS_ADMIN": (21, "swapon, mounts and block devices"),
     "CAP_IPC_LOCK": (14, "an arena locked in RAM without a limit"),
     "CAP_SYS_RESOURCE": (24, "PR_SET_IO_FLUSHER and oom_score_adj -1000: a node that reclaim never waits for"),
+    "CAP_SYS_NICE": (23, "real-time priority: a node that the kernel's memory reserve is open to"),
 }
 _UFFD_USER_MODE_ONLY: Final = 1
 _UFFDIO_API: Final = 0xC018AA3F
@@ -330,6 +331,13 @@ def _memory() -> Iterator[Check]:
     memory = meminfo()
     yield Check(
         "memory", "note", f"{memory['MemAvailable'] // MIB} MiB of {memory['MemTotal'] // MIB} MiB are available"
+    )
+    kept = reserve_bytes()
+    yield Check(
+        "min_free",
+        "ok" if kept >= RESERVE_WANTED else "note",
+        f"the kernel keeps {kept // 1024} KiB free; a node that it swaps on may use half of it",
+        "" if kept >= RESERVE_WANTED else f"sysctl vm.min_free_kbytes={RESERVE_WANTED // 1024}",
     )
     yield Check("round_trip", "note", f"4 KiB to another process and back: {_round_trip_us():.0f} us, the median")
 

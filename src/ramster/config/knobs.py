@@ -202,7 +202,8 @@ class Node:
         "on",
         "off",
         help="What the node does so that a kernel can swap on it: its memory stays in RAM, its allocations start no "
-        'I/O, and the OOM killer spares it ("auto": that once it has an export). See docs/guard.md.',
+        "I/O, and once it has an export, the kernel's memory reserve is open to it and the OOM killer spares it "
+        '("on": from the start). See docs/guard.md.',
     )
 
 

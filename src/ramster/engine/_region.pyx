@@ -36,6 +36,7 @@ from libc.errno cimport EAGAIN, EEXIST, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strerror
+from posix.unistd cimport usleep
 
 from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, load64, sched_yield, store32, sub32
 from ramster.engine._c.check cimport ASSERT
@@ -103,6 +104,16 @@ cdef inline int failed(Attachment *a) noexcept nogil:
     return errno
 
 
+cdef inline void let_it_run(uint32_t *turns) noexcept nogil:
+    """Its mapping is changing (EAGAIN), and it has to run for that to end. sched_yield alone passes over a process of a
+    lower priority, such as any is to a node that a kernel swaps on (node.privileges.take_reserve)."""
+    turns[0] += 1
+    if turns[0] % 16:
+        sched_yield()
+    else:
+        usleep(50)
+
+
 cdef void wake_in(Attachment *a, uint64_t page, uint64_t pages) noexcept nogil:
     cdef uffdio_range_t where
     where.start = a.base + page * PAGE
@@ -124,6 +135,7 @@ cdef int protect_in(Attachment *a, uint64_t page, uint64_t pages, bint on) noexc
     """Write-protect a run in one process, or lift that (which also wakes there). 0, also where the process is gone or has
     unmapped the run: nobody is left there to write. Else the errno."""
     cdef uffdio_writeprotect_t wp
+    cdef uint32_t turns = 0
     cdef uint64_t i
     cdef int failure
     wp.range.start = a.base + page * PAGE
@@ -131,7 +143,7 @@ cdef int protect_in(Attachment *a, uint64_t page, uint64_t pages, bint on) noexc
     wp.mode = UFFDIO_WRITEPROTECT_MODE_WP if on else 0
     while ioctl(a.uffd, UFFDIO_WRITEPROTECT, &wp) != 0:
         if errno == EAGAIN:
-            sched_yield()           # the application's mapping is changing
+            let_it_run(&turns)
             continue
         failure = failed(a)
         if failure == ENOENT and pages > 1:     # a part of the run, perhaps, and the kernel stopped there
@@ -158,6 +170,7 @@ cdef int protect(Region_t *r, uint64_t page, uint64_t pages, bint on) noexcept n
 cdef void map_in(Attachment *a, uint64_t page, uint64_t pages, bint protected) noexcept nogil:
     """Map what the memfd holds, and wake there. Pages that are mapped already stay as they are."""
     cdef uffdio_continue_t more
+    cdef uint32_t turns = 0
     cdef uint64_t done = 0
     while done < pages:
         more.range.start = a.base + (page + done) * PAGE
@@ -169,7 +182,7 @@ cdef void map_in(Attachment *a, uint64_t page, uint64_t pages, bint protected) n
         if more.mapped > 0:
             done += <uint64_t> more.mapped // PAGE
         elif errno == EAGAIN:
-            sched_yield()
+            let_it_run(&turns)
         else:
             if failed(a) == ESRCH:
                 return
@@ -194,6 +207,7 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
     from the first on; 'newer' is set when the memfd had one of them already: what is there then is newer than anything
     stored."""
     cdef uffdio_copy_t copy
+    cdef uint32_t turns = 0
     cdef uint64_t done = 0
     cdef Attachment *a
     pthread_rwlock_rdlock(&r.mapped)
@@ -214,7 +228,7 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
             map_in(a, page + done, 1, False)
             done += 1
         elif errno == EAGAIN:
-            sched_yield()
+            let_it_run(&turns)
         elif failed(a) == ESRCH:
             a = somebody(r, via)
         else:
@@ -320,6 +334,7 @@ cdef void poison(Attachment *a, uint64_t page) noexcept nogil:
     cdef Region_t *r = a.region
     cdef int state
     cdef bint by_guard
+    cdef uint32_t turns = 0
     pthread_mutex_lock(&r.lock)     # so that it does not come back meanwhile
     state = state_of(r, page)
     by_guard = (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.can_poison
@@ -330,13 +345,13 @@ cdef void poison(Attachment *a, uint64_t page) noexcept nogil:
         wp.range.len = PAGE
         wp.mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
         while ioctl(a.uffd, UFFDIO_WRITEPROTECT, &wp) != 0 and errno == EAGAIN:
-            sched_yield()
+            let_it_run(&turns)
         p.range.start = a.base + page * PAGE
         p.range.len = PAGE
         p.mode = 0
         p.updated = 0
         while ioctl(a.uffd, UFFDIO_POISON, &p) != 0 and errno == EAGAIN:
-            sched_yield()
+            let_it_run(&turns)
         condemn(a, page)
     pthread_mutex_unlock(&r.lock)
     if by_guard:

@@ -44,6 +44,8 @@ _POLL_S: Final = 0.02  # the kernel tells nobody when a device or a mount has co
 _PR_SET_IO_FLUSHER: Final = 57
 _OOM_NEVER: Final = b"-1000"
 FILE: Final = "swap"  # below the mount
+# Half of it is for the node; what a network card receives comes from it, too. Kernels keep less below 4 GiB of RAM.
+RESERVE_WANTED: Final = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,11 @@ def parse_meminfo(text: str) -> dict[str, int]:
     return {name: int(amount) * 1024 for name, amount in found}
 
 
+def reserve_bytes() -> int:
+    """vm.min_free_kbytes: what the kernel keeps for itself, the network and processes that may dip into it."""
+    return int(Path("/proc/sys/vm/min_free_kbytes").read_text()) * 1024
+
+
 def meminfo() -> dict[str, int]:
     return parse_meminfo(Path("/proc/meminfo").read_text())
 
@@ -337,7 +344,8 @@ class Bridge:
 def _start_nbdfuse(place: Place, connections: int) -> subprocess.Popen[bytes]:
     """It outlives this process, in a session of its own.
 
-    A cgroup keeps it out of swap, a score from the OOM killer, where that is allowed: it stands in the way of reclaim.
+    It stands in the way of reclaim: a cgroup keeps it out of swap, a score from the OOM killer, and it may use the
+    kernel's reserve, where that is allowed.
     """
     group: Group | None = None
     with contextlib.suppress(RamsterError, OSError):
@@ -353,6 +361,8 @@ def _start_nbdfuse(place: Place, connections: int) -> subprocess.Popen[bytes]:
         libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
         with contextlib.suppress(OSError):
             os.write(os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC), _OOM_NEVER)
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # for the reserve, as the node: docs/guard.md
 
     with place.log.open("wb") as log:
         return subprocess.Popen(
@@ -374,6 +384,8 @@ def shielded(pid: int) -> Iterator[str]:
         flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
         if not flags & 0x80000:  # PF_MEMALLOC_NOIO, what PR_SET_IO_FLUSHER sets
             yield "nbdfuse's own allocations may wait for this swap (PR_SET_IO_FLUSHER needs CAP_SYS_RESOURCE)"
+        if os.sched_getscheduler(pid) != os.SCHED_RR:
+            yield "the kernel's memory reserve is closed to nbdfuse (real-time priority needs CAP_SYS_NICE)"
     where = hierarchies()
     if where.memory is None or where.memory[0] == 1:
         yield "nbdfuse cannot lock its memory, and cgroup v1 only asks the kernel not to swap it (swappiness 0)"

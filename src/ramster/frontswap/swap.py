@@ -24,6 +24,7 @@ from ramster.errors import NodeUnreachable, PermissionMissing, RamsterError, Ref
 from ramster.frontswap.cgroups import tight
 from ramster.frontswap.devices import (
     CONNECTIONS_MAX,
+    RESERVE_WANTED,
     Bridge,
     KernelNbd,
     Place,
@@ -39,6 +40,7 @@ from ramster.frontswap.devices import (
     mounted,
     nbd_attached,
     need,
+    reserve_bytes,
     shielded,
     step,
     swap_on,
@@ -227,6 +229,15 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
     return Verdict(tuple(refusals), tuple(warnings))
 
 
+def reserve_notes(reserve: int) -> Iterator[str]:
+    """Whether the kernel keeps enough free for a node that it swaps on."""
+    if reserve < RESERVE_WANTED:
+        yield (
+            f"the kernel keeps {reserve // 1024} KiB free for those who must not wait, the node among them; "
+            f"more is better when all memory is taken: sysctl vm.min_free_kbytes={RESERVE_WANTED // 1024}"
+        )
+
+
 def other_swap_notes(rows: list[Swap], priority: int, zswap: bool) -> Iterator[str]:
     """What stands in front of it, or beside it."""
     if zswap:
@@ -324,7 +335,8 @@ def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
                 if plan.way == "auto"
                 else "through nbdfuse and a loop device, which is slower than nbd"
             )
-        for warning in (*verdict.warnings, *other_swap_notes(swaps(), plan.priority, zswap_on())):
+        notes = (*reserve_notes(reserve_bytes()), *other_swap_notes(swaps(), plan.priority, zswap_on()))
+        for warning in (*verdict.warnings, *notes):
             say(warning)
         record = Record(plan.name, plan.size_bytes, plan.priority, way.name)
         try:

@@ -1,8 +1,9 @@
 """What a node does to its own process so that a kernel can swap on it, and what it was allowed to do.
 
-A process that stands in the way of reclaim must not wait for reclaim: its memory stays in RAM, its allocations start no
-I/O, and the OOM killer takes others first. Each step is tried and looked at; none is taken for granted. *refused* means
-that the kernel can and this user may not (advice says what to grant), *unsupported* that this kernel cannot.
+A process that stands in the way of reclaim must not wait for reclaim: its memory stays in RAM, its allocations start
+no I/O and may use the reserve that others leave alone, and the OOM killer takes others first. Each step is tried and
+looked at; none is taken for granted. *refused* means that the kernel can and this user may not (advice says what to
+grant), *unsupported* that this kernel cannot.
 
 Order matters: PR_SET_IO_FLUSHER belongs to a thread and is inherited by the threads that it starts, so `Guard.begin`
 comes before the first of them. Nothing here is ever locked without MCL_ONFAULT: to lock a mapping whole is to touch all
@@ -11,6 +12,7 @@ of its holes, and in a region's memory a touched hole is a page of zeros that no
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -21,6 +23,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,7 @@ MAP_LOCKED: Final = 0x2000
 MAP_NORESERVE: Final = 0x4000
 PROT_NONE: Final = 0
 OOM_NEVER: Final = -1000
+REAL_TIME: Final = 1  # the lowest priority there is: enough for the reserve, and behind all other real-time work
 PF_MEMALLOC_NOIO: Final = 0x80000  # in the flags of /proc/PID/task/TID/stat, what PR_SET_IO_FLUSHER sets
 FILES_WANTED: Final = 4096  # connections, regions and their channels; a limit below is worth a word
 TRY_S: Final = 20.0  # for a child that makes five system calls on a busy machine
@@ -148,6 +152,28 @@ def avoid_oom() -> Check:
     )
 
 
+def take_reserve() -> Check:
+    """Every thread of this process, and those they start from now on, at the lowest real-time priority (SCHED_RR).
+
+    Not for the processor: of all that user space can ask for, this alone opens the kernel's memory reserve. A task of a
+    real-time class gets memory down to half of vm.min_free_kbytes, where every other waits for reclaim, and so for the
+    node (Linux: gfp_to_alloc_flags in mm/page_alloc.c, ALLOC_MIN_RESERVE). SCHED_RR, as threads that spin yield to each
+    other.
+    """
+    name = "reserve"
+    _raise_limit(resource.RLIMIT_RTPRIO)
+    try:
+        _schedule(os.SCHED_RR, REAL_TIME)
+    except PermissionError:
+        return Check(
+            name,
+            "refused",
+            "real-time priority, which opens the kernel's memory reserve, needs CAP_SYS_NICE or RLIMIT_RTPRIO",
+            "LimitRTPRIO=1 or AmbientCapabilities=CAP_SYS_NICE in the node's unit",
+        )
+    return Check(name, "ok", "half of vm.min_free_kbytes is there for the node when other processes wait for memory")
+
+
 def open_files() -> Check:
     """As many descriptors as the hard limit allows: a connection that finds none is a device that hangs."""
     _raise_limit(resource.RLIMIT_NOFILE)
@@ -212,6 +238,12 @@ def flushers() -> tuple[int, int]:
     return marked, total
 
 
+def real_time_threads() -> tuple[int, int]:
+    """(threads of this process that have a real-time priority, all of its threads), as the kernel says."""
+    policies = [_policy(thread) for thread in _threads()]
+    return policies.count(os.SCHED_RR), len(policies) - policies.count(None)
+
+
 def keeps_in_ram(path: Path) -> Check:
     """Whether a file at `path` is memory that is never swapped out: a tmpfs mounted `noswap` (Linux 6.4)."""
     name = "arena_path"
@@ -235,8 +267,8 @@ def keeps_in_ram(path: Path) -> Check:
 class Guard:
     """All of it for one node, and what came of it.
 
-    mode "auto": everything at `begin` but the score for the OOM killer, which comes with `serve(True)`, when the node
-    has an export; "on": that at `begin` too; "off": nothing, ever.
+    mode "auto": everything at `begin` but the score for the OOM killer and the reserve, which come with `serve(True)`,
+    when the node has an export; "on": these at `begin` too; "off": nothing, ever.
     """
 
     def __init__(self, mode: str = "off") -> None:
@@ -247,7 +279,7 @@ class Guard:
     def begin(self) -> None:
         """Before the first thread of the process is started."""
         if self._mode == "off":
-            for name in ("locked_memory", "io_flusher", "oom_score", "open_files", "code"):
+            for name in ("locked_memory", "io_flusher", "oom_score", "reserve", "open_files", "code"):
                 self.add(Check(name, "off", '[node] guard is "off"'))
             return
         self.add(open_files())
@@ -255,6 +287,7 @@ class Guard:
         self.add(lock_memory())
         if self._mode == "on":
             self.add(avoid_oom())
+            self.add(take_reserve())
         else:
             self._ordinary()
         log.info("guard: %s", "; ".join(_line(check) for check in self._checks.values()))
@@ -276,9 +309,12 @@ class Guard:
             if serving and self._oom_before is None:
                 self._oom_before = _oom_score()
                 self.add(avoid_oom())
+                self.add(take_reserve())
             elif not serving and self._oom_before is not None:
                 _set_oom_score(self._oom_before)
                 self._oom_before = None
+                if self._checks["reserve"].state == "ok":
+                    _schedule(os.SCHED_OTHER, 0)
                 self._ordinary()
         if serving:
             for check in self._checks.values():
@@ -291,12 +327,11 @@ class Guard:
 
     def report(self) -> dict[str, dict[str, str]]:
         """For the status: {check: {"state", "detail", "advice"}}."""
-        if "io_flusher" in self._checks and self._checks["io_flusher"].state == "ok":
-            marked, total = flushers()
-            if marked < total:
-                self.add(
-                    Check("io_flusher", "refused", f"holds for {marked} of {total} threads", "report this as a fault")
-                )
+        for name, count in (("io_flusher", flushers), ("reserve", real_time_threads)):
+            if name in self._checks and self._checks[name].state == "ok":
+                marked, total = count()
+                if marked < total:
+                    self.add(Check(name, "refused", f"holds for {marked} of {total} threads", "report this as a fault"))
         return {
             check.name: {key: value for key, value in dataclasses.asdict(check).items() if key != "name"}
             for check in self._checks.values()
@@ -307,6 +342,7 @@ class Guard:
             self.add(Check("oom_score", "ok", "the OOM killer never takes the node"))
         else:
             self.add(Check("oom_score", "off", f"oom_score_adj is {score} until the node has an export"))
+        self.add(Check("reserve", "off", "not asked for until the node has an export"))
 
 
 # --- how ----------------------------------------------------------------------------------------------------------
@@ -348,6 +384,36 @@ def _lower_oom_score() -> int:
     return _oom_score()
 
 
+def _threads() -> list[int]:
+    return [int(task.name) for task in Path("/proc/self/task").iterdir()]
+
+
+def _policy(thread: int) -> int | None:
+    """None: it has just ended."""
+    try:
+        return os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
+    except ProcessLookupError:
+        return None
+
+
+def _schedule(policy: int, priority: int) -> None:
+    """Put every thread of this process into a scheduling class; threads that they start inherit it. PermissionError.
+
+    The calling thread goes up first and down last: a thread of the higher class that spins gives way to it, and else
+    might wait for a lock whose holder never runs.
+    """
+    up = policy != os.SCHED_OTHER
+    own = threading.get_native_id()
+    if up:
+        os.sched_setscheduler(own, policy, os.sched_param(priority))
+    while others := [each for each in _threads() if each != own and _policy(each) not in (policy, None)]:
+        for each in others:  # and once more, until there is none that a thread of the old class has started meanwhile
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(each, policy, os.sched_param(priority))
+    if not up:
+        os.sched_setscheduler(own, policy, os.sched_param(priority))
+
+
 def _code() -> Iterator[tuple[int, int]]:
     """(start, end) of the private mappings of every file of which something is executable."""
     rows = []
@@ -386,7 +452,7 @@ def _try(arguments: list[str]) -> None:
     found.append(lock_memory())
     if found[-1].state == "ok":
         found.append(hold_code())
-    found.append(avoid_oom())
+    found += [avoid_oom(), take_reserve()]
     sys.stdout.write(json.dumps([dataclasses.asdict(check) for check in found]))
 
 
