@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 def exports(run: Run, turn: int) -> list[dict[str, Any]]:
     """What `ramster export ls --json` said."""
     step = [step for step in run.guest.steps if " export ls " in step.words][turn]
-    said: list[dict[str, Any]] = json.loads("\n".join(step.text))
+    said: list[dict[str, Any]] = json.loads("\n".join(step.text))["exports"]
     return said
 
 
