@@ -45,14 +45,21 @@ WAIT_S = 30.0
 class Served:
     """A service on a loop of its own, over a store of 4 MiB."""
 
-    def __init__(self, run_dir: Path, knobs: NbdKnobs, context: TlsContext | None, exports: Any = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        knobs: NbdKnobs,
+        context: TlsContext | None,
+        exports: Any = (),
+        hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
+    ) -> None:
         run_dir.mkdir(exist_ok=True)
         self.store = Store(4 << 20, segment_bytes=65536, lock=False, cleaner=False, full_wait_ms=0)
         self.links = Links(self.store, 1, lock=False)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, context)
+        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, context, hosts)
         try:
             self.call(self.service.start(exports))
         except BaseException:
@@ -521,6 +528,32 @@ def test_on_the_unix_socket_tls_is_offered_and_not_required(encrypted: Served, f
         client = dialled.go("swap")
         client.write(0, page(3))
         assert client.read(0, PAGE_BYTES) == page(3)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "shown", "warned"),
+    [
+        (("alpha", "192.0.2.1"), "192.0.2.1", False),
+        (("alpha", "2001:db8::1", "192.0.2.1"), "192.0.2.1", False),
+        (("alpha", "storage.example.org", "192.0.2.1"), "storage.example.org", False),
+        (("alpha", "192.0.2.1", socket.gethostname()), socket.gethostname(), False),
+        (("alpha", "127.0.0.1"), socket.gethostname(), True),
+    ],
+)
+def test_a_socket_on_every_address_is_shown_as_what_its_certificate_is_for(
+    hosts: tuple[str, ...],
+    shown: str,
+    warned: bool,
+    tmp_path: Path,
+    farm: list[identity.NodeFiles],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    context = TlsContext(*map(str, (farm[0].ca, farm[0].cert, farm[0].key)))
+    served = Served(tmp_path / "run", NbdKnobs(listen=(Address("0.0.0.0", 0),)), context, hosts=hosts)
+    assert served.create("swap")["uris"][1] == f"nbds://{shown}:{served.address[1]}/swap"
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [f"not for {socket.gethostname()}: clients refuse" in text for text in said] == [True] * warned
+    served.close()
 
 
 def test_without_certificates_only_loopback_is_served(tmp_path: Path) -> None:

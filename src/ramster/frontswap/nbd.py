@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote
@@ -239,8 +240,9 @@ class ExportService:
     """Serves `nbd.sock` in the run directory, and the TCP addresses of [nbd] listen.
 
     store: exports are pools of it. make_server: makes the engine's server, when the first export is made: a node
-    without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. `create`, `resize`
-    and `remove` come one after the other; what they do survives nothing: exports end with the node.
+    without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. hosts: names and
+    addresses that its certificate is for, its own name first. `create`, `resize` and `remove` come one after the other;
+    what they do survives nothing: exports end with the node.
     """
 
     def __init__(
@@ -250,12 +252,14 @@ class ExportService:
         make_server: Callable[[], NbdServer],
         settings: Settings,
         context: TlsContext | None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.path = run_dir / NBD_SOCKET
         self.store = store
         self.make_server = make_server
         self.settings = settings
         self.context = context
+        self.hosts = hosts
         self.server: NbdServer | None = None
         self.counters = Counters()
         self.addresses: list[str] = []
@@ -285,6 +289,13 @@ class ExportService:
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             self._listen(_Listener(sock, Tls.REQUIRED if required else offered, where))
             self.addresses.append(where)
+            shown = self._host(host)
+            if required and shown not in self.hosts:
+                log.warning(
+                    "this node's certificate is for %s and not for %s: clients refuse nbds://%s; "
+                    "`ramster cluster renew` makes one with --address %s",
+                    ", ".join(self.hosts), shown, where, shown,
+                )  # fmt: skip
 
     # --- exports --------------------------------------------------------------------------------------------------
 
@@ -440,11 +451,30 @@ class ExportService:
         uris = [f"nbd+unix:///{name}?socket={quote(str(self.path))}"]
         for listener in self._listeners:
             if listener.sock.family != socket.AF_UNIX:
-                host, _, port = listener.where.rpartition(":")
-                host = socket.gethostname() if host in ("0.0.0.0", "[::]") else host
+                address, port = listener.sock.getsockname()[:2]
+                host = self._host(address)
                 scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
-                uris.append(f"{scheme}://{host}:{port}/{name}")
+                uris.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{name}")
         return uris
+
+    def _host(self, address: str) -> str:
+        """What clients call the address of a socket. For every address of this machine: its host name, unless the
+        certificate, which TLS is refused without, is for something else.
+        """
+        listening = ip_address(address)
+        if not listening.is_unspecified:
+            return str(listening)
+        name = socket.gethostname()
+        if name in self.hosts:
+            return name
+        for host in self.hosts[1:]:  # the first is the node's name, which need not resolve
+            try:
+                found = ip_address(host)
+            except ValueError:
+                return host
+            if found.version == listening.version and not found.is_loopback:
+                return host
+        return name
 
     # --- what connections ask, from their threads -----------------------------------------------------------------
 

@@ -37,9 +37,10 @@ class Node:
     def __init__(self, config: Config, guard: Guard, arena_fd: int | None = None) -> None:
         c = self.config = config
         self.guard = guard
+        hosts: tuple[str, ...] = ()
         if c.cluster is not None:
             files = identity.NodeFiles(c.cluster.ca, c.cluster.cert, c.cluster.key)
-            identity.verify(files, c.cluster.id, c.node.name)
+            hosts = identity.verify(files, c.cluster.id, c.node.name).hosts
         self.generation = secrets.randbits(63)
         self.started = time.monotonic()
         self.state = "starting"
@@ -83,7 +84,7 @@ class Node:
         self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill)
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
         context = None if c.cluster is None else TlsContext(*map(str, (c.cluster.ca, c.cluster.cert, c.cluster.key)))
-        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context)
+        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context, hosts)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
         self.peering: Peering | None = None
         if context is not None:
