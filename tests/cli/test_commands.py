@@ -17,7 +17,7 @@ from ramster.config import load
 COMMANDS = [
     *("", "demo", "node", "status", "stop", "doctor", "run"),
     *("cluster", "cluster init", "cluster renew", "config", "config check", "config list"),
-    *("export", "export create", "export ls", "export rm", "export resize"),
+    *("export", "export create", "export ls", "export rm", "export set"),
     *("swap", "swap on", "swap off", "swap status"),
 ]
 DOCS = ("cli", "demo", "swap", "run")
@@ -73,6 +73,8 @@ def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[s
         ("status --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("status --socket a --config b", 2, "--socket and --config"),
         ("export create a --size 1MiB --socket /nonexistent/control.sock", 4, "ramster node --config"),
+        ("export set a", 2, "give --size, --read-only or --read-write"),
+        ("export set a --read-only --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("stop --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("cluster init", 2, "--directory"),
         ("cluster renew", 2, "NODE"),

@@ -326,6 +326,44 @@ def test_requests_that_are_not_valid_get_their_error_and_the_connection_goes_on(
 
 
 @libnbd
+@needs("nbdcopy", "nbdinfo")
+def test_an_export_is_filled_and_then_read_only(export: Export, noise: Path, tmp_path: Path) -> None:
+    def turn(option: str) -> None:
+        export.left()
+        assert main(["export", "set", export.name, option, "--config", str(export.node.config)]) == 0
+
+    def shown() -> Any:
+        return json.loads(run("nbdinfo", "--json", export.uri))["exports"][0]
+
+    run("nbdcopy", str(noise), export.uri)
+    turn("--read-only")
+    assert shown()["is_read_only"] and not shown()["can_trim"] and not shown()["can_zero"]
+    run("nbdcopy", str(noise), export.uri, code=1)
+    script(
+        """
+        h.connect_uri(sys.argv[1])
+        h.set_strict_mode(0)        # libnbd would not even send it
+        for order in (lambda: h.pwrite(bytes(4096), 0), lambda: h.trim(4096, 0), lambda: h.zero(4096, 0)):
+            try:
+                order()
+            except nbd.Error as error:
+                assert error.errnum == errno.EPERM, error
+            else:
+                raise AssertionError("it was written to")
+        h.shutdown()
+        """,
+        export.uri,
+    )
+    back = tmp_path / "back"
+    run("nbdcopy", export.uri, str(back))
+    with back.open("rb") as file:
+        assert file.read(32 * MIB) == noise.read_bytes()
+    turn("--read-write")
+    assert not shown()["is_read_only"]
+    script("h.connect_uri(sys.argv[1]); h.pwrite(b'new', 4095); assert h.pread(3, 4095) == b'new'", export.uri)
+
+
+@libnbd
 def test_options_one_by_one(export: Export) -> None:
     told = script(
         """

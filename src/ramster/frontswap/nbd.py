@@ -33,8 +33,8 @@ from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve
 
 log = logging.getLogger("ramster.nbd")
 
-# As many as the engine has rows for; a machine has a handful.
-EXPORTS_MAX: Final = 256
+# One less than the engine has rows for: an export that turns read-only has two for a moment. A machine has a handful.
+EXPORTS_MAX: Final = 255
 # Connections that have not chosen an export yet. Beyond, new ones are closed unheard.
 HANDSHAKES_MAX: Final = 32
 # How long a connection that was told to end may take: its requests under way have deadlines of their own.
@@ -121,6 +121,15 @@ class _Export:
     glance: threading.Lock = field(default_factory=threading.Lock)
     """Held while its pool is looked at, which must not be destroyed meanwhile."""
     forgotten: bool = False
+    counted: Counter[str] = field(default_factory=Counter)
+    """By the engine, under numbers that it had before."""
+
+    def in_use(self) -> str:
+        """By whom, for a refusal."""
+        shown = ", ".join([client.who for client in self.clients][:3]) + (", ..." if len(self.clients) > 3 else "")
+        return (
+            f"export {self.name} is in use by {len(self.clients)} connection{'s' * (len(self.clients) > 1)} ({shown})"
+        )
 
     def wire(self) -> Export:
         text = format_bytes(self.size_bytes) + (", read-only" if self.read_only else "")
@@ -241,7 +250,7 @@ class ExportService:
 
     store: exports are pools of it. make_server: makes the engine's server, when the first export is made: a node
     without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. hosts: names and
-    addresses that its certificate is for, its own name first. `create`, `resize` and `remove` come one after the other;
+    addresses that its certificate is for, its own name first. `create`, `change` and `remove` come one after the other;
     what they do survives nothing: exports end with the node.
     """
 
@@ -342,14 +351,18 @@ class ExportService:
             raise
         return _Export(name, number, pool, size, most, read_only)
 
-    async def resize(self, name: str, size_bytes: int) -> dict[str, Any]:
-        """Lets it grow; clients see the new size when they connect next. UsageError where it would shrink or outgrow
-        its max_bytes.
+    async def change(self, name: str, size_bytes: int | None = None, read_only: bool | None = None) -> dict[str, Any]:
+        """Lets it grow, makes it read-only or writable; what is None stays. Clients see another size when they connect
+        next. Either all is changed or nothing.
+
+        UsageError where it would shrink or outgrow its max_bytes. Refused where read_only would change while clients
+        use it, who were told in their handshake, or where pages are without content that nobody could write then.
         """
         notes: list[str] = []
-        size = _whole_pages("size", size_bytes, notes)
+        size = None if size_bytes is None else _whole_pages("size", size_bytes, notes)
         async with self._changing:
             export = self._get(name)
+            size = export.size_bytes if size is None else size
             if size < export.size_bytes:
                 raise UsageError(
                     f"export {name} has {export.size_bytes} bytes and cannot shrink to {size}; "
@@ -361,14 +374,42 @@ class ExportService:
                     "the limit is set when it is made"
                 )
             assert self.server is not None
-            await asyncio.to_thread(self.store.populate, export.pool, size // PAGE_BYTES)
-            await asyncio.to_thread(self.server.resize, export.number, size)
-            with self._lock:
-                export.size_bytes = size
+            grows = size > export.size_bytes
+            if grows:
+                await asyncio.to_thread(self.store.populate, export.pool, size // PAGE_BYTES)
+            if read_only is not None and read_only != export.read_only:
+                self._watch()  # events name an export by the number that it is about to lose
+                await asyncio.to_thread(self._turn, self.server, export, read_only)
+                log.info("export %s: %s from now on", name, "read-only" if read_only else "writable")
+            if grows:
+                await asyncio.to_thread(self.server.resize, export.number, size)
+                with self._lock:
+                    export.size_bytes = size
             described = await asyncio.to_thread(self._describe, export)
-        if export.clients:
+        if grows and export.clients:
             notes.append("clients that are connected see the new size when they connect again")
         return {**described, "notes": notes}
+
+    def _turn(self, server: NbdServer, export: _Export, read_only: bool) -> None:
+        """In a thread. The engine knows from the start whether an export may be written to, so it gets the same pool
+        anew; its clients are let in by name, and nobody comes meanwhile.
+        """
+        with export.glance, self._lock:
+            if export.clients:
+                raise Refused(
+                    f"{export.in_use()} and cannot turn {'read-only' if read_only else 'writable'} under them: "
+                    "a client asks when it connects; disconnect first"
+                )
+            counted = server.statistics(export.number)
+            if failed := counted["pages_failed"]:
+                raise Refused(
+                    f"export {export.name}: {failed} pages are without content since a write to them was refused; "
+                    "write or discard them first"
+                )
+            number = server.add_export(export.pool, export.size_bytes, export.max_bytes, read_only)
+            server.remove_export(export.number)
+            export.number, export.read_only = number, read_only
+            export.counted.update(counted)
 
     async def remove(self, name: str, force: bool = False) -> None:
         """Forgets an export and every page of it, here and away. UsageError where there is none; Refused while clients
@@ -379,11 +420,7 @@ class ExportService:
             with self._lock:
                 clients = list(export.clients)
                 if clients and not force:
-                    shown = ", ".join(client.who for client in clients[:3]) + (", ..." if len(clients) > 3 else "")
-                    raise Refused(
-                        f"export {name} is in use by {len(clients)} connection{'s' * (len(clients) > 1)} ({shown}); "
-                        "disconnect first, or force it: their further requests then fail"
-                    )
+                    raise Refused(f"{export.in_use()}; disconnect first, or force it: their further requests then fail")
                 export.removing = True  # nobody enters any more
             try:
                 still = await _end(clients)
@@ -433,7 +470,7 @@ class ExportService:
             census = self.store.census(export.pool)
             statistics = self.server.statistics(export.number)
         return {
-            **statistics,
+            **{key: count + export.counted[key] for key, count in statistics.items()},
             "pages_stored": census["here"] + census["away"],
             "pages_here": census["here"],
             "pages_away": census["away"],

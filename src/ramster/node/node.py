@@ -197,8 +197,8 @@ class Node:
         self.guard.serve(True)
         return created
 
-    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
-        return await self.export_service.resize(name, size_bytes)
+    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
+        return await self.export_service.change(name, size_bytes, read_only)
 
     async def remove_export(self, name: str, force: bool) -> None:
         await self.export_service.remove(name, force)
