@@ -671,7 +671,8 @@ def test_a_socket_on_every_address_is_shown_as_what_its_certificate_is_for(
     served = Served(tmp_path / "run", NbdKnobs(listen=(Address("0.0.0.0", 0),)), context, hosts=hosts)
     assert served.create("swap")["uris"][1] == f"nbds://{shown}:{served.address[1]}/swap"
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [f"not for {socket.gethostname()}: clients refuse" in text for text in said] == [True] * warned
+    wrong = f"not for {socket.gethostname()}: clients refuse nbds://{socket.gethostname()}:{served.address[1]}"
+    assert [wrong in text for text in said] == [True] * warned
     served.close()
 
 

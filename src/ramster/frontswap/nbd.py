@@ -295,7 +295,7 @@ class ExportService:
                 raise UsageError(f"{address} is served with TLS only, which needs a [cluster] section")
             sock = listen_tcp(address.host, address.port, "[nbd] listen")
             host, port = sock.getsockname()[:2]
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            where = _join(host, port)
             self._listen(_Listener(sock, Tls.REQUIRED if required else offered, where))
             self.addresses.append(where)
             shown = self._host(host)
@@ -303,7 +303,7 @@ class ExportService:
                 log.warning(
                     "this node's certificate is for %s and not for %s: clients refuse nbds://%s; "
                     "`ramster cluster renew` makes one with --address %s",
-                    ", ".join(self.hosts), shown, where, shown,
+                    ", ".join(self.hosts), shown, _join(shown, port), shown,
                 )  # fmt: skip
 
     # --- exports --------------------------------------------------------------------------------------------------
@@ -489,9 +489,8 @@ class ExportService:
         for listener in self._listeners:
             if listener.sock.family != socket.AF_UNIX:
                 address, port = listener.sock.getsockname()[:2]
-                host = self._host(address)
                 scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
-                uris.append(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{name}")
+                uris.append(f"{scheme}://{_join(self._host(address), port)}/{name}")
         return uris
 
     def _host(self, address: str) -> str:
@@ -672,6 +671,10 @@ async def _end(connections: Sequence[_Connection]) -> int:
         connection.shutdown()
     _, still = await asyncio.wait([connection.ended for connection in connections], timeout=END_S)
     return len(still)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _whole_pages(what: str, size_bytes: int, notes: list[str]) -> int:

@@ -22,7 +22,7 @@ here and on lenders. It ends with the node.
 \b
 Examples:
   ramster export create vm --size 1GiB
-  nbdcopy disk.img "$(ramster export create vm --size 1GiB)"
+  nbdcopy disk.img "$(ramster export create disk --size 8GiB | head -1)"
   ramster export create data --size 8GiB --max-size 64GiB --json
 """
 LS_HELP = """Show every export: its size, what it holds here and away, who uses it.
