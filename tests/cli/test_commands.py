@@ -16,8 +16,8 @@ from ramster.config import load
 
 COMMANDS = [
     *("", "demo", "node", "status", "stop", "doctor", "run"),
-    *("cluster", "cluster init", "config", "config check", "config list"),
-    *("export", "export create", "export ls", "export rm", "export resize"),
+    *("cluster", "cluster init", "cluster renew", "config", "config check", "config list"),
+    *("export", "export create", "export ls", "export rm", "export set"),
     *("swap", "swap on", "swap off", "swap status"),
 ]
 DOCS = ("cli", "demo", "swap", "run")
@@ -73,8 +73,13 @@ def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[s
         ("status --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("status --socket a --config b", 2, "--socket and --config"),
         ("export create a --size 1MiB --socket /nonexistent/control.sock", 4, "ramster node --config"),
+        ("export set a", 2, "give --size, --read-only or --read-write"),
+        ("export set a --read-only --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("stop --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("cluster init", 2, "--directory"),
+        ("cluster renew", 2, "NODE"),
+        ("cluster renew alpha", 2, "--directory"),
+        ("cluster renew alpha --directory /nonexistent", 11, "/nonexistent/ca.crt"),
     ],
 )
 def test_mistakes_get_one_message_and_a_stable_code(
@@ -192,6 +197,25 @@ def test_cluster_init_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFix
     assert init(tmp_path / "lab", nodes) == 2
     assert "not empty" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "lab").iterdir()} == before
+
+
+def test_cluster_renew_says_what_the_certificate_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(tmp_path, "alpha=192.0.2.1:1,beta=[2001:db8::2]:1") == 0
+    renew = ["cluster", "renew", "beta", "--directory", str(tmp_path)]
+    path = tmp_path / "beta.crt"
+    for words, says in (
+        ([], f"{path} stays as it is: for beta, 2001:db8::2; valid until 20"),
+        (["--address", "storage"], f"{path} is new: for beta, storage; valid until 20"),
+        (["--address", "storage"], f"{path} stays as it is: for beta, storage; valid until 20"),
+    ):
+        capsys.readouterr()
+        assert main([*renew, *words]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(says)
+        assert ("no longer for 2001:db8::2\ncopy it" in out) == ("is new" in says)
+    assert main([*renew, "--address", "192.0.2.2:10809"]) == 2
+    assert "'192.0.2.2:10809' is no address" in capsys.readouterr().err
+    assert main(["config", "check", str(tmp_path / "beta.toml")]) == 0
 
 
 def test_config_check_shows_line_and_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

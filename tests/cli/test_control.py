@@ -90,8 +90,8 @@ class View:
         self.ordered.append(("create", name, size_bytes, max_bytes, read_only))
         return {"name": name, "notes": []}
 
-    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
-        self.ordered.append(("resize", name, size_bytes))
+    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
+        self.ordered.append(("change", name, size_bytes, read_only))
         return {"name": name, "size_bytes": size_bytes}
 
     async def remove_export(self, name: str, force: bool) -> None:
@@ -205,13 +205,15 @@ def test_orders_about_exports_reach_the_node(node: Node) -> None:
     assert node.client.exports() == STATUS["exports"]
     assert node.client.create_export("vm", 5000, max_bytes=1 << 40)["name"] == "vm"
     node.client.create_export("old", 1, read_only=True)
-    assert node.client.resize_export("vm", 1 << 20)["size_bytes"] == 1 << 20
+    assert node.client.change_export("vm", size_bytes=1 << 20)["size_bytes"] == 1 << 20
+    node.client.change_export("vm", read_only=False)
     node.client.remove_export("vm")
     node.client.remove_export("swap", force=True)
     assert node.view.ordered == [
         ("create", "vm", 5000, 1 << 40, False),
         ("create", "old", 1, None, True),
-        ("resize", "vm", 1 << 20),
+        ("change", "vm", 1 << 20, None),
+        ("change", "vm", None, False),
         ("remove", "vm", False),
         ("remove", "swap", True),
     ]
@@ -237,6 +239,8 @@ def test_what_a_node_refuses_is_409_and_refused(node: Node) -> None:
         ("POST", "/v1/exports", b'{"name": "\xff", "size_bytes": 1}'),
         ("PATCH", "/v1/exports/x", b'{"size": 1}'),
         ("PATCH", "/v1/exports/x", b'{"size_bytes": 1e999}'),
+        ("PATCH", "/v1/exports/x", b'{"read_only": "no"}'),
+        ("PATCH", "/v1/exports/x", b"{}"),
         ("DELETE", "/v1/exports/x?force=yes", b""),
         ("DELETE", "/v1/exports/x?forse=1", b""),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ramster.cli import main
 from ramster.testing.cluster import Cluster
+from ramster.testing.nbd_handshake import Dialled
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +51,26 @@ def test_ls_shows_each(export: Any) -> None:
 def test_it_grows_up_to_its_limit(export: Any) -> None:
     made = json.loads(export("create", "g", "--size", "1MiB", "--max-size", "2MiB", "--read-only", "--json")[1])
     assert (made["size_bytes"], made["max_bytes"], made["read_only"]) == (1 << 20, 2 << 20, True)
-    assert json.loads(export("resize", "g", "--size", "2MiB", "--json")[1])["size_bytes"] == 2 << 20
-    code, _, err = export("resize", "g", "--size", "3MiB")
+    found = json.loads(export("set", "g", "--size", "2MiB", "--json")[1])
+    assert (found["size_bytes"], found["read_only"]) == (2 << 20, True)
+    code, _, err = export("set", "g", "--size", "3MiB", "--read-write")
     assert code == 2 and "2097152" in err
+    assert json.loads(export("ls", "--json")[1])["exports"][0]["read_only"]
     export("rm", "g")
+
+
+def test_it_turns_read_only_and_back_while_nobody_uses_it(export: Any, socket: str) -> None:
+    made = export("create", "image", "--size", "1MiB")[1]
+    for words, read_only in (("--read-only", True), ("--read-only", True), ("--read-write", False)):
+        assert export("set", "image", words) == (0, made, "")
+        assert json.loads(export("ls", "--json")[1])["exports"][0]["read_only"] is read_only
+        assert ("(read-only)" in export("ls")[1]) is read_only
+    with Dialled(Path(socket).with_name("nbd.sock")) as dialled:
+        dialled.go("image")
+        code, out, err = export("set", "image", "--read-only")
+        assert (code, out) == (5, "") and "in use by 1 connection (process" in err
+        assert export("set", "image", "--read-write")[0] == 0  # as it is
+    export("rm", "image", "--force")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +82,8 @@ def test_it_grows_up_to_its_limit(export: Any) -> None:
         (("create", "vm", "--size", "0"), 2, "size"),
         (("create", "V/M", "--size", "1MiB"), 2, "V/M"),
         (("rm", "nothing"), 2, "nothing"),
+        (("set", "nothing", "--read-only"), 2, "there is no export 'nothing'"),
+        (("set", "vm", "--size", "12XB"), 2, "--size is '12XB'"),
     ],
 )
 def test_mistakes_get_one_message(export: Any, words: tuple[str, ...], code: int, says: str) -> None:

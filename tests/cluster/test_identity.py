@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from ramster.cluster.identity import CA_KEY, NodeFiles, add_node, create_cluster, describe, node_files, verify
-from ramster.errors import CertificateError
+from ramster.cluster.identity import (
+    CA_KEY,
+    NodeFiles,
+    add_node,
+    create_cluster,
+    describe,
+    node_files,
+    renew_node,
+    verify,
+)
+from ramster.errors import CertificateError, UsageError
 
 
 def handshake(client_files: NodeFiles, server_files: NodeFiles, name: str) -> None:
@@ -40,7 +49,7 @@ def handshake(client_files: NodeFiles, server_files: NodeFiles, name: str) -> No
 def test_a_node_certificate_binds_name_and_cluster(tmp_path: Path) -> None:
     (files,) = create_cluster(tmp_path, "lab", ["alpha"])
     said = describe(files.cert)
-    assert (said.subject, said.names, said.cluster_id, said.authority) == ("alpha", ("alpha",), "lab", False)
+    assert (said.subject, said.hosts, said.cluster_id, said.authority) == ("alpha", ("alpha",), "lab", False)
     assert timedelta(days=729) < said.not_after - datetime.now(UTC) <= timedelta(days=730)
     authority = describe(files.ca)
     assert (authority.subject, authority.cluster_id, authority.authority) == ("lab CA", "lab", True)
@@ -133,3 +142,114 @@ def test_verify_says_which_file_is_wrong_and_why(tmp_path: Path) -> None:
     for files, cluster_id, node, when, wrong in cases:
         with pytest.raises(CertificateError, match=wrong):
             verify(files, cluster_id, node, now=when)
+
+
+# --- hosts, renewal -----------------------------------------------------------------------------------------------
+
+
+def test_a_client_may_go_by_each_of_a_nodes_hosts_and_by_no_other(tmp_path: Path) -> None:
+    hosts = {"alpha": ["192.0.2.1", "Storage.Example.org", "2001:db8:0::1", "192.0.2.1", "fe80::1%eth0"]}
+    alpha, beta = create_cluster(tmp_path, "lab", ["alpha", "beta"], hosts=hosts)
+    assert describe(alpha.cert).hosts == ("alpha", "storage.example.org", "192.0.2.1", "2001:db8::1", "fe80::1")
+    assert describe(beta.cert).hosts == ("beta",)
+    for host in ("alpha", "storage.example.org", "192.0.2.1", "2001:db8::1"):
+        handshake(beta, alpha, host)
+    for host in ("192.0.2.2", "2001:db8::2", "example.org", "beta"):
+        with pytest.raises(ssl.SSLCertVerificationError):
+            handshake(beta, alpha, host)
+
+
+def test_a_host_does_not_make_a_node_another_one(tmp_path: Path) -> None:
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"], hosts={"alpha": ["gamma"]})
+    assert verify(alpha, "lab", "alpha").subject == "alpha"
+    with pytest.raises(CertificateError, match=r"alpha\.crt: is for alpha, not for node gamma"):
+        verify(alpha, "lab", "gamma")
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        *((host, "is no address") for host in ("", "a b", "a_b", "*.example.org", "a..b", "-a", "x" * 64, "a.b.")),
+        *((host, "is no address") for host in ("[::1]", "192.0.2.1:7777", "300.0.0.1", "10.0.0.0/8", "a." * 127 + "a")),
+        *((host, "no machine's own") for host in ("0.0.0.0", "::", "224.0.0.1")),
+        *((host, "another node's name") for host in ("beta", "BETA")),
+    ],
+)
+def test_what_is_no_host_of_the_node_is_refused(tmp_path: Path, host: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        create_cluster(tmp_path / "new", "lab", ["alpha", "beta"], hosts={"alpha": [host]})
+    assert not (tmp_path / "new").exists()
+    create_cluster(tmp_path, "lab", ["alpha", "beta"])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match=says):
+        renew_node(tmp_path, "alpha", [host])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_hosts_are_limited_in_number(tmp_path: Path) -> None:
+    hosts = [f"192.0.2.{n}" for n in range(64)]
+    with pytest.raises(UsageError, match="65 names and addresses of node alpha; a certificate has at most 64"):
+        create_cluster(tmp_path, "lab", ["alpha"], hosts={"alpha": hosts})
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"], hosts={"alpha": hosts[1:]})
+    handshake(alpha, alpha, "192.0.2.63")
+
+
+def test_a_certificate_is_renewed_for_the_same_key_and_other_hosts(tmp_path: Path) -> None:
+    alpha, beta = create_cluster(tmp_path, "lab", ["alpha", "beta"], hosts={"alpha": ["192.0.2.1"]})
+    key = alpha.key.read_bytes()
+    copy = NodeFiles(alpha.ca, tmp_path / "old.pem", alpha.key)
+    copy.cert.write_bytes(alpha.cert.read_bytes())
+    before, after = renew_node(tmp_path, "alpha", ["192.0.2.2", "storage"])
+    assert (before.hosts, after.hosts) == (("alpha", "192.0.2.1"), ("alpha", "storage", "192.0.2.2"))
+    assert (before, after) == (describe(copy.cert), describe(alpha.cert)) and before.serial != after.serial
+    assert alpha.key.read_bytes() == key and stat.S_IMODE(alpha.cert.stat().st_mode) == 0o644
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    handshake(beta, alpha, "192.0.2.2")
+    handshake(alpha, beta, "beta")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(beta, alpha, "192.0.2.1")
+    # What was made before stays good for what it was.
+    assert verify(copy, "lab", "alpha") == before
+    handshake(beta, copy, "192.0.2.1")
+
+
+def test_a_renewal_that_would_gain_nothing_changes_nothing(tmp_path: Path) -> None:
+    made = datetime.now(UTC)
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"], hosts={"alpha": ["192.0.2.1", "192.0.2.2"]}, now=made)
+    data = alpha.cert.read_bytes()
+    for hosts in (None, ["192.0.2.2", "192.0.2.1"]):
+        before, after = renew_node(tmp_path, "alpha", hosts, now=made + timedelta(days=29))
+        assert before == after and alpha.cert.read_bytes() == data
+    before, after = renew_node(tmp_path, "alpha", now=made + timedelta(days=31))
+    assert after.hosts == before.hosts and after.not_after - before.not_after == timedelta(days=31)
+
+
+def test_an_expired_certificate_is_renewed_and_an_authoritys_end_is_the_end(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    create_cluster(tmp_path, "lab", ["alpha"], now=now - timedelta(days=9 * 365))
+    _, after = renew_node(tmp_path, "alpha")
+    assert after.not_before < now and after.not_after == describe(tmp_path / "ca.crt").not_after
+    assert renew_node(tmp_path, "alpha") == (after, after)
+    with pytest.raises(CertificateError, match=r"ca\.crt: expired on"):
+        renew_node(tmp_path, "alpha", now=now + timedelta(days=366))
+
+
+def test_what_the_authority_did_not_sign_for_the_node_is_not_renewed(tmp_path: Path) -> None:
+    alpha, beta = create_cluster(tmp_path / "lab", "lab", ["alpha", "beta"])
+    (twin,) = create_cluster(tmp_path / "twin", "lab", ["alpha"])
+    with pytest.raises(CertificateError, match=r"gamma\.crt: No such file"):
+        renew_node(tmp_path / "lab", "gamma")
+    with pytest.raises(CertificateError, match="node name"):
+        renew_node(tmp_path / "lab", "ca")
+    data = alpha.cert.read_bytes()
+    alpha.cert.write_bytes(twin.cert.read_bytes())
+    with pytest.raises(CertificateError, match=r"alpha\.crt: was not signed by"):
+        renew_node(tmp_path / "lab", "alpha", ["192.0.2.1"])
+    alpha.cert.write_bytes(beta.cert.read_bytes())
+    with pytest.raises(CertificateError, match=r"alpha\.crt: is for beta, not for node alpha"):
+        renew_node(tmp_path / "lab", "alpha", ["192.0.2.1"])
+    alpha.cert.write_bytes(data)
+    (tmp_path / "lab" / CA_KEY).unlink()
+    with pytest.raises(CertificateError, match=r"ca\.key: No such file"):
+        renew_node(tmp_path / "lab", "alpha", ["192.0.2.1"])
+    assert alpha.cert.read_bytes() == data

@@ -326,6 +326,44 @@ def test_requests_that_are_not_valid_get_their_error_and_the_connection_goes_on(
 
 
 @libnbd
+@needs("nbdcopy", "nbdinfo")
+def test_an_export_is_filled_and_then_read_only(export: Export, noise: Path, tmp_path: Path) -> None:
+    def turn(option: str) -> None:
+        export.left()
+        assert main(["export", "set", export.name, option, "--config", str(export.node.config)]) == 0
+
+    def shown() -> Any:
+        return json.loads(run("nbdinfo", "--json", export.uri))["exports"][0]
+
+    run("nbdcopy", str(noise), export.uri)
+    turn("--read-only")
+    assert shown()["is_read_only"] and not shown()["can_trim"] and not shown()["can_zero"]
+    run("nbdcopy", str(noise), export.uri, code=1)
+    script(
+        """
+        h.connect_uri(sys.argv[1])
+        h.set_strict_mode(0)        # libnbd would not even send it
+        for order in (lambda: h.pwrite(bytes(4096), 0), lambda: h.trim(4096, 0), lambda: h.zero(4096, 0)):
+            try:
+                order()
+            except nbd.Error as error:
+                assert error.errnum == errno.EPERM, error
+            else:
+                raise AssertionError("it was written to")
+        h.shutdown()
+        """,
+        export.uri,
+    )
+    back = tmp_path / "back"
+    run("nbdcopy", export.uri, str(back))
+    with back.open("rb") as file:
+        assert file.read(32 * MIB) == noise.read_bytes()
+    turn("--read-write")
+    assert not shown()["is_read_only"]
+    script("h.connect_uri(sys.argv[1]); h.pwrite(b'new', 4095); assert h.pread(3, 4095) == b'new'", export.uri)
+
+
+@libnbd
 def test_options_one_by_one(export: Export) -> None:
     told = script(
         """
@@ -411,26 +449,32 @@ def test_fio_verifies_what_it_wrote(export: Export, tmp_path: Path) -> None:
 
 
 class Farm:
-    """A node named localhost that requires TLS, and a client's certificate in the folder that libnbd and QEMU read."""
+    """A node that requires TLS, on two addresses of which its certificate has the first, and a client's certificate in
+    the folder that libnbd and QEMU read.
+    """
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.node = cluster["localhost"]
+        self.node = cluster["alpha"]
         self.folder = folder
         client = identity.add_node(self.node.config.parent, "client")
         self.folder.mkdir()
         for source, name in ((client.ca, "ca-cert"), (client.cert, "client-cert"), (client.key, "client-key")):
             shutil.copy(source, self.folder / f"{name}.pem")
-        uri = self.node.control.create_export("vault", 8 * MIB)["uris"][1]
-        assert uri.startswith("nbds://127.0.0.1:")
-        self.port = uri.removeprefix("nbds://127.0.0.1:").partition("/")[0]
-        # The certificate is for the node's name.
-        self.uri = f"nbds://localhost:{self.port}/vault?tls-certificates={self.folder}"
+        self.serve()
+
+    def serve(self) -> None:
+        uris = self.node.control.create_export("vault", 8 * MIB)["uris"]
+        self.uri, self.other = (f"{uri}?tls-certificates={self.folder}" for uri in uris[1:])
+        self.port, self.other_port = (uri.rpartition(":")[2].partition("/")[0] for uri in uris[1:])
+        assert self.uri.startswith("nbds://127.0.0.1:") and self.other.startswith("nbds://127.0.0.2:")
 
 
-@pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    with Cluster({"localhost": {"nbd": {"listen": "127.0.0.1:0", "tls": "require"}}}) as cluster:
-        yield Farm(cluster.start(), tmp_path_factory.mktemp("tls") / "client")
+@pytest.fixture
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    with Cluster(["alpha"]) as cluster:
+        with cluster["alpha"].config.open("a") as config:
+            config.write('\n[nbd]\nlisten = ["127.0.0.1:0", "127.0.0.2:0"]\ntls = "require"\n')
+        yield Farm(cluster.start(), tmp_path / "client")
 
 
 @needs("nbdcopy", "nbdinfo")
@@ -451,7 +495,7 @@ def test_libnbd_over_tls_and_not_without(farm: Farm) -> None:
         h.set_tls(nbd.TLS_REQUIRE)
         h.set_tls_certificates(sys.argv[1])
         h.set_export_name("vault")
-        h.connect_tcp("localhost", sys.argv[2])
+        h.connect_tcp("127.0.0.1", sys.argv[2])
         assert h.get_tls_negotiated()
         h.pwrite(b"secret" * 1000, 4000)
         assert h.pread(6000, 4000) == b"secret" * 1000
@@ -462,7 +506,7 @@ def test_libnbd_over_tls_and_not_without(farm: Farm) -> None:
             stranger.set_tls_verify_peer(False)
             stranger.set_export_name("vault")
             try:
-                stranger.connect_tcp("localhost", sys.argv[2])
+                stranger.connect_tcp("127.0.0.1", sys.argv[2])
                 stranger.pread(512, 0)
             except nbd.Error as error:
                 pass
@@ -476,13 +520,43 @@ def test_libnbd_over_tls_and_not_without(farm: Farm) -> None:
 
 @needs("qemu-io")
 def test_qemu_over_tls(farm: Farm) -> None:
-    credentials = f"tls-creds-x509,id=tls0,endpoint=client,dir={farm.folder}"
-    image = f"driver=nbd,server.type=inet,server.host=localhost,server.port={farm.port},export=vault,tls-creds=tls0"
-    told = run(
-        "qemu-io", "--object", credentials, "--image-opts", image,
-        "-c", "write -P 5 0 1M", "-c", "read -P 5 0 1M",
-    )  # fmt: skip
+    told = run(*qemu_io(farm, "127.0.0.1", farm.port), "-c", "write -P 5 0 1M", "-c", "read -P 5 0 1M")
     assert "Pattern verification failed" not in told
+
+
+def qemu_io(farm: Farm, host: str, port: str) -> list[str]:
+    credentials = f"tls-creds-x509,id=tls0,endpoint=client,dir={farm.folder}"
+    image = f"driver=nbd,server.type=inet,server.host={host},server.port={port},export=vault,tls-creds=tls0"
+    return ["qemu-io", "--object", credentials, "--image-opts", image]
+
+
+def refused_by(*command: str) -> None:
+    """The client ends because of what the certificate says, and not for another reason."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 1 and "certificate" in done.stderr.lower(), done.stderr
+
+
+@needs("nbdinfo", "qemu-io")
+def test_clients_refuse_an_address_until_the_certificate_is_renewed_with_it(
+    farm: Farm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is for alpha, 127.0.0.1 and not for 127.0.0.2: clients refuse nbds://127.0.0.2:" in farm.node.log
+    run("nbdinfo", farm.uri)
+    refused_by("nbdinfo", farm.other)
+    refused_by(*qemu_io(farm, "127.0.0.2", farm.other_port), "-c", "read 0 4k")
+    renew = ["cluster", "renew", "alpha", "--directory", str(farm.node.config.parent)]
+    assert main([*renew, "--address", "127.0.0.2", "--address", "localhost"]) == 0
+    assert "for alpha, localhost, 127.0.0.2; valid until" in capsys.readouterr().out
+    run("nbdinfo", farm.uri)  # it serves with the one that it was started with
+    assert main(["stop", "--force", "--config", str(farm.node.config)]) == 0
+    assert farm.node.wait_exit() == 0
+    farm.node.start()
+    farm.node.wait(lambda status: True, "it is back")
+    farm.serve()
+    run("nbdinfo", farm.other)
+    run("nbdinfo", farm.uri.replace("127.0.0.1", "localhost"))
+    run(*qemu_io(farm, "127.0.0.2", farm.other_port), "-c", "read -P 0 0 4k")
+    refused_by("nbdinfo", farm.uri)
 
 
 # --- losses, and the node itself ----------------------------------------------------------------------------------

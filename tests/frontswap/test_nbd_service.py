@@ -30,7 +30,7 @@ from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
 from ramster.errors import PortTaken, Refused, UsageError
 from ramster.frontswap import nbd as service_module
-from ramster.frontswap.nbd import HANDSHAKES_MAX, ExportService
+from ramster.frontswap.nbd import EXPORTS_MAX, HANDSHAKES_MAX, ExportService
 from ramster.testing.nbd import NbdClient
 from ramster.testing.nbd_handshake import Dialled
 from ramster.testing.proxy import wait_until
@@ -45,14 +45,21 @@ WAIT_S = 30.0
 class Served:
     """A service on a loop of its own, over a store of 4 MiB."""
 
-    def __init__(self, run_dir: Path, knobs: NbdKnobs, context: TlsContext | None, exports: Any = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        knobs: NbdKnobs,
+        context: TlsContext | None,
+        exports: Any = (),
+        hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
+    ) -> None:
         run_dir.mkdir(exist_ok=True)
         self.store = Store(4 << 20, segment_bytes=65536, lock=False, cleaner=False, full_wait_ms=0)
         self.links = Links(self.store, 1, lock=False)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, context)
+        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, context, hosts)
         try:
             self.call(self.service.start(exports))
         except BaseException:
@@ -101,6 +108,11 @@ def served(tmp_path: Path) -> Iterator[Served]:
 def page(number: int) -> bytes:
     """Of its own, and does not compress to nothing."""
     return struct.pack(">Q", number) * (PAGE_BYTES // 8)
+
+
+def noise() -> bytes:
+    """A page that does not compress."""
+    return os.urandom(PAGE_BYTES)
 
 
 # --- names and sizes ----------------------------------------------------------------------------------------------
@@ -231,7 +243,7 @@ def test_an_export_grows_and_shows_it_to_clients_that_come_next(served: Served) 
     served.create("swap", 2, max_bytes=8 * PAGE_BYTES)
     before = served.client("swap")
     before.write(0, page(1))
-    grown = served.call(served.service.resize("swap", 5 * PAGE_BYTES - 1))
+    grown = served.call(served.service.change("swap", 5 * PAGE_BYTES - 1))
     assert grown["size_bytes"] == 5 * PAGE_BYTES
     assert any("rounded" in note for note in grown["notes"]) and any("connect again" in note for note in grown["notes"])
     dialled = served.dial()
@@ -247,12 +259,126 @@ def test_an_export_grows_and_shows_it_to_clients_that_come_next(served: Served) 
 def test_an_export_neither_shrinks_nor_outgrows_its_limit(served: Served) -> None:
     served.create("swap", 2, max_bytes=4 * PAGE_BYTES)
     with pytest.raises(UsageError, match="cannot shrink"):
-        served.call(served.service.resize("swap", PAGE_BYTES))
+        served.call(served.service.change("swap", PAGE_BYTES))
     with pytest.raises(UsageError, match="may grow to 16384"):
-        served.call(served.service.resize("swap", 5 * PAGE_BYTES))
+        served.call(served.service.change("swap", 5 * PAGE_BYTES))
     with pytest.raises(UsageError, match=r"there is no export 'swab'; there are: swap"):
-        served.call(served.service.resize("swab", 5 * PAGE_BYTES))
+        served.call(served.service.change("swab", 5 * PAGE_BYTES))
     assert served.described("swap")["size_bytes"] == 2 * PAGE_BYTES
+
+
+# --- read-only and back -------------------------------------------------------------------------------------------
+
+
+def turn(served: Served, name: str, read_only: bool) -> dict[str, Any]:
+    wait_until(lambda: served.described(name)["connections"] == 0, "every client has left")
+    return served.call(served.service.change(name, read_only=read_only))
+
+
+def test_what_was_written_stays_when_it_turns_read_only_and_back(served: Served) -> None:
+    for name in ("first", "image", "last"):
+        served.create(name)
+    served.call(served.service.remove("first"))  # a number that is free now
+    client = served.client("image")
+    client.write(0, page(1) + page(2))
+    client.close()
+    assert turn(served, "image", True)["read_only"] is True
+    dialled = served.dial()
+    client = dialled.go("image")
+    assert dialled.flags & nbd.TransmissionFlag.READ_ONLY
+    for command, payload in ((Command.WRITE, page(3)), (Command.TRIM, b""), (Command.WRITE_ZEROES, b"")):
+        assert client.ask(command, 0, PAGE_BYTES, payload=payload).error == Errno.EPERM
+    assert client.read(0, 3 * PAGE_BYTES) == page(1) + page(2) + bytes(PAGE_BYTES)
+    client.close()
+    turn(served, "image", False)
+    dialled = served.dial()
+    client = dialled.go("image")
+    assert not dialled.flags & nbd.TransmissionFlag.READ_ONLY
+    client.write(PAGE_BYTES, page(4))
+    assert client.read(0, 2 * PAGE_BYTES) == page(1) + page(4)
+    client.close()
+    shown = served.described("image")
+    assert (shown["writes"], shown["reads"], shown["refused"], shown["pages_stored"]) == (2, 2, 3, 2)
+    assert [each["name"] for each in served.call(served.service.describe())] == ["image", "last"]
+    served.call(served.service.remove("image", force=True))
+    assert served.store.statistics().pages_stored == 0
+
+
+def test_it_does_not_turn_under_its_clients(served: Served) -> None:
+    served.create("image", 2, max_bytes=4 * PAGE_BYTES)
+    client = served.client("image")
+    with pytest.raises(Refused, match=rf"in use by 1 connection \(process {os.getpid()} .*cannot turn read-only"):
+        served.call(served.service.change("image", 4 * PAGE_BYTES, True))
+    shown = served.described("image")
+    assert (shown["size_bytes"], shown["read_only"]) == (2 * PAGE_BYTES, False)
+    client.write(0, page(1))
+    assert served.call(served.service.change("image", read_only=False))["read_only"] is False  # as it is
+    client.close()
+    found = [turn(served, "image", True), served.call(served.service.change("image", 4 * PAGE_BYTES))]
+    assert [(each["size_bytes"], each["read_only"]) for each in found] == [
+        (2 * PAGE_BYTES, True),
+        (4 * PAGE_BYTES, True),
+    ]
+
+
+def test_it_does_not_turn_while_pages_have_no_content(served: Served) -> None:
+    pages = 4096
+    served.create("image", pages)
+    client = served.client("image")
+    failed = next(
+        n for n in range(pages) if client.ask(Command.WRITE, n * PAGE_BYTES, PAGE_BYTES, payload=noise()).error
+    )
+    client.close()
+    with pytest.raises(Refused, match="image: 1 pages are without content"):
+        turn(served, "image", True)
+    client = served.client("image")
+    assert client.ask(Command.READ, failed * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
+    assert client.ask(Command.TRIM, failed * PAGE_BYTES, PAGE_BYTES).error == 0
+    client.close()
+    assert turn(served, "image", True)["read_only"] is True
+
+
+def test_it_turns_where_there_is_no_room_for_another_export(served: Served) -> None:
+    for number in range(EXPORTS_MAX):
+        served.create(f"e{number}", 1)
+    with pytest.raises(Refused, match=f"{EXPORTS_MAX} exports already, its limit"):
+        served.create("more", 1)
+    assert [turn(served, "e7", on)["read_only"] for on in (True, False)] == [True, False]
+
+
+class Glance:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self, awaited: threading.Event) -> None:
+        self.lock = threading.Lock()
+        self.awaited = awaited
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.awaited.set()
+            self.lock.acquire()
+
+    def __exit__(self, *ignored: object) -> None:
+        self.lock.release()
+
+
+def test_it_does_not_turn_while_it_is_looked_at(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.create("image")
+    server, went_on = served.service.server, threading.Event()
+    monkeypatch.setattr(served.service._exports["image"], "glance", Glance(went_on))
+    turns = []
+
+    def statistics(number: int) -> dict[str, int]:
+        del vars(server)["statistics"]  # once
+        turns.append(asyncio.run_coroutine_threadsafe(served.service.change("image", read_only=True), served.loop))
+        turns[0].add_done_callback(lambda _: went_on.set())
+        assert went_on.wait(WAIT_S)
+        assert server is not None
+        return server.statistics(number)
+
+    vars(server)["statistics"] = statistics
+    assert served.described("image")["read_only"] is False
+    assert turns[0].result(WAIT_S)["read_only"] is True
 
 
 # --- removal ------------------------------------------------------------------------------------------------------
@@ -521,6 +647,33 @@ def test_on_the_unix_socket_tls_is_offered_and_not_required(encrypted: Served, f
         client = dialled.go("swap")
         client.write(0, page(3))
         assert client.read(0, PAGE_BYTES) == page(3)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "shown", "warned"),
+    [
+        (("alpha", "192.0.2.1"), "192.0.2.1", False),
+        (("alpha", "2001:db8::1", "192.0.2.1"), "192.0.2.1", False),
+        (("alpha", "storage.example.org", "192.0.2.1"), "storage.example.org", False),
+        (("alpha", "192.0.2.1", socket.gethostname()), socket.gethostname(), False),
+        (("alpha", "127.0.0.1"), socket.gethostname(), True),
+    ],
+)
+def test_a_socket_on_every_address_is_shown_as_what_its_certificate_is_for(
+    hosts: tuple[str, ...],
+    shown: str,
+    warned: bool,
+    tmp_path: Path,
+    farm: list[identity.NodeFiles],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    context = TlsContext(*map(str, (farm[0].ca, farm[0].cert, farm[0].key)))
+    served = Served(tmp_path / "run", NbdKnobs(listen=(Address("0.0.0.0", 0),)), context, hosts=hosts)
+    assert served.create("swap")["uris"][1] == f"nbds://{shown}:{served.address[1]}/swap"
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    wrong = f"not for {socket.gethostname()}: clients refuse nbds://{socket.gethostname()}:{served.address[1]}"
+    assert [wrong in text for text in said] == [True] * warned
+    served.close()
 
 
 def test_without_certificates_only_loopback_is_served(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def create(
     from ramster.cluster import identity
 
     require_empty(directory)
-    files = identity.create_cluster(directory, cluster, [place.name for place in places])
+    hosts = {place.name: [place.host] for place in places}
+    files = identity.create_cluster(directory, cluster, list(hosts), hosts=hosts)
     written = []
     for place, pem in zip(places, files, strict=True):
         sections: dict[str, dict[str, Value]] = {

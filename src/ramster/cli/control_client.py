@@ -70,9 +70,14 @@ class ControlClient:
         order = {"name": name, "size_bytes": size_bytes, "max_bytes": max_bytes, "read_only": read_only}
         return self._ask("POST", "/v1/exports", order)
 
-    def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
-        """Lets an export grow and returns it, with "notes". Raises as `status` does."""
-        return self._ask("PATCH", f"/v1/exports/{quote(name, safe='')}", {"size_bytes": size_bytes})
+    def change_export(
+        self, name: str, *, size_bytes: int | None = None, read_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Lets an export grow, makes it read-only or writable, and returns it, with "notes"; None changes nothing.
+        Raises as `status` does, Refused where read_only would change while it is in use.
+        """
+        order = {"size_bytes": size_bytes, "read_only": read_only}
+        return self._ask("PATCH", f"/v1/exports/{quote(name, safe='')}", order)
 
     def remove_export(self, name: str, *, force: bool = False) -> None:
         """Removes an export with its pages. Raises as `status` does, Refused while it is in use and not forced."""

@@ -180,7 +180,7 @@ def export_table(exports: Sequence[Mapping[str, Any]]) -> RenderableType:
     """All exports of a node."""
     if not exports:
         return Text("No exports.\n")
-    table = _table("Exports (NBD)", "name", "size", "here", "away", "lost", "connections", "reads", "writes", "errors")
+    table = _table("Exports (NBD)", "name", "size", "here", "away", "lost", "clients", "reads", "writes", "errors")
     for export in exports:
         gone, errors = _int(export, "pages_gone"), _int(export, "errors")
         table.add_row(

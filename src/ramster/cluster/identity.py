@@ -1,14 +1,18 @@
 """The cluster's own certificate authority: creates it, signs nodes, describes and checks certificates.
 
 A folder holds one cluster: `ca.crt`, `ca.key`, and `NAME.crt`, `NAME.key` per node. A node needs `ca.crt` and its own
-pair; `ca.key` stays where nodes are added. A certificate binds a node's name (CN and DNS SAN) to a cluster id (O).
+pair; `ca.key` stays where nodes are added. A certificate binds a node's name (CN) to a cluster id (O); nodes go by
+these two alone. The SAN has the name again and the node's addresses, for clients that compare what they connect to.
 Does no networking; the TLS handshake itself belongs to the engine.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -19,17 +23,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from ramster.constants import NAME_PATTERN, NAME_RULE
-from ramster.errors import CertificateError
+from ramster.errors import CertificateError, UsageError
 
 CA_CERTIFICATE: Final = "ca.crt"
 CA_KEY: Final = "ca.key"
 
 _CA_VALID: Final = timedelta(days=10 * 365)
 _NODE_VALID: Final = timedelta(days=2 * 365)
+# A renewal that would gain less leaves the certificate as it is, so that it can be asked for again and again.
+_RENEWAL_GAIN: Final = timedelta(days=30)
 # Clocks of a lab's machines differ; a certificate made on a fast one works at once on the others.
 _BACKDATE: Final = timedelta(hours=1)
 # A certificate of ours has 1 KiB; whatever is much larger is not one.
 _FILE_BYTES_MAX: Final = 1 << 16
+# More would outgrow what a handshake carries well.
+_HOSTS_MAX: Final = 64
+_HOST_CHARACTERS_MAX: Final = 253
+_LABEL: Final = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+# A last label of digits alone would be a mistyped address.
+_HOST_PATTERN: Final = re.compile(rf"(?:{_LABEL}\.)*(?![0-9]+\Z){_LABEL}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +51,7 @@ class Certificate:
     subject: str  # node name, or "<cluster> CA"
     cluster_id: str
     authority: bool
-    names: tuple[str, ...]  # DNS names of the SAN
+    hosts: tuple[str, ...]  # of the SAN: DNS names, a node's own first, then IP addresses
     not_before: datetime  # UTC
     not_after: datetime  # UTC
     serial: int
@@ -62,11 +74,17 @@ def node_files(directory: str | Path, node: str) -> NodeFiles:
 
 
 def create_cluster(
-    directory: str | Path, cluster_id: str, nodes: Sequence[str] = (), *, now: datetime | None = None
+    directory: str | Path,
+    cluster_id: str,
+    nodes: Sequence[str] = (),
+    *,
+    hosts: Mapping[str, Sequence[str]] | None = None,
+    now: datetime | None = None,
 ) -> list[NodeFiles]:
     """Makes a certificate authority and one certificate per node; keys are readable by their owner alone.
 
-    CertificateError when a name is not allowed or any of the files exists; then nothing was written.
+    hosts: by node, IP addresses and DNS names where clients reach it. CertificateError when a name is not allowed or
+    any of the files exists, UsageError when a host is neither; then nothing was written.
     """
     directory, now = Path(directory), now or datetime.now(UTC)
     _check_names([cluster_id], "cluster id")
@@ -81,7 +99,8 @@ def create_cluster(
     )
     files = _authority_files(directory, ca, key)
     for node in nodes:
-        files |= _issue(directory, node, ca, key, now)
+        names = _alternatives(node, (hosts or {}).get(node, ()), {*nodes} - {node})
+        files |= _issue(directory, node, names, ca, key, now)
     _write_all(directory, files)
     return [node_files(directory, node) for node in nodes]
 
@@ -94,12 +113,43 @@ def add_node(directory: str | Path, node: str, *, now: datetime | None = None) -
     """
     directory, now = Path(directory), now or datetime.now(UTC)
     _check_nodes([node])
-    ca, key = _load_certificate(directory / CA_CERTIFICATE), _load_key(directory / CA_KEY)
-    if ca.public_key() != key.public_key():
-        raise CertificateError(f"{directory / CA_KEY}: is not the key of {CA_CERTIFICATE}")
-    _check_dates(directory / CA_CERTIFICATE, ca, now)
-    _write_all(directory, _issue(directory, node, ca, key, now))
+    ca, key = _authority(directory, now)
+    _write_all(directory, _issue(directory, node, _alternatives(node, (), set()), ca, key, now))
     return node_files(directory, node)
+
+
+def renew_node(
+    directory: str | Path, node: str, hosts: Sequence[str] | None = None, *, now: datetime | None = None
+) -> tuple[Certificate, Certificate]:
+    """Signs a node's certificate anew, for the key that it has: what it said before, and what it says now.
+
+    hosts: IP addresses and DNS names where clients reach the node, instead of those that it has; None keeps them. The
+    file is replaced at once, and left as it is, with two equal answers, where nothing would be gained. Copies of the
+    old certificate stay valid until their own end.
+
+    UsageError when a host is neither or is another node's name. CertificateError when the authority is missing, broken
+    or expired, or did not sign what the node has there. Nothing was written then.
+    """
+    directory, now = Path(directory), now or datetime.now(UTC)
+    _check_nodes([node])
+    ca, key = _authority(directory, now)
+    path = node_files(directory, node).cert
+    old = _load_certificate(path)
+    before = _describe(path, old)
+    _check_issued(path, old, directory / CA_CERTIFICATE, ca)
+    if before.authority or before.subject != node:
+        raise CertificateError(f"{path}: is for {before.subject}, not for node {node}")
+    public = old.public_key()
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise CertificateError(f"{path}: is not for an elliptic-curve key")
+    others = {each.stem for each in directory.glob("*.crt")} - {node, Path(CA_CERTIFICATE).stem}
+    kept = [host for host in before.hosts if host != node]
+    new = _sign(node, _alternatives(node, kept if hosts is None else hosts, others), public, ca, key, now)
+    after = _describe(path, new)
+    if set(after.hosts) == set(before.hosts) and after.not_after - before.not_after < _RENEWAL_GAIN:
+        return before, before
+    _replace(path, _pem(new))
+    return before, after
 
 
 def describe(certificate: str | Path) -> Certificate:
@@ -130,17 +180,29 @@ def verify(files: NodeFiles, cluster_id: str, node: str, *, now: datetime | None
     for path, each in ((files.ca, authority), (files.cert, described)):
         if each.cluster_id != cluster_id:
             raise CertificateError(f"{path}: belongs to cluster {each.cluster_id}, not to {cluster_id}")
-    try:
-        cert.verify_directly_issued_by(ca)
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise CertificateError(f"{files.cert}: was not signed by the authority in {files.ca}") from error
-    if described.authority or node not in described.names:
+    _check_issued(files.cert, cert, files.ca, ca)
+    if described.authority or node != described.subject:
         raise CertificateError(f"{files.cert}: is for {described.subject}, not for node {node}")
     _check_dates(files.ca, ca, now)
     _check_dates(files.cert, cert, now)
     if _load_key(files.key).public_key() != cert.public_key():
         raise CertificateError(f"{files.key}: is not the key of {files.cert}")
     return described
+
+
+def _authority(directory: Path, now: datetime) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    ca, key = _load_certificate(directory / CA_CERTIFICATE), _load_key(directory / CA_KEY)
+    if ca.public_key() != key.public_key():
+        raise CertificateError(f"{directory / CA_KEY}: is not the key of {CA_CERTIFICATE}")
+    _check_dates(directory / CA_CERTIFICATE, ca, now)
+    return ca, key
+
+
+def _check_issued(path: Path, certificate: x509.Certificate, ca_path: Path, ca: x509.Certificate) -> None:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise CertificateError(f"{path}: was not signed by the authority in {ca_path}") from error
 
 
 def _check_names(names: Iterable[str], what: str) -> None:
@@ -155,6 +217,34 @@ def _check_nodes(nodes: Sequence[str]) -> None:
         raise CertificateError("a node name is given twice")
     if "ca" in nodes:
         raise CertificateError(f"node name 'ca': its files would be the authority's, {CA_CERTIFICATE} and {CA_KEY}")
+
+
+def _alternatives(node: str, hosts: Sequence[str], others: set[str]) -> x509.SubjectAlternativeName:
+    """The node's own name and each host once, names first."""
+    names = dict.fromkeys([x509.DNSName(node), *(_host(node, host, others) for host in hosts)])
+    if len(names) > _HOSTS_MAX:
+        raise UsageError(f"{len(names)} names and addresses of node {node}; a certificate has at most {_HOSTS_MAX}")
+    return x509.SubjectAlternativeName(sorted(names, key=lambda name: isinstance(name, x509.IPAddress)))
+
+
+def _host(node: str, host: str, others: set[str]) -> x509.DNSName | x509.IPAddress:
+    """UsageError where it cannot be a host of this node."""
+    try:
+        # What follows a % is this machine's name for an interface, which says nothing elsewhere.
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        name = host.lower()
+        if len(name) > _HOST_CHARACTERS_MAX or not _HOST_PATTERN.fullmatch(name):
+            raise UsageError(
+                f"{host!r:.100} is no address: write an IPv4 or IPv6 address without brackets and port, "
+                "or a host name of a-z, 0-9, - and dots"
+            ) from None
+        if name in others:
+            raise UsageError(f"{name} is another node's name: clients would take node {node} for it") from None
+        return x509.DNSName(name)
+    if address.is_unspecified or address.is_multicast:
+        raise UsageError(f"{host} is no machine's own address; give one where clients reach node {node}")
+    return x509.IPAddress(address)
 
 
 def _name(common: str, cluster_id: str) -> x509.Name:
@@ -202,24 +292,39 @@ def _builder(
 
 
 def _issue(
-    directory: Path, node: str, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey, now: datetime
+    directory: Path,
+    node: str,
+    names: x509.SubjectAlternativeName,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    now: datetime,
 ) -> dict[Path, bytes]:
-    cluster_id = _describe(directory / CA_CERTIFICATE, ca).cluster_id
     key = ec.generate_private_key(ec.SECP256R1())
+    files = node_files(directory, node)
+    return {files.cert: _pem(_sign(node, names, key.public_key(), ca, ca_key, now)), files.key: _pem(key)}
+
+
+def _sign(
+    node: str,
+    names: x509.SubjectAlternativeName,
+    public: ec.EllipticCurvePublicKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    now: datetime,
+) -> x509.Certificate:
+    cluster_id = _describe(Path(CA_CERTIFICATE), ca).cluster_id
     # Never beyond the authority's own end: such a chain fails later, with an error that names neither.
     until = min(now + _NODE_VALID, ca.not_valid_after_utc)
     # Every node both connects and listens.
     purposes: list[ObjectIdentifier] = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    certificate = (
-        _builder(_name(node, cluster_id), ca.subject, key.public_key(), ca_key.public_key(), now, until)
+    return (
+        _builder(_name(node, cluster_id), ca.subject, public, ca_key.public_key(), now, until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(node)]), critical=False)
+        .add_extension(names, critical=False)
         .sign(ca_key, hashes.SHA256())
     )
-    files = node_files(directory, node)
-    return {files.cert: _pem(certificate), files.key: _pem(key)}
 
 
 def _authority_files(directory: Path, ca: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> dict[Path, bytes]:
@@ -253,6 +358,23 @@ def _write_all(directory: Path, files: dict[Path, bytes]) -> None:
         if isinstance(error, FileExistsError):
             raise CertificateError(f"{error.filename}: exists and is not overwritten; choose another folder") from error
         raise CertificateError(f"{error.filename or directory}: {error.strerror}") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """The whole new file or the whole old one, whatever happens meanwhile."""
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            os.fchmod(file.fileno(), 0o644)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise CertificateError(f"{path}: cannot be replaced: {error.strerror}") from error
 
 
 def _read(path: Path) -> bytes:
@@ -298,7 +420,10 @@ def _describe(path: Path, certificate: x509.Certificate) -> Certificate:
         subject=one(NameOID.COMMON_NAME),
         cluster_id=one(NameOID.ORGANIZATION_NAME),
         authority=isinstance(constraints, x509.BasicConstraints) and constraints.ca,
-        names=tuple(alternative.get_values_for_type(x509.DNSName))
+        hosts=(
+            *alternative.get_values_for_type(x509.DNSName),
+            *map(str, alternative.get_values_for_type(x509.IPAddress)),
+        )
         if isinstance(alternative, x509.SubjectAlternativeName)
         else (),
         not_before=certificate.not_valid_before_utc,

@@ -423,7 +423,7 @@ class Export:
         rule="size",
         help="How large it may ever grow.",
     )
-    read_only: bool = _switch(False, help="Whether clients may only read.")
+    read_only: bool = _switch(False, help="Whether clients may only read, until `ramster export set` changes it.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote
@@ -32,8 +33,8 @@ from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve
 
 log = logging.getLogger("ramster.nbd")
 
-# As many as the engine has rows for; a machine has a handful.
-EXPORTS_MAX: Final = 256
+# One less than the engine has rows for: an export that turns read-only has two for a moment. A machine has a handful.
+EXPORTS_MAX: Final = 255
 # Connections that have not chosen an export yet. Beyond, new ones are closed unheard.
 HANDSHAKES_MAX: Final = 32
 # How long a connection that was told to end may take: its requests under way have deadlines of their own.
@@ -120,6 +121,15 @@ class _Export:
     glance: threading.Lock = field(default_factory=threading.Lock)
     """Held while its pool is looked at, which must not be destroyed meanwhile."""
     forgotten: bool = False
+    counted: Counter[str] = field(default_factory=Counter)
+    """By the engine, under numbers that it had before."""
+
+    def in_use(self) -> str:
+        """By whom, for a refusal."""
+        shown = ", ".join([client.who for client in self.clients][:3]) + (", ..." if len(self.clients) > 3 else "")
+        return (
+            f"export {self.name} is in use by {len(self.clients)} connection{'s' * (len(self.clients) > 1)} ({shown})"
+        )
 
     def wire(self) -> Export:
         text = format_bytes(self.size_bytes) + (", read-only" if self.read_only else "")
@@ -239,8 +249,9 @@ class ExportService:
     """Serves `nbd.sock` in the run directory, and the TCP addresses of [nbd] listen.
 
     store: exports are pools of it. make_server: makes the engine's server, when the first export is made: a node
-    without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. `create`, `resize`
-    and `remove` come one after the other; what they do survives nothing: exports end with the node.
+    without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. hosts: names and
+    addresses that its certificate is for, its own name first. `create`, `change` and `remove` come one after the other;
+    what they do survives nothing: exports end with the node.
     """
 
     def __init__(
@@ -250,12 +261,14 @@ class ExportService:
         make_server: Callable[[], NbdServer],
         settings: Settings,
         context: TlsContext | None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.path = run_dir / NBD_SOCKET
         self.store = store
         self.make_server = make_server
         self.settings = settings
         self.context = context
+        self.hosts = hosts
         self.server: NbdServer | None = None
         self.counters = Counters()
         self.addresses: list[str] = []
@@ -282,9 +295,16 @@ class ExportService:
                 raise UsageError(f"{address} is served with TLS only, which needs a [cluster] section")
             sock = listen_tcp(address.host, address.port, "[nbd] listen")
             host, port = sock.getsockname()[:2]
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            where = _join(host, port)
             self._listen(_Listener(sock, Tls.REQUIRED if required else offered, where))
             self.addresses.append(where)
+            shown = self._host(host)
+            if required and shown not in self.hosts:
+                log.warning(
+                    "this node's certificate is for %s and not for %s: clients refuse nbds://%s; "
+                    "`ramster cluster renew` makes one with --address %s",
+                    ", ".join(self.hosts), shown, _join(shown, port), shown,
+                )  # fmt: skip
 
     # --- exports --------------------------------------------------------------------------------------------------
 
@@ -331,14 +351,18 @@ class ExportService:
             raise
         return _Export(name, number, pool, size, most, read_only)
 
-    async def resize(self, name: str, size_bytes: int) -> dict[str, Any]:
-        """Lets it grow; clients see the new size when they connect next. UsageError where it would shrink or outgrow
-        its max_bytes.
+    async def change(self, name: str, size_bytes: int | None = None, read_only: bool | None = None) -> dict[str, Any]:
+        """Lets it grow, makes it read-only or writable; what is None stays. Clients see another size when they connect
+        next. Either all is changed or nothing.
+
+        UsageError where it would shrink or outgrow its max_bytes. Refused where read_only would change while clients
+        use it, who were told in their handshake, or where pages are without content that nobody could write then.
         """
         notes: list[str] = []
-        size = _whole_pages("size", size_bytes, notes)
+        size = None if size_bytes is None else _whole_pages("size", size_bytes, notes)
         async with self._changing:
             export = self._get(name)
+            size = export.size_bytes if size is None else size
             if size < export.size_bytes:
                 raise UsageError(
                     f"export {name} has {export.size_bytes} bytes and cannot shrink to {size}; "
@@ -350,14 +374,42 @@ class ExportService:
                     "the limit is set when it is made"
                 )
             assert self.server is not None
-            await asyncio.to_thread(self.store.populate, export.pool, size // PAGE_BYTES)
-            await asyncio.to_thread(self.server.resize, export.number, size)
-            with self._lock:
-                export.size_bytes = size
+            grows = size > export.size_bytes
+            if grows:
+                await asyncio.to_thread(self.store.populate, export.pool, size // PAGE_BYTES)
+            if read_only is not None and read_only != export.read_only:
+                self._watch()  # events name an export by the number that it is about to lose
+                await asyncio.to_thread(self._turn, self.server, export, read_only)
+                log.info("export %s: %s from now on", name, "read-only" if read_only else "writable")
+            if grows:
+                await asyncio.to_thread(self.server.resize, export.number, size)
+                with self._lock:
+                    export.size_bytes = size
             described = await asyncio.to_thread(self._describe, export)
-        if export.clients:
+        if grows and export.clients:
             notes.append("clients that are connected see the new size when they connect again")
         return {**described, "notes": notes}
+
+    def _turn(self, server: NbdServer, export: _Export, read_only: bool) -> None:
+        """In a thread. The engine knows from the start whether an export may be written to, so it gets the same pool
+        anew; its clients are let in by name, and nobody comes meanwhile.
+        """
+        with export.glance, self._lock:
+            if export.clients:
+                raise Refused(
+                    f"{export.in_use()} and cannot turn {'read-only' if read_only else 'writable'} under them: "
+                    "a client asks when it connects; disconnect first"
+                )
+            counted = server.statistics(export.number)
+            if failed := counted["pages_failed"]:
+                raise Refused(
+                    f"export {export.name}: {failed} pages are without content since a write to them was refused; "
+                    "write or discard them first"
+                )
+            number = server.add_export(export.pool, export.size_bytes, export.max_bytes, read_only)
+            server.remove_export(export.number)
+            export.number, export.read_only = number, read_only
+            export.counted.update(counted)
 
     async def remove(self, name: str, force: bool = False) -> None:
         """Forgets an export and every page of it, here and away. UsageError where there is none; Refused while clients
@@ -368,11 +420,7 @@ class ExportService:
             with self._lock:
                 clients = list(export.clients)
                 if clients and not force:
-                    shown = ", ".join(client.who for client in clients[:3]) + (", ..." if len(clients) > 3 else "")
-                    raise Refused(
-                        f"export {name} is in use by {len(clients)} connection{'s' * (len(clients) > 1)} ({shown}); "
-                        "disconnect first, or force it: their further requests then fail"
-                    )
+                    raise Refused(f"{export.in_use()}; disconnect first, or force it: their further requests then fail")
                 export.removing = True  # nobody enters any more
             try:
                 still = await _end(clients)
@@ -422,7 +470,7 @@ class ExportService:
             census = self.store.census(export.pool)
             statistics = self.server.statistics(export.number)
         return {
-            **statistics,
+            **{key: count + export.counted[key] for key, count in statistics.items()},
             "pages_stored": census["here"] + census["away"],
             "pages_here": census["here"],
             "pages_away": census["away"],
@@ -440,11 +488,29 @@ class ExportService:
         uris = [f"nbd+unix:///{name}?socket={quote(str(self.path))}"]
         for listener in self._listeners:
             if listener.sock.family != socket.AF_UNIX:
-                host, _, port = listener.where.rpartition(":")
-                host = socket.gethostname() if host in ("0.0.0.0", "[::]") else host
+                address, port = listener.sock.getsockname()[:2]
                 scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
-                uris.append(f"{scheme}://{host}:{port}/{name}")
+                uris.append(f"{scheme}://{_join(self._host(address), port)}/{name}")
         return uris
+
+    def _host(self, address: str) -> str:
+        """What clients call the address of a socket. For every address of this machine: its host name, unless the
+        certificate, which TLS is refused without, is for something else.
+        """
+        listening = ip_address(address)
+        if not listening.is_unspecified:
+            return str(listening)
+        name = socket.gethostname()
+        if name in self.hosts:
+            return name
+        for host in self.hosts[1:]:  # the first is the node's name, which need not resolve
+            try:
+                found = ip_address(host)
+            except ValueError:
+                return host
+            if found.version == listening.version and not found.is_loopback:
+                return host
+        return name
 
     # --- what connections ask, from their threads -----------------------------------------------------------------
 
@@ -605,6 +671,10 @@ async def _end(connections: Sequence[_Connection]) -> int:
         connection.shutdown()
     _, still = await asyncio.wait([connection.ended for connection in connections], timeout=END_S)
     return len(still)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _whole_pages(what: str, size_bytes: int, notes: list[str]) -> int:

@@ -53,8 +53,8 @@ class NodeView(Protocol):
     async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
         """Makes an empty export and describes it. UsageError, Refused."""
 
-    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
-        """Lets it grow and describes it. UsageError, Refused."""
+    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
+        """Lets it grow, or be read-only or not, and describes it; None changes nothing. UsageError, Refused."""
 
     async def remove_export(self, name: str, force: bool) -> None:
         """Forgets it and its pages, here and away. Refused while it is in use, unless forced. UsageError."""
@@ -97,7 +97,7 @@ class ControlServer:
         app.router.add_get("/v1/regions", self._regions)
         app.router.add_get("/v1/exports", self._exports)
         app.router.add_post("/v1/exports", self._create_export)
-        app.router.add_patch("/v1/exports/{name}", self._resize_export)
+        app.router.add_patch("/v1/exports/{name}", self._change_export)
         app.router.add_delete("/v1/exports/{name}", self._remove_export)
         app.router.add_post("/v1/stop", self._stop)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
@@ -157,9 +157,11 @@ class ControlServer:
         order = _read(await request.read(), NewExport)
         return _answer(await self._view.create_export(order.name, order.size_bytes, order.max_bytes, order.read_only))
 
-    async def _resize_export(self, request: web.Request) -> web.Response:
-        order = _read(await request.read(), NewSize)
-        return _answer(await self._view.resize_export(request.match_info["name"], order.size_bytes))
+    async def _change_export(self, request: web.Request) -> web.Response:
+        order = _read(await request.read(), ExportChange)
+        if order == ExportChange():
+            raise UsageError("the body must have size_bytes or read_only, or both")
+        return _answer(await self._view.change_export(request.match_info["name"], order.size_bytes, order.read_only))
 
     async def _remove_export(self, request: web.Request) -> web.Response:
         name, force = request.match_info["name"], request.query.get("force", "0")
@@ -193,10 +195,11 @@ class NewExport(msgspec.Struct, forbid_unknown_fields=True):
     read_only: bool = False
 
 
-class NewSize(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of PATCH /v1/exports/NAME."""
+class ExportChange(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of PATCH /v1/exports/NAME. What is left out stays as it is."""
 
-    size_bytes: int
+    size_bytes: int | None = None
+    read_only: bool | None = None
 
 
 class StopOrder(msgspec.Struct, forbid_unknown_fields=True):
@@ -205,7 +208,7 @@ class StopOrder(msgspec.Struct, forbid_unknown_fields=True):
     force: bool = False
 
 
-_Order = TypeVar("_Order", NewExport, NewSize, StopOrder)
+_Order = TypeVar("_Order", NewExport, ExportChange, StopOrder)
 
 
 def _read(body: bytes, kind: type[_Order]) -> _Order:

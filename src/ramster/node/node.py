@@ -37,9 +37,10 @@ class Node:
     def __init__(self, config: Config, guard: Guard, arena_fd: int | None = None) -> None:
         c = self.config = config
         self.guard = guard
+        hosts: tuple[str, ...] = ()
         if c.cluster is not None:
             files = identity.NodeFiles(c.cluster.ca, c.cluster.cert, c.cluster.key)
-            identity.verify(files, c.cluster.id, c.node.name)
+            hosts = identity.verify(files, c.cluster.id, c.node.name).hosts
         self.generation = secrets.randbits(63)
         self.started = time.monotonic()
         self.state = "starting"
@@ -83,7 +84,7 @@ class Node:
         self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill)
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
         context = None if c.cluster is None else TlsContext(*map(str, (c.cluster.ca, c.cluster.cert, c.cluster.key)))
-        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context)
+        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context, hosts)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
         self.peering: Peering | None = None
         if context is not None:
@@ -196,8 +197,8 @@ class Node:
         self.guard.serve(True)
         return created
 
-    async def resize_export(self, name: str, size_bytes: int) -> dict[str, Any]:
-        return await self.export_service.resize(name, size_bytes)
+    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
+        return await self.export_service.change(name, size_bytes, read_only)
 
     async def remove_export(self, name: str, force: bool) -> None:
         await self.export_service.remove(name, force)

@@ -1,4 +1,4 @@
-"""`ramster cluster`: makes a cluster's certificates and configuration files."""
+"""`ramster cluster`: makes a cluster's certificates and configuration files, renews a certificate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make a cluster.", no_args_is_help=True)
+app = typer.Typer(help="Make a cluster, renew its certificates.", no_args_is_help=True)
 
 INIT_HELP = """Make an authority, and for each node a certificate, a key and a configuration.
 
@@ -22,12 +22,23 @@ Examples:
   ramster cluster init --directory lab --cluster lab \\
       --nodes 'alpha=[2001:db8::1]:7777,beta=[2001:db8::2]:7777'
 """
+RENEW_HELP = """Sign a node's certificate anew, where ca.key is: for two more years, for other addresses.
 
+NBD clients refuse a node whose certificate does not have what stands in
+their URI. It has the node's name and the address that `cluster init` was
+told. Each --address is one more that clients may use, and together they
+replace those it has; without any, it keeps them.
 
-@app.callback()
-def _root() -> None:
-    # A callback keeps `cluster init` two words although init is alone.
-    pass
+The node's key stays, so that the new DIR/NODE.crt is all there is to copy
+to its machine. The node reads it when it starts. Copies of the old one
+stay valid until they expire. Where nothing would change, nothing does.
+
+\b
+Examples:
+  ramster cluster renew alpha --directory lab
+  ramster cluster renew alpha --directory lab \\
+      --address 192.0.2.1 --address storage.example.org
+"""
 
 
 @app.command("init", help=INIT_HELP)
@@ -44,3 +55,26 @@ def init(
     typer.echo(f"made cluster {cluster} in {directory}; to start a node on its machine:")
     for path in written:
         typer.echo(f"  ramster node --config {path}")
+
+
+@app.command("renew", help=RENEW_HELP)
+def renew(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name.")],
+    directory: Annotated[Path, typer.Option("--directory", metavar="DIR", help="Where ca.key and NODE.crt are.")],
+    address: Annotated[
+        list[str] | None,
+        typer.Option("--address", metavar="HOST", help="An IP address or a host name of it; may be repeated."),
+    ] = None,
+) -> None:
+    from ramster.cluster import identity
+
+    before, after = identity.renew_node(directory, node, address)
+    path = identity.node_files(directory, node).cert
+    said = f"for {', '.join(after.hosts)}; valid until {after.not_after:%Y-%m-%d}"
+    if after == before:
+        typer.echo(f"{path} stays as it is: {said}")
+        return
+    typer.echo(f"{path} is new: {said}")
+    if gone := [host for host in before.hosts if host not in after.hosts]:
+        typer.echo(f"no longer for {', '.join(gone)}")
+    typer.echo(f"copy it over the old one on the machine of {node}, which reads it when it starts")

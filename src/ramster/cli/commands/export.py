@@ -10,6 +10,7 @@ import typer
 
 from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket, size_option
 from ramster.cli.control_client import ControlClient
+from ramster.errors import UsageError
 
 app = typer.Typer(help="Block devices of this node, for any NBD client.", no_args_is_help=True)
 
@@ -21,7 +22,7 @@ here and on lenders. It ends with the node.
 \b
 Examples:
   ramster export create vm --size 1GiB
-  nbdcopy disk.img "$(ramster export create vm --size 1GiB)"
+  nbdcopy disk.img "$(ramster export create disk --size 8GiB | head -1)"
   ramster export create data --size 8GiB --max-size 64GiB --json
 """
 LS_HELP = """Show every export: its size, what it holds here and away, who uses it.
@@ -41,13 +42,17 @@ Examples:
   ramster export rm vm
   ramster export rm vm --force
 """
-RESIZE_HELP = """Let an export grow, up to the --max-size that it was made with.
+SET_HELP = """Let an export grow, or make it read-only or writable. What is in it stays.
 
-Clients see the new size when they connect the next time.
+It grows up to the --max-size that it was made with; clients see the new size
+when they connect the next time. --read-only and --read-write are refused
+while clients use it, because a client learns which it is when it connects.
 
 \b
 Examples:
-  ramster export resize data --size 16GiB
+  ramster export set data --size 16GiB
+  ramster export set data --read-only
+  ramster export set data --read-write --size 32GiB
 """
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The export's name.")]
@@ -102,15 +107,24 @@ def rm(
     typer.echo(json.dumps({"removed": name}) if as_json else f"removed the export {name}")
 
 
-@app.command("resize", help=RESIZE_HELP)
-def resize(
+@app.command("set", help=SET_HELP)
+def set_(
     name: NameArgument,
-    size: SizeOption,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help='Its new size, such as "16GiB"; it cannot shrink.')
+    ] = None,
+    read_only: Annotated[
+        bool | None, typer.Option("--read-only/--read-write", help="Clients may not write, or may again.")
+    ] = None,
     as_json: JsonOption = False,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
-    _show(ControlClient(control_socket(socket, config)).resize_export(name, size_option("--size", size)), as_json)
+    if size is None and read_only is None:
+        raise UsageError("nothing to set; give --size, --read-only or --read-write")
+    size_bytes = None if size is None else size_option("--size", size)
+    client = ControlClient(control_socket(socket, config))
+    _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only), as_json)
 
 
 def _show(export: Mapping[str, Any], as_json: bool) -> None:
