@@ -20,8 +20,8 @@ EXPORT: Final = "swap"
 SWAP_MIB: Final = 192
 WORK_MIB: Final = 128  # 60 MiB more than a guest of 128 MiB has left
 WORK_S: Final = 5
-# A node takes 100 MiB of locked memory, and 60 are the kernel's: 220 MiB of these 330 fit. Several processes at once leave
-# the kernel less free memory than one does.
+# A node takes 100 MiB of locked memory, and 60 are the kernel's: 220 MiB of these 330 fit. Several processes at
+# once leave the kernel less free memory than one does.
 INSIDE_RAM_MIB: Final = 384
 INSIDE_MIB: Final = 330
 INSIDE_PROCESSES: Final = 4
