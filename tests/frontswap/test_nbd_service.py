@@ -42,6 +42,19 @@ LOOPBACK = Address("127.0.0.1", 0)
 WAIT_S = 30.0
 
 
+class Certificate:
+    """One that stays, and is said to be for these hosts."""
+
+    def __init__(self, context: TlsContext, hosts: tuple[str, ...]) -> None:
+        self._context, self._hosts = context, hosts
+
+    def context(self) -> TlsContext:
+        return self._context
+
+    def hosts(self) -> tuple[str, ...]:
+        return self._hosts
+
+
 class Served:
     """A service on a loop of its own, over a store of 4 MiB."""
 
@@ -59,7 +72,8 @@ class Served:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, context, hosts)
+        credentials = None if context is None else Certificate(context, hosts)
+        self.service = ExportService(run_dir, self.store, lambda: NbdServer(self.links), knobs, credentials)
         try:
             self.call(self.service.start(exports))
         except BaseException:

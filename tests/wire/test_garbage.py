@@ -21,6 +21,7 @@ from ramster.config.knobs import Links as LinkSettings
 from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
 from ramster.engine.store import Store
 from ramster.errors import RamsterError
+from ramster.node.credentials import Credentials
 from ramster.node.peering import Peering
 from ramster.testing.proxy import wait_until
 from ramster.wire import frames, hello
@@ -55,7 +56,7 @@ class Served:
         nowhere = Address("127.0.0.1", 1)
         self.peering = Peering(
             self.links,
-            TlsContext(str(lender.ca), str(lender.cert), str(lender.key)),
+            Credentials(lender, "wire", "lender"),
             lambda kind: self.hello("lender", 1, kind),
             (Peer(name="good", number=2, address=nowhere), Peer(name="bad", number=3, address=nowhere)),
             LinkSettings(listen=Address("127.0.0.1", 0)),

@@ -77,6 +77,16 @@ class Settings(Protocol):
     def handshake_timeout_ms(self) -> int: ...
 
 
+class Credentials(Protocol):
+    """The node's certificate and key; both may change while it runs."""
+
+    def context(self) -> TlsContext:
+        """For one more handshake."""
+
+    def hosts(self) -> tuple[str, ...]:
+        """Names and addresses that the certificate is for, the node's own name first."""
+
+
 class Configured(Protocol):
     """What is used of the configuration's [[exports]]."""
 
@@ -219,8 +229,8 @@ class _Connection:
                 case None:
                     pass
                 case StartTls():
-                    assert self.service.context is not None
-                    connection.start_tls(self.service.context, left())
+                    assert self.service.credentials is not None
+                    connection.start_tls(self.service.credentials.context(), left())
                     handshake.tls_started()
                 case End(kind, reason):
                     self.service.ended(self, kind, reason)
@@ -249,9 +259,8 @@ class ExportService:
     """Serves `nbd.sock` in the run directory, and the TCP addresses of [nbd] listen.
 
     store: exports are pools of it. make_server: makes the engine's server, when the first export is made: a node
-    without exports pays nothing. settings: [nbd]. context: None where the node has no certificate. hosts: names and
-    addresses that its certificate is for, its own name first. `create`, `change` and `remove` come one after the other;
-    what they do survives nothing: exports end with the node.
+    without exports pays nothing. settings: [nbd]. credentials: None where the node has no certificate. `create`,
+    `change` and `remove` come one after the other; what they do survives nothing: exports end with the node.
     """
 
     def __init__(
@@ -260,15 +269,13 @@ class ExportService:
         store: Store,
         make_server: Callable[[], NbdServer],
         settings: Settings,
-        context: TlsContext | None,
-        hosts: Sequence[str] = (),
+        credentials: Credentials | None,
     ) -> None:
         self.path = run_dir / NBD_SOCKET
         self.store = store
         self.make_server = make_server
         self.settings = settings
-        self.context = context
-        self.hosts = hosts
+        self.credentials = credentials
         self.server: NbdServer | None = None
         self.counters = Counters()
         self.addresses: list[str] = []
@@ -287,11 +294,11 @@ class ExportService:
         """Make the configured exports, then listen. PortTaken, UsageError, StoreFull: call `close`."""
         for each in exports:
             await self.create(each.name, each.size_bytes, each.max_size_bytes, each.read_only)
-        offered = Tls.OFF if self.context is None else Tls.OFFERED
+        offered = Tls.OFF if self.credentials is None else Tls.OFFERED
         self._listen(_Listener(listen_unix(self.path), offered, str(self.path)))
         for address in self.settings.listen:
             required = self.settings.tls == "require" or not address.loopback
-            if required and self.context is None:
+            if required and self.credentials is None:
                 raise UsageError(f"{address} is served with TLS only, which needs a [cluster] section")
             sock = listen_tcp(address.host, address.port, "[nbd] listen")
             host, port = sock.getsockname()[:2]
@@ -299,11 +306,11 @@ class ExportService:
             self._listen(_Listener(sock, Tls.REQUIRED if required else offered, where))
             self.addresses.append(where)
             shown = self._host(host)
-            if required and shown not in self.hosts:
+            if required and shown not in self._hosts():
                 log.warning(
                     "this node's certificate is for %s and not for %s: clients refuse nbds://%s; "
                     "`ramster cluster renew` makes one with --address %s",
-                    ", ".join(self.hosts), shown, _join(shown, port), shown,
+                    ", ".join(self._hosts()), shown, _join(shown, port), shown,
                 )  # fmt: skip
 
     # --- exports --------------------------------------------------------------------------------------------------
@@ -493,6 +500,9 @@ class ExportService:
                 uris.append(f"{scheme}://{_join(self._host(address), port)}/{name}")
         return uris
 
+    def _hosts(self) -> tuple[str, ...]:
+        return () if self.credentials is None else self.credentials.hosts()
+
     def _host(self, address: str) -> str:
         """What clients call the address of a socket. For every address of this machine: its host name, unless the
         certificate, which TLS is refused without, is for something else.
@@ -500,10 +510,10 @@ class ExportService:
         listening = ip_address(address)
         if not listening.is_unspecified:
             return str(listening)
-        name = socket.gethostname()
-        if name in self.hosts:
+        name, hosts = socket.gethostname(), self._hosts()
+        if name in hosts:
             return name
-        for host in self.hosts[1:]:  # the first is the node's name, which need not resolve
+        for host in hosts[1:]:  # the first is the node's name, which need not resolve
             try:
                 found = ip_address(host)
             except ValueError:

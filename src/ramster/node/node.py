@@ -11,10 +11,10 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from ramster.cluster import identity
+from ramster.cluster.identity import NodeFiles
 from ramster.config import paths
 from ramster.config.knobs import Config
-from ramster.engine.links import Links, TlsContext
+from ramster.engine.links import Links
 from ramster.engine.nbd import NbdServer
 from ramster.engine.region import Region
 from ramster.engine.spill import Spill
@@ -22,6 +22,7 @@ from ramster.engine.store import Store
 from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
 from ramster.node.control import ControlServer
+from ramster.node.credentials import Credentials
 from ramster.node.peering import Peering
 from ramster.node.privileges import Check, Guard, arena_lock, keeps_in_ram
 from ramster.remotify.policy import Policy, Settings
@@ -37,10 +38,10 @@ class Node:
     def __init__(self, config: Config, guard: Guard, arena_fd: int | None = None) -> None:
         c = self.config = config
         self.guard = guard
-        hosts: tuple[str, ...] = ()
+        credentials: Credentials | None = None
         if c.cluster is not None:
-            files = identity.NodeFiles(c.cluster.ca, c.cluster.cert, c.cluster.key)
-            hosts = identity.verify(files, c.cluster.id, c.node.name).hosts
+            files = NodeFiles(c.cluster.ca, c.cluster.cert, c.cluster.key)
+            credentials = Credentials(files, c.cluster.id, c.node.name)
         self.generation = secrets.randbits(63)
         self.started = time.monotonic()
         self.state = "starting"
@@ -83,13 +84,12 @@ class Node:
         policy = Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms, stalled_ms))
         self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill)
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
-        context = None if c.cluster is None else TlsContext(*map(str, (c.cluster.ca, c.cluster.cert, c.cluster.key)))
-        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, context, hosts)
+        self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, credentials)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
         self.peering: Peering | None = None
-        if context is not None:
+        if credentials is not None:
             self.peering = Peering(
-                self.links, context, self.hello, c.peers, c.links, c.node.number, c.lend.foreign_grace_ms
+                self.links, credentials, self.hello, c.peers, c.links, c.node.number, c.lend.foreign_grace_ms
             )
         self._stop = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None

@@ -20,9 +20,10 @@ from typing import Any
 from ramster.cluster import identity
 from ramster.config.knobs import Links as LinkSettings
 from ramster.config.knobs import Peer
-from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
+from ramster.engine.links import BULK, GET, Connection, Links
 from ramster.errors import CertificateError, ProtocolError, RamsterError
 from ramster.frontswap.sockets import listen_tcp
+from ramster.node.credentials import Credentials
 from ramster.wire import frames, hello
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Peering:
     def __init__(
         self,
         links: Links,
-        context: TlsContext,
+        credentials: Credentials,
         make_hello: Callable[[str], hello.Hello],
         peers: tuple[Peer, ...],
         settings: LinkSettings,
@@ -64,7 +65,7 @@ class Peering:
         foreign_grace_ms: int,
     ) -> None:
         self.links = links
-        self.context = context
+        self.credentials = credentials
         self.make_hello = make_hello
         self.settings = settings
         self.number = number
@@ -186,7 +187,7 @@ class Peering:
         except BaseException:
             sock.close()
             raise
-        connection = Connection(self.context, sock.detach(), False)
+        connection = Connection(self.credentials.context(), sock.detach(), False)
         await loop.run_in_executor(self._pool, self._greet, connection, state, kind)
         self.counters.connected += 1
 
@@ -236,7 +237,7 @@ class Peering:
     async def _accept(self, sock: socket.socket, address: tuple[str, int]) -> None:
         try:
             _tune(sock)
-            connection = Connection(self.context, sock.detach(), True)
+            connection = Connection(self.credentials.context(), sock.detach(), True)
             await asyncio.get_running_loop().run_in_executor(self._pool, self._admit, connection)
             self.counters.accepted += 1
         except CertificateError as error:

@@ -30,8 +30,8 @@ told. Each --address is one more that clients may use, and together they
 replace those it has; without any, it keeps them.
 
 The node's key stays, so that the new DIR/NODE.crt is all there is to copy
-to its machine. The node reads it when it starts. Copies of the old one
-stay valid until they expire. Where nothing would change, nothing does.
+to its machine. The node reads it for the next connection, without a restart.
+Copies of the old one stay valid until they expire. Where nothing would change, nothing does.
 
 \b
 Examples:
@@ -77,4 +77,4 @@ def renew(
     typer.echo(f"{path} is new: {said}")
     if gone := [host for host in before.hosts if host not in after.hosts]:
         typer.echo(f"no longer for {', '.join(gone)}")
-    typer.echo(f"copy it over the old one on the machine of {node}, which reads it when it starts")
+    typer.echo(f"copy it over the old one on the machine of {node}, which reads it for the next connection")
