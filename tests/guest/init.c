@@ -278,6 +278,7 @@ int main(void) {
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("sysfs", "/sys", "sysfs", 0, NULL);
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, NULL);
     int console = open("/dev/console", O_RDWR);
     for (int fd = 0; fd < 3; fd++) dup2(console, fd);
     /* A PID 1 whose own pages are on the swap device that it takes down would wait for itself. */

@@ -25,6 +25,8 @@ WORK_S: Final = 5
 INSIDE_RAM_MIB: Final = 384
 INSIDE_MIB: Final = 330
 INSIDE_PROCESSES: Final = 4
+WITHIN_MIB: Final = 64  # by `ramster run`, in a cgroup of version 2
+LIMIT_MIB: Final = 32
 INSIDE_DEADLINE_S: Final = 900.0  # Python is emulated too: each command takes seconds
 # For a hang alone. 20 to 30 s are enough on two idle cores; with a load of 13 on them 124 were needed, since each page
 # that a guest waits for takes a turn of three processes.
@@ -253,7 +255,7 @@ def commanded(kernel: Kernel, folder: Path) -> Run:
         config.write_text(config.read_text().replace('address = "127.0.0.1:', f'address = "{HOST}:'))
         far.start()
         far.wait(lambda status: status["state"] == "running", "runs")
-        swap, at = f"run {ramster} swap", f"--config {config}"
+        swap, at, work = f"run {ramster} swap", f"--config {config}", program("workload")
         plan = [
             "host files",
             f"start {ramster} node {at}",
@@ -264,7 +266,8 @@ def commanded(kernel: Kernel, folder: Path) -> Run:
             "show /proc/swaps",
             f"{swap} status {at}",
             f"run {ramster} status --json {at}",
-            f"run {program('workload')} {INSIDE_MIB} {WORK_S} {INSIDE_PROCESSES}",
+            f"run {work} {INSIDE_MIB} {WORK_S} {INSIDE_PROCESSES}",
+            f"run {ramster} run --memory {LIMIT_MIB}MiB --quiet --json - {at} -- {work} {WITHIN_MIB} {WORK_S}",
             f"run {ramster} export ls --json {at}",
             f"{swap} off {at}",
             *counted("nbd0"),

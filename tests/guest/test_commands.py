@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from tests.guest.scenarios import INSIDE_MIB, Run
+from tests.guest.scenarios import INSIDE_MIB, LIMIT_MIB, WITHIN_MIB, Run
 
 from ramster.errors import Refused
 
@@ -45,6 +45,15 @@ def test_the_kernel_swapped_and_every_page_is_right(commanded: Run) -> None:
     assert work["right"] == work["verified"]
     assert min(commanded.swapped["pswpout"], commanded.swapped["pswpin"]) > 2000
     assert commanded.swapped["oom_kill"] == 0
+
+
+def test_a_command_within_a_limit_is_counted_by_its_cgroup(commanded: Run) -> None:
+    step = next(step for step in commanded.guest.steps if f" run --memory {LIMIT_MIB}MiB " in step.words)
+    assert step.numbers()["right"] == step.numbers()["verified"]
+    said = json.loads("\n".join(line for line in step.text if not line.startswith("pages=")))
+    assert said["exit_code"] == 0 and said["oom_kills"] == 0
+    assert said["peak_bytes"] <= LIMIT_MIB << 20 < said["swap_peak_bytes"] + (LIMIT_MIB << 20)
+    assert min(said["pages_out"], said["pages_in"]) > (WITHIN_MIB - LIMIT_MIB) << 8
 
 
 def test_pages_went_to_the_lender(commanded: Run) -> None:
