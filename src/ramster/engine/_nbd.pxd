@@ -169,6 +169,7 @@ cdef struct Server_t:
     pthread_t slow[16]
     uint32_t slow_started
     uint32_t stopping               # atomic
+    uint64_t in_vain                # atomic: the store's frames_taken, and 1, when a put last waited in vain; 0: none has
     uint32_t events_lock            # spin
     Event events[256]
     uint32_t events_count

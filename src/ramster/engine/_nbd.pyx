@@ -55,6 +55,7 @@ from ramster import errors
 cdef enum:
     SEND_S = 120                    # a client that takes nothing for so long is gone; a paused virtual machine comes back sooner
     LEAVE_MS = 50
+    AGAIN_MS = 10                   # that a put waits for room after another one waited in vain
     PATIENCE_S = 60                 # for a page, at least: a disk is given 30 s
     SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
     RECEIVE_MAX = 65536             # of one item of the handshake
@@ -111,7 +112,15 @@ cdef int load_page(Server_t *s, Export *e, uint64_t page, uint8_t *bytes, Remote
 
 
 cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
-    cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, s.store.full_wait_ns, True)
+    """A put that waits in vain for room makes the next ones wait shortly, so that a client that goes on writing is refused quickly.
+    Each frame that puts get doubles the wait, up to full_wait again: then room is made at a pace worth waiting for."""
+    cdef uint64_t vain = load64(&s.in_vain, ACQUIRE), taken = load64(&s.store.frames_taken, ACQUIRE), wait = s.store.full_wait_ns
+    cdef int result
+    if vain:
+        wait = min(wait, <uint64_t> AGAIN_MS * 1000000 << min(taken + 1 - vain, <uint64_t> 20))
+    result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, wait, True)
+    if result == FULL and load64(&s.store.frames_taken, RELAXED) == taken:
+        store64(&s.in_vain, taken + 1, RELEASE)
     if result != OK:
         set_failed(e, page, True)
         add64(&e.refusals, 1, RELEASE)
