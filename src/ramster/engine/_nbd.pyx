@@ -13,8 +13,9 @@ Rules:
 
 * Nothing is allocated between receiving a write and acknowledging it. Payload is put page by page as it arrives.
 * A request is checked in one place, valid(), before anything is done; what follows trusts it.
-* Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Reads take no
-  lock: the store answers with the page as it is at that moment.
+* Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Nobody holds
+  one while a page travels: what came counts if the page's slot, looked at under the lock, still is what was asked for. Reads
+  take no lock: the store answers with the page as it is at that moment.
 * A put that is refused leaves nothing of what the page was (tmem's rule). The page counts as failed and reads as EIO until it
   is written or trimmed: absent pages read as zeros, and these must not. It counts as failed before the old page goes, and
   `refusals` tells a read that was in between, see load_page().
@@ -56,6 +57,7 @@ cdef enum:
     SEND_S = 120                    # a client that takes nothing for so long is gone; a paused virtual machine comes back sooner
     LEAVE_MS = 50
     AGAIN_MS = 10                   # that a put waits for room after another one waited in vain
+    PATCH_LOOKS = 100               # at a page that goes away with another content each time that it is fetched
     PATIENCE_S = 60                 # for a page, at least: a disk is given 30 s
     SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
     RECEIVE_MAX = 65536             # of one item of the handshake
@@ -143,22 +145,26 @@ cdef int patch_page(Server_t *s, Export *e, uint64_t page, uint32_t low, uint32_
     cdef uint64_t scratch[512]
     cdef uint8_t *whole = <uint8_t *> scratch
     cdef RemoteRef ref
-    cdef int result
-    pthread_mutex_lock(lock_of(e, page))
-    result = load_page(s, e, page, whole, &ref)
-    if result == REMOTE and may_wait:
-        result = get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, whole, -1)
-        if result == MISS:
-            memset(whole, 0, PAGE)
-    if result == OK or result == MISS:
-        if bytes == NULL:
-            memset(whole + low, 0, high - low)
-        else:
-            memcpy(whole + low, bytes, high - low)
-        result = put_locked(s, e, page, whole)
-        tally(e, E_UNALIGNED, 1)
-    pthread_mutex_unlock(lock_of(e, page))
-    return result
+    cdef uint64_t asked = 0
+    cdef int result, came = MISS, looks
+    for looks in range(PATCH_LOOKS):
+        pthread_mutex_lock(lock_of(e, page))
+        result = load_page(s, e, page, whole, &ref)
+        if result == REMOTE and ref.slot == asked and came != MISS:
+            result = came               # nobody changed it meanwhile: 'whole' is the page
+        if result == OK or result == MISS:
+            if bytes == NULL:
+                memset(whole + low, 0, high - low)
+            else:
+                memcpy(whole + low, bytes, high - low)
+            result = put_locked(s, e, page, whole)
+            tally(e, E_UNALIGNED, 1)
+        pthread_mutex_unlock(lock_of(e, page))
+        if result != REMOTE or not may_wait:
+            return result
+        asked = ref.slot                # of a page that is away: never used again, so that equal ones mean one page
+        came = get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, whole, -1)
+    return UNREACHABLE
 
 
 cdef void drop_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noexcept nogil:
@@ -181,10 +187,11 @@ cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noe
     cdef uint64_t slot
     cdef uint32_t peer
     while pages and not store_short_of_frames(s.store) and not load32(&s.stopping, RELAXED):
-        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE:
+        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE and \
+                get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK:
             pthread_mutex_lock(lock_of(e, page))
-            # A refused put leaves the page where it is: asking for it to be near must not cost it.
-            if get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK and \
+            # As in patch_page(). A refused put leaves the page where it is: asking for it to be near must not cost it.
+            if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) == slot and \
                     store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, 0, True) == OK:
                 tally(e, E_PAGES_REMOTE, 1)
             pthread_mutex_unlock(lock_of(e, page))
