@@ -567,6 +567,29 @@ def test_a_goodbye_is_answered_after_what_came_before_it(serve: Serve, pair: Pai
         client.answer()
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_client_that_sends_no_more_gets_the_answers_that_are_on_their_way(
+    serve: Serve, pair: Pair, tls: tuple[TlsContext, ssl.SSLContext], encrypted: bool
+) -> None:
+    export = serve(pair)
+    client = export.connect(tls=tls if encrypted else None)
+    before = content(1, 128 * PAGE_BYTES)
+    client.write(0, before)
+    away(pair, export, range(128))
+    with pair.get.up.held():
+        read = client.send(Command.READ, 0, 64 * PAGE_BYTES)
+        written = client.send(Command.WRITE, 100 * PAGE_BYTES + 10, 100, payload=bytes(100))
+        client.send(Command.WRITE, 101 * PAGE_BYTES + 10, 5000, payload=bytes(4999))
+        client.end_sending()
+        wait_until(lambda: pair.pending() > 0, "the pages are asked for")
+        assert export.ended == []
+    assert client.wait(read).data == before[: 64 * PAGE_BYTES]
+    assert client.wait(written).error == 0
+    with pytest.raises(ConnectionError):  # a part of a request has no answer
+        client.answer()
+    wait_until(lambda: export.ended == ["the client went away"], "the connection has ended")
+
+
 def test_a_read_only_export_refuses_to_change(serve: Serve) -> None:
     client = serve(read_only=True).connect()
     assert client.ask(Command.WRITE, 0, 4, payload=b"abcd").error == Errno.EPERM

@@ -100,6 +100,7 @@ cdef struct Parked:                 # a request that waits for something; its co
     uint16_t header_bytes
     uint32_t error                  # atomic: the first that it met
     uint64_t error_offset
+    bint cut                        # its payload ended before its end: what came is written, and nothing is answered
     uint32_t left                   # atomic: what it waits for; the connection's own part counts as one
     uint8_t *small                  # SMALL_PAGES pages
     uint8_t *data                   # small, or from malloc

@@ -28,7 +28,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memmove, memset, strerror
+from libc.string cimport memcpy, memmove, memset
 
 from ramster.engine._c.atomic cimport *
 from ramster.engine._c.check cimport ASSERT
@@ -38,15 +38,14 @@ from ramster.engine._c.linux cimport (
     recv, sendmsg, setsockopt, shutdown)
 from ramster.engine._c.nbd cimport *
 from ramster.engine._c.openssl cimport (
-    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_do_handshake, SSL_free, SSL_get_error,
-    SSL_has_pending, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_fd, SSL_write)
+    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_do_handshake, SSL_free,
+    SSL_get_error, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_fd, SSL_write)
 from ramster.engine._c.pthread cimport (
-    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
+    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
-from ramster.engine._link cimport (
-    Links, Reply, TlsContext, Wanted, get_page, links_flush, links_get, reply_bytes, reply_next)
+from ramster.engine._link cimport Links, Reply, TlsContext, get_page, links_get, reply_bytes, reply_next
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, Store_t, store_flush, store_get, store_put,
+    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
     store_short_of_frames, store_slot, store_where)
 
 import os
@@ -61,6 +60,9 @@ cdef enum:
     PATIENCE_S = 60                 # for a page, at least: a disk is given 30 s
     SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
     RECEIVE_MAX = 65536             # of one item of the handshake
+
+    ENDED = -1                      # of receive_some()
+    BROKEN = -2
 
 COUNTERS = (
     "reads", "writes", "bytes_read", "bytes_written", "flushes", "trims", "zeroes", "caches", "statuses", "refused", "errors",
@@ -223,7 +225,8 @@ cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
 
 cdef void stop_connection(Conn *c, const char *reason) noexcept nogil:
     if not load32(&c.dead, RELAXED):
-        c.reason = reason
+        if c.reason == NULL:
+            c.reason = reason
         store32(&c.dead, 1, RELEASE)
 
 
@@ -459,7 +462,9 @@ cdef void parked_done(Parked *p) noexcept nogil:
     cdef Export *e = c.export
     if sub32(&p.left, 1, ACQ_REL) != 0:
         return
-    if p.error:
+    if p.cut:
+        p.header_bytes = 0
+    elif p.error:
         tally(e, E_ERRORS, 1)
         p.header_bytes = <uint16_t> error_header(c.structured, p.header, p.type, p.cookie, p.error, p.error_offset)
     elif p.type == CMD_READ:
@@ -513,6 +518,7 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     p.length = r.length
     p.type = r.type
     p.error = 0
+    p.cut = False
     p.left = 1
     p.large_bytes = large
     p.data = p.small
@@ -1049,7 +1055,7 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
 # --- a connection's thread -----------------------------------------------------------------------------------------
 
 cdef int receive_some(Conn *c, int flags) noexcept nogil:
-    """Bytes that arrived, 0: none are there now, -1: the connection has ended."""
+    """Bytes that arrived, 0: none are there now, ENDED: the client sends no more, BROKEN: the connection has ended."""
     cdef int64_t n
     cdef int error
     while True:
@@ -1059,13 +1065,15 @@ cdef int receive_some(Conn *c, int flags) noexcept nogil:
             if n > 0:
                 return <int> n
             error = SSL_get_error(c.ssl, <int> n)
-            return 0 if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE else -1
+            if error == SSL_ERROR_ZERO_RETURN:
+                return ENDED
+            return 0 if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE else BROKEN
         n = recv(c.fd, c.arrived + c.end, IN_BYTES - c.end, flags)
         if n > 0:
             return <int> n
         if n < 0 and errno == EINTR:
             continue
-        return 0 if n < 0 and errno == EAGAIN else -1
+        return ENDED if n == 0 else 0 if errno == EAGAIN else BROKEN
 
 
 cdef bint fill(Conn *c) noexcept nogil:
@@ -1087,8 +1095,11 @@ cdef bint fill(Conn *c) noexcept nogil:
         if n > 0:
             c.end += <uint32_t> n
             return True
-        if n < 0 or load32(&c.server.stopping, RELAXED):
-            stop_connection(c, b"the client went away" if n < 0 else b"the node stops")
+        if n == ENDED:
+            c.reason = b"the client went away"      # or takes the answers that are on their way, and then goes
+            return False
+        if n == BROKEN or load32(&c.server.stopping, RELAXED):
+            stop_connection(c, b"the connection broke" if n == BROKEN else b"the node stops")
             return False
         p[0].fd = c.fd
         p[0].events = POLLIN
@@ -1115,6 +1126,7 @@ cdef void serve(Conn *c) noexcept nogil:
     if load32(&c.server.stopping, RELAXED):
         stop_connection(c, b"the node stops")
     if c.writing and c.write_parked != NULL:
+        c.write_parked.cut = True
         parked_done(c.write_parked)
     flush_out(c)
     while load32(&c.users, ACQUIRE) or waits_to_be_sent(c):
