@@ -140,7 +140,7 @@ cdef struct Conn:
     uint32_t users                  # atomic: parked requests, until whoever finished them has let go of the connection
     uint32_t rows                   # parked requests, under the server's free_lock
     uint32_t dead                   # atomic
-    const char *reason
+    const char *reason              # atomic
 
 cdef struct Event:
     uint32_t export

@@ -223,11 +223,15 @@ cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
 
 # --- sending -------------------------------------------------------------------------------------------------------
 
+cdef void say_why(Conn *c, const char *reason) noexcept nogil:
+    """Why the connection ends; by any thread, and the first reason counts."""
+    if load_pointer(<void **> &c.reason, RELAXED) == NULL:
+        store_pointer(<void **> &c.reason, <void *> reason, RELAXED)
+
+
 cdef void stop_connection(Conn *c, const char *reason) noexcept nogil:
-    if not load32(&c.dead, RELAXED):
-        if c.reason == NULL:
-            c.reason = reason
-        store32(&c.dead, 1, RELEASE)
+    say_why(c, reason)
+    store32(&c.dead, 1, RELEASE)
 
 
 cdef bint wait_for(Conn *c, short events, uint64_t deadline_ns) noexcept nogil:
@@ -1014,14 +1018,14 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
     cdef uint32_t error
     memcpy(&r, bytes, sizeof(Request))
     if r.magic != swap32_bytes(REQUEST_MAGIC):
-        c.reason = b"the client sent something that is not a request"
+        say_why(c, b"the client sent something that is not a request")
         return False
     r.flags = swap16(r.flags)
     r.type = swap16(r.type)
     r.offset = swap64_bytes(r.offset)
     r.length = swap32_bytes(r.length)
     if r.type == CMD_DISC:
-        c.reason = b"the client said goodbye"
+        say_why(c, b"the client said goodbye")
         return False
     error = valid(c, &r)
     if error:
@@ -1029,7 +1033,7 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
         if r.type != CMD_WRITE:
             answer(c, r.type, r.cookie, error, r.offset)
         elif r.length > 2 * LENGTH_MAX:
-            c.reason = b"the client sent a write of more than 64 MiB"
+            say_why(c, b"the client sent a write of more than 64 MiB")
             return False
         else:
             write_begins(c, &r, error)
@@ -1096,7 +1100,7 @@ cdef bint fill(Conn *c) noexcept nogil:
             c.end += <uint32_t> n
             return True
         if n == ENDED:
-            c.reason = b"the client went away"      # or takes the answers that are on their way, and then goes
+            say_why(c, b"the client went away")    # or takes the answers that are on their way, and then goes
             return False
         if n == BROKEN or load32(&c.server.stopping, RELAXED):
             stop_connection(c, b"the connection broke" if n == BROKEN else b"the node stops")
