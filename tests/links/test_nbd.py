@@ -27,6 +27,7 @@ from ramster.testing.proxy import wait_until
 from ramster.wire.nbd import Command, CommandFlag, Errno, ExtentState, ReplyType
 
 PAGES = 512
+PAGE_LOCKS = 256  # pages so far apart have the same lock
 SIZE = PAGES * PAGE_BYTES
 HOLE = int(ExtentState.HOLE | ExtentState.ZERO)
 
@@ -312,6 +313,56 @@ def test_a_part_of_a_page_that_is_away_is_written_while_others_go_on(serve: Serv
     assert client.read(0, 128 * PAGE_BYTES) == expected
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_page_that_is_fetched_to_be_changed_can_be_written_meanwhile(serve: Serve, pair: Pair, whole: bool) -> None:
+    export = serve(pair)
+    client, other = export.connect(), export.connect()
+    client.write(0, content(1, 128 * PAGE_BYTES))
+    away(pair, export, range(128))
+    with pair.get.up.held():
+        parked = client.send(Command.WRITE, 3 * PAGE_BYTES + 100, 50, payload=b"\x11" * 50)
+        wait_until(lambda: pair.pending() > 0, "the page is asked for")
+        other.write((3 + PAGE_LOCKS) * PAGE_BYTES, content(2, PAGE_BYTES))  # has the same lock
+        if whole:
+            other.write(3 * PAGE_BYTES, content(7, PAGE_BYTES))
+        assert pair.pending() > 0
+    assert client.wait(parked).error == 0
+    expected = bytearray(content(7, PAGE_BYTES) if whole else content(1, 4 * PAGE_BYTES)[3 * PAGE_BYTES :])
+    expected[100:150] = b"\x11" * 50
+    assert client.read(3 * PAGE_BYTES, PAGE_BYTES) == expected
+    assert client.read((3 + PAGE_LOCKS) * PAGE_BYTES, PAGE_BYTES) == content(2, PAGE_BYTES)
+
+
+def test_a_page_that_is_brought_near_can_be_written_meanwhile(serve: Serve, pair: Pair) -> None:
+    export = serve(pair)
+    client, other = export.connect(), export.connect()
+    client.write(0, content(1, 128 * PAGE_BYTES))
+    away(pair, export, range(128))
+    with pair.get.up.held():
+        parked = [client.send(Command.CACHE, page * PAGE_BYTES, PAGE_BYTES) for page in (0, 1)]
+        wait_until(lambda: pair.pending() == 2, "both are asked for")
+        other.write(0, content(7, PAGE_BYTES))
+        other.trim(PAGE_BYTES, PAGE_BYTES)
+        assert pair.pending() == 2
+    assert [client.wait(cookie).error for cookie in parked] == [0, 0]
+    assert client.read(0, 2 * PAGE_BYTES) == content(7, PAGE_BYTES) + bytes(PAGE_BYTES)
+
+
+def test_a_page_that_is_brought_near_never_takes_the_place_of_a_later_one(serve: Serve, pair: Pair) -> None:
+    export = serve(pair)
+    client, other = export.connect(), export.connect()
+    for turn in range(20):
+        client.write(0, content(turn, 32 * PAGE_BYTES))
+        away(pair, export, range(32))
+        for page in range(32):
+            near = client.send(Command.CACHE, page * PAGE_BYTES, PAGE_BYTES)
+            for _ in range(page % 8):  # so that the write falls into every moment of the other
+                other.ask(Command.FLUSH)
+            other.write(page * PAGE_BYTES, content(100 + turn + page, PAGE_BYTES))
+            assert client.wait(near).error == 0
+            assert other.read(page * PAGE_BYTES, PAGE_BYTES) == content(100 + turn + page, PAGE_BYTES)
+
+
 def test_a_page_overwritten_while_it_is_asked_for_reads_as_either(serve: Serve, pair: Pair) -> None:
     export = serve(pair)
     client, other = export.connect(), export.connect()
@@ -514,6 +565,29 @@ def test_a_goodbye_is_answered_after_what_came_before_it(serve: Serve, pair: Pai
     assert client.wait(parked).data == content(1, 128 * PAGE_BYTES)[: 4 * PAGE_BYTES]
     with pytest.raises(ConnectionError):
         client.answer()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_client_that_sends_no_more_gets_the_answers_that_are_on_their_way(
+    serve: Serve, pair: Pair, tls: tuple[TlsContext, ssl.SSLContext], encrypted: bool
+) -> None:
+    export = serve(pair)
+    client = export.connect(tls=tls if encrypted else None)
+    before = content(1, 128 * PAGE_BYTES)
+    client.write(0, before)
+    away(pair, export, range(128))
+    with pair.get.up.held():
+        read = client.send(Command.READ, 0, 64 * PAGE_BYTES)
+        written = client.send(Command.WRITE, 100 * PAGE_BYTES + 10, 100, payload=bytes(100))
+        client.send(Command.WRITE, 101 * PAGE_BYTES + 10, 5000, payload=bytes(4999))
+        client.end_sending()
+        wait_until(lambda: pair.pending() > 0, "the pages are asked for")
+        assert export.ended == []
+    assert client.wait(read).data == before[: 64 * PAGE_BYTES]
+    assert client.wait(written).error == 0
+    with pytest.raises(ConnectionError):  # a part of a request has no answer
+        client.answer()
+    wait_until(lambda: export.ended == ["the client went away"], "the connection has ended")
 
 
 def test_a_read_only_export_refuses_to_change(serve: Serve) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ramster.wire.nbd import Command, Errno
 
 ROWS = 32  # of ServedExport
 PAGES = 512
+SIZE = PAGES * PAGE_BYTES
 
 
 def content(seed: int, pages: int) -> bytes:
@@ -143,6 +145,58 @@ def test_a_page_never_reads_as_zeros_while_a_write_to_it_is_refused(tight: Serve
         thread.join()
     assert refused > 0
     assert zeros == []
+
+
+FULL_WAIT_S = 1.0
+
+
+@pytest.fixture
+def patient() -> Iterator[ServedExport]:
+    """As `tight`, but a write waits for room."""
+    links = Links(Store(1 << 20, segment_bytes=65536, lock=False, full_wait_ms=round(FULL_WAIT_S * 1000)), 9)
+    with ServedExport(links, PAGES) as export:
+        yield export
+    links.stop()
+    links.store.verify()
+    links.store.close()
+
+
+def write_noise(client: NbdClient, page: int) -> int:
+    """Write a page that does not compress; the error of the answer."""
+    payload = random.Random(page).randbytes(PAGE_BYTES)
+    return client.ask(Command.WRITE, page * PAGE_BYTES, PAGE_BYTES, payload=payload).error
+
+
+def fill_up(client: NbdClient, first: int = 0) -> tuple[int, float]:
+    """Write pages until one is refused: its number, and how many seconds that took."""
+    for page in range(first, PAGES):
+        begin = time.monotonic()
+        if error := write_noise(client, page):
+            assert error == Errno.ENOSPC
+            return page, time.monotonic() - begin
+    raise AssertionError("never full")
+
+
+def test_a_full_arena_keeps_one_write_waiting_and_refuses_the_next_ones_quickly(patient: ServedExport) -> None:
+    client, other = patient.connect(), patient.connect()
+    refused, waited = fill_up(client)
+    assert waited >= FULL_WAIT_S
+    begin = time.monotonic()
+    for page in range(refused + 1, refused + 31):
+        assert write_noise(client, page) == Errno.ENOSPC
+        assert write_noise(other, page + 100) == Errno.ENOSPC
+    assert time.monotonic() - begin < 10 * FULL_WAIT_S, "60 of them"
+
+
+def test_writes_find_room_as_soon_as_there_is_some_and_wait_for_more_again(patient: ServedExport) -> None:
+    client = patient.connect()
+    full, _ = fill_up(client)
+    client.trim(0, 4 * PAGE_BYTES)
+    again, _ = fill_up(client, full)
+    assert again - full >= 3, "where the trimmed ones were"
+    client.trim(0, SIZE)
+    _, waited = fill_up(client)
+    assert waited >= FULL_WAIT_S, "room came, so it is worth waiting for"
 
 
 def test_a_failed_write_is_counted_once(tight: ServedExport) -> None:

@@ -100,6 +100,7 @@ cdef struct Parked:                 # a request that waits for something; its co
     uint16_t header_bytes
     uint32_t error                  # atomic: the first that it met
     uint64_t error_offset
+    bint cut                        # its payload ended before its end: what came is written, and nothing is answered
     uint32_t left                   # atomic: what it waits for; the connection's own part counts as one
     uint8_t *small                  # SMALL_PAGES pages
     uint8_t *data                   # small, or from malloc
@@ -139,7 +140,7 @@ cdef struct Conn:
     uint32_t users                  # atomic: parked requests, until whoever finished them has let go of the connection
     uint32_t rows                   # parked requests, under the server's free_lock
     uint32_t dead                   # atomic
-    const char *reason
+    const char *reason              # atomic
 
 cdef struct Event:
     uint32_t export
@@ -169,6 +170,7 @@ cdef struct Server_t:
     pthread_t slow[16]
     uint32_t slow_started
     uint32_t stopping               # atomic
+    uint64_t in_vain                # atomic: the store's frames_taken, and 1, when a put last waited in vain; 0: none has
     uint32_t events_lock            # spin
     Event events[256]
     uint32_t events_count

@@ -13,8 +13,9 @@ Rules:
 
 * Nothing is allocated between receiving a write and acknowledging it. Payload is put page by page as it arrives.
 * A request is checked in one place, valid(), before anything is done; what follows trusts it.
-* Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Reads take no
-  lock: the store answers with the page as it is at that moment.
+* Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Nobody holds
+  one while a page travels: what came counts if the page's slot, looked at under the lock, still is what was asked for. Reads
+  take no lock: the store answers with the page as it is at that moment.
 * A put that is refused leaves nothing of what the page was (tmem's rule). The page counts as failed and reads as EIO until it
   is written or trimmed: absent pages read as zeros, and these must not. It counts as failed before the old page goes, and
   `refusals` tells a read that was in between, see load_page().
@@ -27,7 +28,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memmove, memset, strerror
+from libc.string cimport memcpy, memmove, memset
 
 from ramster.engine._c.atomic cimport *
 from ramster.engine._c.check cimport ASSERT
@@ -37,15 +38,14 @@ from ramster.engine._c.linux cimport (
     recv, sendmsg, setsockopt, shutdown)
 from ramster.engine._c.nbd cimport *
 from ramster.engine._c.openssl cimport (
-    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_do_handshake, SSL_free, SSL_get_error,
-    SSL_has_pending, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_fd, SSL_write)
+    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_do_handshake, SSL_free,
+    SSL_get_error, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_fd, SSL_write)
 from ramster.engine._c.pthread cimport (
-    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
+    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
-from ramster.engine._link cimport (
-    Links, Reply, TlsContext, Wanted, get_page, links_flush, links_get, reply_bytes, reply_next)
+from ramster.engine._link cimport Links, Reply, TlsContext, get_page, links_get, reply_bytes, reply_next
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, Store_t, store_flush, store_get, store_put,
+    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
     store_short_of_frames, store_slot, store_where)
 
 import os
@@ -55,9 +55,14 @@ from ramster import errors
 cdef enum:
     SEND_S = 120                    # a client that takes nothing for so long is gone; a paused virtual machine comes back sooner
     LEAVE_MS = 50
+    AGAIN_MS = 10                   # that a put waits for room after another one waited in vain
+    PATCH_LOOKS = 100               # at a page that goes away with another content each time that it is fetched
     PATIENCE_S = 60                 # for a page, at least: a disk is given 30 s
     SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
     RECEIVE_MAX = 65536             # of one item of the handshake
+
+    ENDED = -1                      # of receive_some()
+    BROKEN = -2
 
 COUNTERS = (
     "reads", "writes", "bytes_read", "bytes_written", "flushes", "trims", "zeroes", "caches", "statuses", "refused", "errors",
@@ -111,7 +116,15 @@ cdef int load_page(Server_t *s, Export *e, uint64_t page, uint8_t *bytes, Remote
 
 
 cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
-    cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, s.store.full_wait_ns, True)
+    """A put that waits in vain for room makes the next ones wait shortly, so that a client that goes on writing is refused quickly.
+    Each frame that puts get doubles the wait, up to full_wait again: then room is made at a pace worth waiting for."""
+    cdef uint64_t vain = load64(&s.in_vain, ACQUIRE), taken = load64(&s.store.frames_taken, ACQUIRE), wait = s.store.full_wait_ns
+    cdef int result
+    if vain:
+        wait = min(wait, <uint64_t> AGAIN_MS * 1000000 << min(taken + 1 - vain, <uint64_t> 20))
+    result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, wait, True)
+    if result == FULL and load64(&s.store.frames_taken, RELAXED) == taken:
+        store64(&s.in_vain, taken + 1, RELEASE)
     if result != OK:
         set_failed(e, page, True)
         add64(&e.refusals, 1, RELEASE)
@@ -134,22 +147,26 @@ cdef int patch_page(Server_t *s, Export *e, uint64_t page, uint32_t low, uint32_
     cdef uint64_t scratch[512]
     cdef uint8_t *whole = <uint8_t *> scratch
     cdef RemoteRef ref
-    cdef int result
-    pthread_mutex_lock(lock_of(e, page))
-    result = load_page(s, e, page, whole, &ref)
-    if result == REMOTE and may_wait:
-        result = get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, whole, -1)
-        if result == MISS:
-            memset(whole, 0, PAGE)
-    if result == OK or result == MISS:
-        if bytes == NULL:
-            memset(whole + low, 0, high - low)
-        else:
-            memcpy(whole + low, bytes, high - low)
-        result = put_locked(s, e, page, whole)
-        tally(e, E_UNALIGNED, 1)
-    pthread_mutex_unlock(lock_of(e, page))
-    return result
+    cdef uint64_t asked = 0
+    cdef int result, came = MISS, looks
+    for looks in range(PATCH_LOOKS):
+        pthread_mutex_lock(lock_of(e, page))
+        result = load_page(s, e, page, whole, &ref)
+        if result == REMOTE and ref.slot == asked and came != MISS:
+            result = came               # nobody changed it meanwhile: 'whole' is the page
+        if result == OK or result == MISS:
+            if bytes == NULL:
+                memset(whole + low, 0, high - low)
+            else:
+                memcpy(whole + low, bytes, high - low)
+            result = put_locked(s, e, page, whole)
+            tally(e, E_UNALIGNED, 1)
+        pthread_mutex_unlock(lock_of(e, page))
+        if result != REMOTE or not may_wait:
+            return result
+        asked = ref.slot                # of a page that is away: never used again, so that equal ones mean one page
+        came = get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, whole, -1)
+    return UNREACHABLE
 
 
 cdef void drop_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noexcept nogil:
@@ -172,10 +189,11 @@ cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noe
     cdef uint64_t slot
     cdef uint32_t peer
     while pages and not store_short_of_frames(s.store) and not load32(&s.stopping, RELAXED):
-        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE:
+        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE and \
+                get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK:
             pthread_mutex_lock(lock_of(e, page))
-            # A refused put leaves the page where it is: asking for it to be near must not cost it.
-            if get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK and \
+            # As in patch_page(). A refused put leaves the page where it is: asking for it to be near must not cost it.
+            if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) == slot and \
                     store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, 0, True) == OK:
                 tally(e, E_PAGES_REMOTE, 1)
             pthread_mutex_unlock(lock_of(e, page))
@@ -205,10 +223,15 @@ cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
 
 # --- sending -------------------------------------------------------------------------------------------------------
 
+cdef void say_why(Conn *c, const char *reason) noexcept nogil:
+    """Why the connection ends; by any thread, and the first reason counts."""
+    if load_pointer(<void **> &c.reason, RELAXED) == NULL:
+        store_pointer(<void **> &c.reason, <void *> reason, RELAXED)
+
+
 cdef void stop_connection(Conn *c, const char *reason) noexcept nogil:
-    if not load32(&c.dead, RELAXED):
-        c.reason = reason
-        store32(&c.dead, 1, RELEASE)
+    say_why(c, reason)
+    store32(&c.dead, 1, RELEASE)
 
 
 cdef bint wait_for(Conn *c, short events, uint64_t deadline_ns) noexcept nogil:
@@ -443,7 +466,9 @@ cdef void parked_done(Parked *p) noexcept nogil:
     cdef Export *e = c.export
     if sub32(&p.left, 1, ACQ_REL) != 0:
         return
-    if p.error:
+    if p.cut:
+        p.header_bytes = 0
+    elif p.error:
         tally(e, E_ERRORS, 1)
         p.header_bytes = <uint16_t> error_header(c.structured, p.header, p.type, p.cookie, p.error, p.error_offset)
     elif p.type == CMD_READ:
@@ -497,6 +522,7 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     p.length = r.length
     p.type = r.type
     p.error = 0
+    p.cut = False
     p.left = 1
     p.large_bytes = large
     p.data = p.small
@@ -992,14 +1018,14 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
     cdef uint32_t error
     memcpy(&r, bytes, sizeof(Request))
     if r.magic != swap32_bytes(REQUEST_MAGIC):
-        c.reason = b"the client sent something that is not a request"
+        say_why(c, b"the client sent something that is not a request")
         return False
     r.flags = swap16(r.flags)
     r.type = swap16(r.type)
     r.offset = swap64_bytes(r.offset)
     r.length = swap32_bytes(r.length)
     if r.type == CMD_DISC:
-        c.reason = b"the client said goodbye"
+        say_why(c, b"the client said goodbye")
         return False
     error = valid(c, &r)
     if error:
@@ -1007,7 +1033,7 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
         if r.type != CMD_WRITE:
             answer(c, r.type, r.cookie, error, r.offset)
         elif r.length > 2 * LENGTH_MAX:
-            c.reason = b"the client sent a write of more than 64 MiB"
+            say_why(c, b"the client sent a write of more than 64 MiB")
             return False
         else:
             write_begins(c, &r, error)
@@ -1033,7 +1059,7 @@ cdef bint handle(Conn *c, const uint8_t *bytes) noexcept nogil:
 # --- a connection's thread -----------------------------------------------------------------------------------------
 
 cdef int receive_some(Conn *c, int flags) noexcept nogil:
-    """Bytes that arrived, 0: none are there now, -1: the connection has ended."""
+    """Bytes that arrived, 0: none are there now, ENDED: the client sends no more, BROKEN: the connection has ended."""
     cdef int64_t n
     cdef int error
     while True:
@@ -1043,13 +1069,15 @@ cdef int receive_some(Conn *c, int flags) noexcept nogil:
             if n > 0:
                 return <int> n
             error = SSL_get_error(c.ssl, <int> n)
-            return 0 if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE else -1
+            if error == SSL_ERROR_ZERO_RETURN:
+                return ENDED
+            return 0 if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE else BROKEN
         n = recv(c.fd, c.arrived + c.end, IN_BYTES - c.end, flags)
         if n > 0:
             return <int> n
         if n < 0 and errno == EINTR:
             continue
-        return 0 if n < 0 and errno == EAGAIN else -1
+        return ENDED if n == 0 else 0 if errno == EAGAIN else BROKEN
 
 
 cdef bint fill(Conn *c) noexcept nogil:
@@ -1071,8 +1099,11 @@ cdef bint fill(Conn *c) noexcept nogil:
         if n > 0:
             c.end += <uint32_t> n
             return True
-        if n < 0 or load32(&c.server.stopping, RELAXED):
-            stop_connection(c, b"the client went away" if n < 0 else b"the node stops")
+        if n == ENDED:
+            say_why(c, b"the client went away")    # or takes the answers that are on their way, and then goes
+            return False
+        if n == BROKEN or load32(&c.server.stopping, RELAXED):
+            stop_connection(c, b"the connection broke" if n == BROKEN else b"the node stops")
             return False
         p[0].fd = c.fd
         p[0].events = POLLIN
@@ -1099,6 +1130,7 @@ cdef void serve(Conn *c) noexcept nogil:
     if load32(&c.server.stopping, RELAXED):
         stop_connection(c, b"the node stops")
     if c.writing and c.write_parked != NULL:
+        c.write_parked.cut = True
         parked_done(c.write_parked)
     flush_out(c)
     while load32(&c.users, ACQUIRE) or waits_to_be_sent(c):

@@ -283,6 +283,7 @@ cdef struct Store_t:
     uint32_t pressure_raised
     uint32_t plugging               # frames are short: puts go into the room of dead entries
     uint32_t waiting                # puts that wait for a frame
+    uint64_t frames_taken           # atomic: by puts, ever
     Rooms rooms
     uint32_t hints
     Nodes nodes

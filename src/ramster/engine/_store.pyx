@@ -322,6 +322,8 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
         raise_pressure(s)
         return SEGMENT_FRAMES_NONE
     s.free_count -= 1
+    if not cleaner:
+        store64(&s.frames_taken, s.frames_taken + 1, RELAXED)
     store32(&s.plugging, s.free_count <= s.clean_low_frames, RELAXED)
     frame = s.free_frames[s.free_count]
     segment = take_id(s)

@@ -6,6 +6,7 @@ clients are other tests' (libnbd, QEMU, fio).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import ssl
@@ -145,6 +146,16 @@ class NbdClient:
 
     def zero(self, offset: int, length: int, flags: int = CommandFlag.NO_HOLE) -> None:
         assert self.ask(Command.WRITE_ZEROES, offset, length, flags=flags).error == 0
+
+    def end_sending(self) -> None:
+        """Tell the server that no more requests come; replies still do."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            self.socket.settimeout(0)
+            with contextlib.suppress(ssl.SSLWantReadError):  # what the server has to say at its end
+                self.socket.unwrap()
+            self.socket.settimeout(DEADLINE_S)
+        else:
+            self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self.socket.close()

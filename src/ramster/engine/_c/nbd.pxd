@@ -33,11 +33,9 @@ cdef enum:                              # flags of a command
 
 cdef enum:                              # structured replies
     REPLY_DONE = 1
-    REPLY_NONE = 0
     REPLY_OFFSET_DATA = 1
     REPLY_OFFSET_HOLE = 2
     REPLY_BLOCK_STATUS = 5
-    REPLY_ERROR = 32769
     REPLY_ERROR_OFFSET = 32770
 
 cdef enum:                              # extents of base:allocation
@@ -50,9 +48,6 @@ cdef enum:                              # errors: the protocol's own numbers, wh
     NBD_ENOMEM = 12
     NBD_EINVAL = 22
     NBD_ENOSPC = 28
-    NBD_EOVERFLOW = 75
-    NBD_ENOTSUP = 95
-    NBD_ESHUTDOWN = 108
 
 cdef packed struct Request:
     uint32_t magic

@@ -50,7 +50,6 @@ cdef extern from "<openssl/ssl.h>" nogil:
     int SSL_read(SSL *, void *, int) noexcept
     int SSL_write(SSL *, const void *, int) noexcept
     int SSL_get_error(const SSL *, int) noexcept
-    int SSL_has_pending(const SSL *) noexcept
     int SSL_key_update(SSL *, int) noexcept
     long SSL_get_verify_result(const SSL *) noexcept
     X509 *SSL_get1_peer_certificate(const SSL *) noexcept
