@@ -219,6 +219,24 @@ def test_pages_are_compressed_again_while_the_link_is_slow(
     assert pair.a.links.get(sparse, 7, (1, 2, 3)) == text(7)
 
 
+def test_no_page_is_compressed_again_while_nothing_waits_for_the_link(make_pair: MakePair) -> None:
+    pair = make_pair(recompress="auto", segments=64, lend=48)
+    for index in range(300):
+        pair.a.store.put(pair.pool, index, text(index))
+    pair.bulk.up.throttle(2_000_000)
+    pair.ship()
+    pair.bulk.up.throttle(None)
+    slow = pair.a.store.statistics().recompressed_pages
+    assert slow > 0
+    for start in range(300, 550, 50):  # the pace of the slow link is still what is known
+        for index in range(start, start + 50):
+            pair.a.store.put(pair.pool, index, text(index))
+        pair.a.store.seal_open()
+        while pair.a.order(pair.b, most=2):
+            pair.a.settle()
+    assert pair.a.store.statistics().recompressed_pages == slow
+
+
 def test_cold_data_in_an_open_segment_leaves(pair: Pair) -> None:
     pair.put(1, 2, 3)
     worker = Worker(pair.a.store, pair.a.links, Policy(Settings(cold_after_ms=20)), 50)

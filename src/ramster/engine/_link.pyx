@@ -1273,7 +1273,9 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     life = ch.life
     pthread_mutex_unlock(&ch.lock)
     pthread_mutex_lock(&l.ship_lock)
-    congested = peer.ordered != 0 and peer.pace_ns > <uint64_t> RECOMPRESS_NS_PER_BYTE * l.segment_bytes
+    # Only behind others: where zstd is the slower one nothing is under way, and the pace stays what a slow moment made it.
+    congested = peer.ordered != 0 and peer.pace_ns > <uint64_t> RECOMPRESS_NS_PER_BYTE * l.segment_bytes and \
+        (2 * peer.shipping >= l.bulk_in_flight or load32(&ch.image_count, ACQUIRE) != 0)
     pthread_mutex_unlock(&l.ship_lock)
     # Not while puts are short of frames: they wait for segments to be gone.
     if l.recompress == RECOMPRESS_OFF or (l.recompress == RECOMPRESS_AUTO and (
