@@ -115,12 +115,15 @@ def nbd_server(folder: Path, size: int) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def ours(size: int) -> Iterator[Server]:
-    """A node on its own, as shipped, with one export and an arena that would hold all of it uncompressed."""
+def ours(size: int, *, swap: bool = False) -> Iterator[Server]:
+    """A node on its own, as shipped, with one export and an arena that would hold all of it uncompressed.
+
+    swap: as `ramster swap on` makes it.
+    """
     with cluster({"a": {"arena": {"size": size * 5 // 4}}}).start() as nodes:
         node = nodes["a"]
         assert node.process is not None
-        node.control.create_export(EXPORT, size)
+        node.control.create_export(EXPORT, size, swap=swap)
         pid = node.status()["pid"]
 
         def memory() -> int:

@@ -74,7 +74,7 @@ def run(quick: bool) -> list[Row]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ramster-bench-")))
             group = stack.enter_context(memory_cgroup(resident))
             plain = stack.enter_context(nbdkit(PLAIN, folder, room))
-            node = stack.enter_context(ours(room))
+            node = stack.enter_context(ours(room, swap=True))
             devices: dict[str, Device] = {
                 PLAIN: lambda: bridged(plain, folder),
                 OURS: lambda: bridged(node, folder),

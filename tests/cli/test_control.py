@@ -84,10 +84,12 @@ class View:
         exports: list[dict[str, Any]] = self.data["exports"]
         return exports
 
-    async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
+    async def create_export(
+        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool
+    ) -> dict[str, Any]:
         if any(each["name"] == name for each in self.data["exports"]):
             raise Refused(f"there is an export {name} already")
-        self.ordered.append(("create", name, size_bytes, max_bytes, read_only))
+        self.ordered.append(("create", name, size_bytes, max_bytes, read_only, swap))
         return {"name": name, "notes": []}
 
     async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
@@ -203,15 +205,15 @@ def test_stop_with_nothing_to_lose(node: Node) -> None:
 
 def test_orders_about_exports_reach_the_node(node: Node) -> None:
     assert node.client.exports() == STATUS["exports"]
-    assert node.client.create_export("vm", 5000, max_bytes=1 << 40)["name"] == "vm"
+    assert node.client.create_export("vm", 5000, max_bytes=1 << 40, swap=True)["name"] == "vm"
     node.client.create_export("old", 1, read_only=True)
     assert node.client.change_export("vm", size_bytes=1 << 20)["size_bytes"] == 1 << 20
     node.client.change_export("vm", read_only=False)
     node.client.remove_export("vm")
     node.client.remove_export("swap", force=True)
     assert node.view.ordered == [
-        ("create", "vm", 5000, 1 << 40, False),
-        ("create", "old", 1, None, True),
+        ("create", "vm", 5000, 1 << 40, False, True),
+        ("create", "old", 1, None, True, False),
         ("change", "vm", 1 << 20, None),
         ("change", "vm", None, False),
         ("remove", "vm", False),

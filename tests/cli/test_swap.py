@@ -201,9 +201,7 @@ class Silent:
     def exports(self) -> list[dict[str, Any]]:
         raise NodeUnreachable("gone")
 
-    def create_export(
-        self, name: str, size_bytes: int, *, max_bytes: int | None = None, read_only: bool = False
-    ) -> dict[str, Any]:
+    def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]:
         raise NodeUnreachable("gone")
 
     def remove_export(self, name: str, *, force: bool = False) -> None:

@@ -335,7 +335,7 @@ def test_it_does_not_turn_under_its_clients(served: Served) -> None:
     ]
 
 
-def test_it_does_not_turn_while_pages_have_no_content(served: Served) -> None:
+def test_a_page_without_content_is_none_when_it_has_turned(served: Served) -> None:
     pages = 4096
     served.create("image", pages)
     client = served.client("image")
@@ -343,13 +343,11 @@ def test_it_does_not_turn_while_pages_have_no_content(served: Served) -> None:
         n for n in range(pages) if client.ask(Command.WRITE, n * PAGE_BYTES, PAGE_BYTES, payload=noise()).error
     )
     client.close()
-    with pytest.raises(Refused, match="image: 1 pages are without content"):
-        turn(served, "image", True)
-    client = served.client("image")
-    assert client.ask(Command.READ, failed * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
-    assert client.ask(Command.TRIM, failed * PAGE_BYTES, PAGE_BYTES).error == 0
-    client.close()
-    assert turn(served, "image", True)["read_only"] is True
+    for read_only in (True, False):
+        assert turn(served, "image", read_only)["pages_failed"] == 1
+        client = served.client("image")
+        assert client.ask(Command.READ, failed * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
+        client.close()
 
 
 def test_it_turns_where_there_is_no_room_for_another_export(served: Served) -> None:
@@ -358,41 +356,6 @@ def test_it_turns_where_there_is_no_room_for_another_export(served: Served) -> N
     with pytest.raises(Refused, match=f"{EXPORTS_MAX} exports already, its limit"):
         served.create("more", 1)
     assert [turn(served, "e7", on)["read_only"] for on in (True, False)] == [True, False]
-
-
-class Glance:
-    """A lock that tells when somebody has to wait for it."""
-
-    def __init__(self, awaited: threading.Event) -> None:
-        self.lock = threading.Lock()
-        self.awaited = awaited
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(blocking=False):
-            self.awaited.set()
-            self.lock.acquire()
-
-    def __exit__(self, *ignored: object) -> None:
-        self.lock.release()
-
-
-def test_it_does_not_turn_while_it_is_looked_at(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    served.create("image")
-    server, went_on = served.service.server, threading.Event()
-    monkeypatch.setattr(served.service._exports["image"], "glance", Glance(went_on))
-    turns = []
-
-    def statistics(number: int) -> dict[str, int]:
-        del vars(server)["statistics"]  # once
-        turns.append(asyncio.run_coroutine_threadsafe(served.service.change("image", read_only=True), served.loop))
-        turns[0].add_done_callback(lambda _: went_on.set())
-        assert went_on.wait(WAIT_S)
-        assert server is not None
-        return server.statistics(number)
-
-    vars(server)["statistics"] = statistics
-    assert served.described("image")["read_only"] is False
-    assert turns[0].result(WAIT_S)["read_only"] is True
 
 
 # --- removal ------------------------------------------------------------------------------------------------------

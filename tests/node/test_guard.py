@@ -257,7 +257,7 @@ def test_on_spares_a_node_from_the_oom_killer_at_once(node: Node) -> None:
 
 
 @pytest.mark.skipif(not CAN_RESERVE, reason="needs CAP_SYS_NICE")
-def test_a_node_may_use_the_reserve_as_long_as_it_has_an_export(node: Node) -> None:
+def test_a_node_may_use_the_reserve_as_long_as_this_machine_swaps_on_it(node: Node) -> None:
     def state() -> str:
         return str(node.status()["guard"]["reserve"]["state"])
 
@@ -266,7 +266,9 @@ def test_a_node_may_use_the_reserve_as_long_as_it_has_an_export(node: Node) -> N
         return {os.sched_getscheduler(int(each.name)) for each in Path(f"/proc/{node.process.pid}/task").iterdir()}
 
     assert (state(), policies()) == ("off", {os.SCHED_OTHER})
-    node.control.create_export("swap", 64 * MIB)
+    node.control.create_export("image", 64 * MIB)
+    assert (state(), policies()) == ("off", {os.SCHED_OTHER})
+    node.control.create_export("swap", 64 * MIB, swap=True)
     assert (state(), policies()) == ("ok", {os.SCHED_RR})
     node.control.remove_export("swap")
     assert (state(), policies()) == ("off", {os.SCHED_OTHER})
@@ -278,12 +280,16 @@ def test_every_thread_of_a_node_is_a_flusher(node: Node) -> None:
     assert node.status()["guard"]["io_flusher"]["state"] == "ok"
 
 
-def test_a_node_with_an_export_is_spared_and_one_without_is_not() -> None:
+@pytest.mark.parametrize(("exports", "swapped_on"), [(1, 0), (2, 1), (1, 1)])
+def test_a_node_with_an_export_is_spared_and_one_without_is_not(exports: int, swapped_on: int) -> None:
     guard = privileges.Guard("auto")
-    before = Path("/proc/self/oom_score_adj").read_text()
-    guard.serve(True)
-    assert guard.report()["oom_score"]["state"] == ("ok" if CAN_SPARE else "refused")
-    assert guard.report()["reserve"]["state"] == ("ok" if CAN_RESERVE else "refused")
-    guard.serve(False)
+    before = Path("/proc/self/oom_score_adj").read_text(), os.sched_getscheduler(0)
+    guard.serve(exports, swapped_on)
+    states = {name: check["state"] for name, check in guard.report().items()}
+    assert states["oom_score"] == ("ok" if CAN_SPARE else "refused")
+    assert states["reserve"] == ("off" if not swapped_on else "ok" if CAN_RESERVE else "refused")
+    guard.serve(exports, 0)
+    assert guard.report()["reserve"]["state"] == "off"
+    guard.serve(0, 0)
     assert guard.report()["oom_score"]["state"] == "off"
-    assert Path("/proc/self/oom_score_adj").read_text() == before
+    assert (Path("/proc/self/oom_score_adj").read_text(), os.sched_getscheduler(0)) == before

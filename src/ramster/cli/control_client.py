@@ -64,10 +64,18 @@ class ControlClient:
         return exports
 
     def create_export(
-        self, name: str, size_bytes: int, *, max_bytes: int | None = None, read_only: bool = False
+        self,
+        name: str,
+        size_bytes: int,
+        *,
+        max_bytes: int | None = None,
+        read_only: bool = False,
+        swap: bool = False,
     ) -> dict[str, Any]:
-        """Makes an export and returns it, with "notes". Raises as `status` does, Refused where it exists."""
-        order = {"name": name, "size_bytes": size_bytes, "max_bytes": max_bytes, "read_only": read_only}
+        """Makes an export and returns it, with "notes". swap: this machine will swap on it. Raises as `status` does,
+        Refused where it exists.
+        """
+        order = {"name": name, "size_bytes": size_bytes, "max_bytes": max_bytes, "read_only": read_only, "swap": swap}
         return self._ask("POST", "/v1/exports", order)
 
     def change_export(

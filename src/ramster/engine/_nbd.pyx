@@ -1234,6 +1234,12 @@ cdef class NbdServer:
             raise errors.UsageError(f"size {size_bytes}: an export of {e.bytes} bytes grows in whole pages up to {e.pages_max * PAGE}")
         store64(&e.bytes, size_bytes, RELEASE)
 
+    def set_read_only(self, uint32_t number, bint read_only):
+        cdef Export *e = self.export(number)
+        if e.connections:
+            raise errors.Refused(f"{e.connections} connections use the export")
+        e.read_only = read_only
+
     def remove_export(self, uint32_t number):
         cdef Export *e = self.export(number)
         cdef uint32_t k

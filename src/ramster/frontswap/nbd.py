@@ -33,8 +33,8 @@ from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve
 
 log = logging.getLogger("ramster.nbd")
 
-# One less than the engine has rows for: an export that turns read-only has two for a moment. A machine has a handful.
-EXPORTS_MAX: Final = 255
+# As many as the engine has rows for; a machine has a handful.
+EXPORTS_MAX: Final = 256
 # Connections that have not chosen an export yet. Beyond, new ones are closed unheard.
 HANDSHAKES_MAX: Final = 32
 # How long a connection that was told to end may take: its requests under way have deadlines of their own.
@@ -126,13 +126,12 @@ class _Export:
     size_bytes: int
     max_bytes: int
     read_only: bool
+    swap: bool
     clients: set[_Connection] = field(default_factory=set)
     removing: bool = False
     glance: threading.Lock = field(default_factory=threading.Lock)
     """Held while its pool is looked at, which must not be destroyed meanwhile."""
     forgotten: bool = False
-    counted: Counter[str] = field(default_factory=Counter)
-    """By the engine, under numbers that it had before."""
 
     def in_use(self) -> str:
         """By whom, for a refusal."""
@@ -316,9 +315,16 @@ class ExportService:
     # --- exports --------------------------------------------------------------------------------------------------
 
     async def create(
-        self, name: str, size_bytes: int, max_bytes: int | None = None, read_only: bool = False
+        self,
+        name: str,
+        size_bytes: int,
+        max_bytes: int | None = None,
+        read_only: bool = False,
+        *,
+        swap: bool = False,
     ) -> dict[str, Any]:
-        """A new, empty export, described as by `describe` with "notes", what was not taken literally.
+        """A new, empty export, described as by `describe` with "notes", what was not taken literally. swap: the kernel
+        of this machine will swap on it.
 
         UsageError for a wrong name or size, Refused where it exists, StoreFull where the store has no pool left.
         """
@@ -340,14 +346,14 @@ class ExportService:
                 self.server = await asyncio.to_thread(self.make_server)
                 self._watched = self.server.event_fd
                 asyncio.get_running_loop().add_reader(self._watched, self._watch)
-            export = await asyncio.to_thread(self._make, self.server, name, size, most, read_only)
+            export = await asyncio.to_thread(self._make, self.server, name, size, most, read_only, swap)
             with self._lock:
                 self._exports[name] = export
             described = await asyncio.to_thread(self._describe, export)
         log.info("export %s: made, %s", name, format_bytes(size))
         return {**described, "notes": notes}
 
-    def _make(self, server: NbdServer, name: str, size: int, most: int, read_only: bool) -> _Export:
+    def _make(self, server: NbdServer, name: str, size: int, most: int, read_only: bool, swap: bool) -> _Export:
         """In a thread."""
         pool = self.store.create_pool(pages=most // PAGE_BYTES, persistent=True)
         try:
@@ -356,14 +362,14 @@ class ExportService:
         except BaseException:
             self.store.destroy_pool(pool)
             raise
-        return _Export(name, number, pool, size, most, read_only)
+        return _Export(name, number, pool, size, most, read_only, swap)
 
     async def change(self, name: str, size_bytes: int | None = None, read_only: bool | None = None) -> dict[str, Any]:
         """Lets it grow, makes it read-only or writable; what is None stays. Clients see another size when they connect
         next. Either all is changed or nothing.
 
         UsageError where it would shrink or outgrow its max_bytes. Refused where read_only would change while clients
-        use it, who were told in their handshake, or where pages are without content that nobody could write then.
+        use it, who were told in their handshake.
         """
         notes: list[str] = []
         size = None if size_bytes is None else _whole_pages("size", size_bytes, notes)
@@ -385,8 +391,7 @@ class ExportService:
             if grows:
                 await asyncio.to_thread(self.store.populate, export.pool, size // PAGE_BYTES)
             if read_only is not None and read_only != export.read_only:
-                self._watch()  # events name an export by the number that it is about to lose
-                await asyncio.to_thread(self._turn, self.server, export, read_only)
+                self._turn(self.server, export, read_only)
                 log.info("export %s: %s from now on", name, "read-only" if read_only else "writable")
             if grows:
                 await asyncio.to_thread(self.server.resize, export.number, size)
@@ -398,25 +403,14 @@ class ExportService:
         return {**described, "notes": notes}
 
     def _turn(self, server: NbdServer, export: _Export, read_only: bool) -> None:
-        """In a thread. The engine knows from the start whether an export may be written to, so it gets the same pool
-        anew; its clients are let in by name, and nobody comes meanwhile.
-        """
-        with export.glance, self._lock:
+        with self._lock:  # nobody enters meanwhile
             if export.clients:
                 raise Refused(
                     f"{export.in_use()} and cannot turn {'read-only' if read_only else 'writable'} under them: "
                     "a client asks when it connects; disconnect first"
                 )
-            counted = server.statistics(export.number)
-            if failed := counted["pages_failed"]:
-                raise Refused(
-                    f"export {export.name}: {failed} pages are without content since a write to them was refused; "
-                    "write or discard them first"
-                )
-            number = server.add_export(export.pool, export.size_bytes, export.max_bytes, read_only)
-            server.remove_export(export.number)
-            export.number, export.read_only = number, read_only
-            export.counted.update(counted)
+            server.set_read_only(export.number, read_only)
+            export.read_only = read_only
 
     async def remove(self, name: str, force: bool = False) -> None:
         """Forgets an export and every page of it, here and away. UsageError where there is none; Refused while clients
@@ -477,7 +471,7 @@ class ExportService:
             census = self.store.census(export.pool)
             statistics = self.server.statistics(export.number)
         return {
-            **{key: count + export.counted[key] for key, count in statistics.items()},
+            **statistics,
             "pages_stored": census["here"] + census["away"],
             "pages_here": census["here"],
             "pages_away": census["away"],
@@ -486,6 +480,7 @@ class ExportService:
             "size_bytes": export.size_bytes,
             "max_bytes": export.max_bytes,
             "read_only": export.read_only,
+            "swap": export.swap,
             "connections": len(export.clients),
             "uris": self.uris(export.name),
         }
@@ -523,6 +518,11 @@ class ExportService:
         return name
 
     # --- what connections ask, from their threads -----------------------------------------------------------------
+
+    def count(self, *, swap: bool = False) -> int:
+        """Exports, or those that this machine swaps on."""
+        with self._lock:
+            return sum(export.swap or not swap for export in self._exports.values() if not export.removing)
 
     def wire_exports(self) -> list[Export]:
         with self._lock:

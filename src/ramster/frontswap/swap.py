@@ -74,9 +74,7 @@ class Node(Protocol):
 
     def status(self) -> dict[str, Any]: ...
     def exports(self) -> list[dict[str, Any]]: ...
-    def create_export(
-        self, name: str, size_bytes: int, *, max_bytes: int | None = None, read_only: bool = False
-    ) -> dict[str, Any]: ...
+    def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]: ...
     def remove_export(self, name: str, *, force: bool = False) -> None: ...
 
 
@@ -222,11 +220,15 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
             f"that compress {RATIO}:1, and {size // MIB} MiB are asked for; "
             "choose a smaller --size, raise size in [arena], or add a lender or a [spill] file"
         )
-    for name, check in guard.items():
+    return Verdict(tuple(refusals), (*warnings, *guard_notes(status)))
+
+
+def guard_notes(status: Mapping[str, Any]) -> Iterator[str]:
+    """What the node was refused that is no reason to refuse it. Of some things a node knows once it has the export."""
+    for name, check in (status.get("guard") or {}).items():
         if name != "locked_memory" and isinstance(check, Mapping) and check.get("state") in ("refused", "unsupported"):
             advice = f"; {check['advice']}" if check.get("advice") else ""
-            warnings.append(f"the node's guard: {name} {check['state']}: {check.get('detail', '')}{advice}")
-    return Verdict(tuple(refusals), tuple(warnings))
+            yield f"the node's guard: {name} {check['state']}: {check.get('detail', '')}{advice}"
 
 
 def reserve_notes(reserve: int) -> Iterator[str]:
@@ -344,6 +346,10 @@ def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
         except BaseException as error:
             _undo_after(error, node, where, say)
             raise
+        with contextlib.suppress(RamsterError):  # it swaps, whatever the node has to add
+            for warning in guard_notes(node.status()):
+                if warning not in verdict.warnings:
+                    say(warning)
         if way.name == "bridge":
             for pid in daemons(where):
                 for warning in shielded(pid):
@@ -355,7 +361,7 @@ def _make(node: Node, where: Place, plan: Plan, way: Way, record: Record) -> Rec
     write(where, record)
     size = -(-plan.size_bytes // PAGE_BYTES) * PAGE_BYTES
     try:
-        node.create_export(plan.name, size)
+        node.create_export(plan.name, size, swap=True)
     except (Refused, UsageError):
         where.record.unlink()  # an export of that name, if there is one, is not ours
         raise

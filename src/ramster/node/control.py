@@ -50,7 +50,9 @@ class NodeView(Protocol):
     async def exports(self) -> list[dict[str, Any]]:
         """One object per export: what `create_export` returns."""
 
-    async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
+    async def create_export(
+        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool
+    ) -> dict[str, Any]:
         """Makes an empty export and describes it. UsageError, Refused."""
 
     async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
@@ -155,7 +157,9 @@ class ControlServer:
 
     async def _create_export(self, request: web.Request) -> web.Response:
         order = _read(await request.read(), NewExport)
-        return _answer(await self._view.create_export(order.name, order.size_bytes, order.max_bytes, order.read_only))
+        return _answer(
+            await self._view.create_export(order.name, order.size_bytes, order.max_bytes, order.read_only, order.swap)
+        )
 
     async def _change_export(self, request: web.Request) -> web.Response:
         order = _read(await request.read(), ExportChange)
@@ -193,6 +197,7 @@ class NewExport(msgspec.Struct, forbid_unknown_fields=True):
     size_bytes: int
     max_bytes: int | None = None
     read_only: bool = False
+    swap: bool = False  # by the kernel of this machine: see docs/guard.md
 
 
 class ExportChange(msgspec.Struct, forbid_unknown_fields=True):

@@ -128,8 +128,7 @@ class Node:
         try:
             await self.region_service.start()  # first: it makes sure that the run directory is ours alone
             await self.export_service.start(self.config.exports)
-            if self.config.exports:
-                self.guard.serve(True)
+            self._guard_exports()
             await self.control.start()
             if self.peering is not None:
                 await self.peering.start()
@@ -192,9 +191,11 @@ class Node:
     async def exports(self) -> list[dict[str, Any]]:
         return await self.export_service.describe()
 
-    async def create_export(self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool) -> dict[str, Any]:
-        created = await self.export_service.create(name, size_bytes, max_bytes, read_only)
-        self.guard.serve(True)
+    async def create_export(
+        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool
+    ) -> dict[str, Any]:
+        created = await self.export_service.create(name, size_bytes, max_bytes, read_only, swap=swap)
+        self._guard_exports()
         return created
 
     async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
@@ -202,7 +203,10 @@ class Node:
 
     async def remove_export(self, name: str, force: bool) -> None:
         await self.export_service.remove(name, force)
-        self.guard.serve(bool(self.export_service.wire_exports()))
+        self._guard_exports()
+
+    def _guard_exports(self) -> None:
+        self.guard.serve(self.export_service.count(), self.export_service.count(swap=True))
 
     def _look_at_arena(self, locked: bool) -> None:
         a = self.config.arena

@@ -263,12 +263,14 @@ def keeps_in_ram(path: Path) -> Check:
 
 # --- the node's guard ---------------------------------------------------------------------------------------------
 
+NO_RESERVE: Final = Check("reserve", "off", "not asked for until this machine swaps on the node (ramster swap on)")
+
 
 class Guard:
     """All of it for one node, and what came of it.
 
-    mode "auto": everything at `begin` but the score for the OOM killer and the reserve, which come with `serve(True)`,
-    when the node has an export; "on": these at `begin` too; "off": nothing, ever.
+    mode "auto": everything at `begin` but the score for the OOM killer, which comes with the first export, and the
+    reserve, with the first that this machine swaps on (`serve`); "on": these at `begin` too; "off": nothing, ever.
     """
 
     def __init__(self, mode: str = "off") -> None:
@@ -289,7 +291,8 @@ class Guard:
             self.add(avoid_oom())
             self.add(take_reserve())
         else:
-            self._ordinary()
+            self._unspared()
+            self.add(NO_RESERVE)
         log.info("guard: %s", "; ".join(_line(check) for check in self._checks.values()))
 
     def loaded(self) -> None:
@@ -299,24 +302,18 @@ class Guard:
         locked = self._checks["locked_memory"].state == "ok"
         self.add(hold_code() if locked else Check("code", "off", "nothing keeps it in RAM without locked_memory"))
 
-    def serve(self, serving: bool) -> None:
-        """The node has its first export, or none any more. What was refused is said in the log, once each time."""
+    def serve(self, exports: int, swapped_on: int) -> None:
+        """The node has so many exports now, and this machine swaps on so many of them. What was refused is said in the
+        log each time.
+        """
         if self._mode == "off":
-            if serving:
+            if exports:
                 log.warning('this node serves a block device with [node] guard = "off": do not swap on it')
             return
         if self._mode == "auto":
-            if serving and self._oom_before is None:
-                self._oom_before = _oom_score()
-                self.add(avoid_oom())
-                self.add(take_reserve())
-            elif not serving and self._oom_before is not None:
-                _set_oom_score(self._oom_before)
-                self._oom_before = None
-                if self._checks["reserve"].state == "ok":
-                    _schedule(os.SCHED_OTHER, 0)
-                self._ordinary()
-        if serving:
+            self._spare(exports > 0)
+            self._reserve(swapped_on > 0)
+        if exports:
             for check in self._checks.values():
                 if check.state in ("refused", "unsupported"):
                     log.warning("guard: %s %s: %s; to do: %s", check.name, check.state, check.detail, check.advice)
@@ -337,12 +334,29 @@ class Guard:
             for check in self._checks.values()
         }
 
-    def _ordinary(self) -> None:
+    def _spare(self, wanted: bool) -> None:
+        if wanted and self._oom_before is None:
+            self._oom_before = _oom_score()
+            self.add(avoid_oom())
+        elif not wanted and self._oom_before is not None:
+            _set_oom_score(self._oom_before)
+            self._oom_before = None
+            self._unspared()
+
+    def _reserve(self, wanted: bool) -> None:
+        now = self._checks.get("reserve", NO_RESERVE).state
+        if wanted and now == "off":
+            self.add(take_reserve())
+        elif not wanted:
+            if now == "ok":
+                _schedule(os.SCHED_OTHER, 0)
+            self.add(NO_RESERVE)
+
+    def _unspared(self) -> None:
         if (score := _oom_score()) == OOM_NEVER:  # the unit file has seen to it
             self.add(Check("oom_score", "ok", "the OOM killer never takes the node"))
         else:
             self.add(Check("oom_score", "off", f"oom_score_adj is {score} until the node has an export"))
-        self.add(Check("reserve", "off", "not asked for until the node has an export"))
 
 
 # --- how ----------------------------------------------------------------------------------------------------------
