@@ -38,6 +38,15 @@ def in_thread(work: Callable[[], None]) -> int:
     return counted
 
 
+def always(attempt: Callable[[], int]) -> int:
+    """The fewest page faults of some attempts, each with a store of its own.
+
+    The interpreter has some of its own now and then, when much was allocated before; what the store does, it does each
+    time.
+    """
+    return min(attempt() for _ in range(3))
+
+
 def populated(store: Store, pages: int = PAGES) -> int:
     pool = store.create_pool(pages=pages)
     store.populate(pool, pages)
@@ -58,9 +67,13 @@ class Strides:
 
 @pytest.mark.parametrize("lock", [True, False])
 def test_a_put_to_a_populated_pool_faults_no_page_in(lock: bool) -> None:
-    store = Store(32 * MIB, lock=lock)
-    assert in_thread(Strides(store, populated(store))) == 0
-    store.close()
+    def attempt() -> int:
+        store = Store(32 * MIB, lock=lock)
+        faults = in_thread(Strides(store, populated(store)))
+        store.close()
+        return faults
+
+    assert always(attempt) == 0
 
 
 def test_a_put_to_another_pool_does() -> None:
@@ -72,16 +85,21 @@ def test_a_put_to_another_pool_does() -> None:
 
 def test_segments_are_opened_without_a_page_fault() -> None:
     """Rows of segments are there before they are needed: here more than twice as many as are had at a time."""
-    store = Store(64 * MIB, segment_bytes=65536, lock=False)
-    pool = populated(store)
     noise = [os.urandom(4096) for _ in range(16)]
 
-    def fill() -> None:
-        for index in range(5000):  # 330 segments
-            store.put(pool, index, noise[index % 16])
+    def attempt() -> int:
+        store = Store(64 * MIB, segment_bytes=65536, lock=False)
+        pool = populated(store)
 
-    assert in_thread(fill) == 0
-    store.close()
+        def fill() -> None:
+            for index in range(5000):  # 330 segments
+                store.put(pool, index, noise[index % 16])
+
+        faults = in_thread(fill)
+        store.close()
+        return faults
+
+    assert always(attempt) == 0
 
 
 def test_a_put_to_a_populated_pool_makes_no_memory_call() -> None:
