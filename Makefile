@@ -20,7 +20,7 @@ test: ## Run the tests (as root on Debian, programs of others that they use are 
 
 guest: ## A real kernel swaps on an export in QEMU, the long tests too (one kills a lender meanwhile)
 	@scripts/bootstrap.sh --tests
-	@$(VENV)/python -m pytest tests/guest -m "long or not long"
+	@$(VENV)/python -m pytest tests/guest -m "long or not long" -o faulthandler_timeout=1200
 
 lint: setup ## ruff, formatting, mypy --strict
 	@$(VENV)/ruff check $(PYTHON_SOURCES)
