@@ -62,8 +62,8 @@ from ramster.engine._prefetch cimport (
     pattern_runs, pattern_skip, pattern_took, range_of)
 from ramster.engine._prefetch import ADVICE
 from ramster.engine._resident cimport (
-    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NOBODY, resident_add, resident_free, resident_gone, resident_init, resident_pin, resident_unpin,
-    resident_victim)
+    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NOBODY, resident_add, resident_free, resident_gone, resident_init,
+    resident_leave_free, resident_pin, resident_unpin, resident_victim)
 from ramster.engine._store cimport (
     BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
     store_destroy_pool, store_flush, store_get, store_put, store_where)
@@ -439,6 +439,7 @@ cdef void park(Attachment *a, uint64_t page) noexcept nogil:
     # Evictors were too late. More is kept free until they have been in time for a while.
     if now > r.reserve_changed_ns + RESERVE_GROWS_NS:
         r.reserve = min(2 * r.reserve, r.budget // 4)
+        resident_leave_free(&r.set, r.reserve - r.reserve_least)
         r.reserve_changed_ns = now
     if r.parked_count == 0:
         r.parked_since_ns = now
@@ -1128,6 +1129,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             cond_wait_until(&r.work, &r.lock, now_ns() + 200000000ull)
         if r.reserve > r.reserve_least and now_ns() > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
             r.reserve = max(r.reserve_least, r.reserve - r.reserve // 8)
+            resident_leave_free(&r.set, r.reserve - r.reserve_least)
             r.reserve_changed_ns = now_ns()
         n = 0
         looked = 2 * BATCH if is_short(r) else 0

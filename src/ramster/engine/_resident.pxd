@@ -242,6 +242,12 @@ cdef inline uint32_t choose(Resident *set) noexcept nogil:
     return set.tail[Q_PROBATION] if set.count[Q_PROBATION] > 0 else set.tail[Q_BEHIND]
 
 
+cdef inline void resident_leave_free(Resident *set, uint64_t pages) noexcept nogil:
+    """So many pages of the capacity are kept free for now: main has to do with less. Else it would fill what is left,
+    probation would starve, and pages would leave main in the order in which they came: what cycles would never hit."""
+    set.main_max = set.capacity - set.probation_min - <uint32_t> min(pages, <uint64_t> (set.capacity - set.probation_min))
+
+
 cdef inline int64_t resident_victim(Resident *set) noexcept nogil:
     """Choose a page and take it from its queue: it is leaving until resident_keep, resident_pin, resident_add or resident_gone.
     NOBODY when there is none."""

@@ -25,6 +25,9 @@ class ResidentSet:
     def victim(self) -> int | None:
         """The page that should go; it is leaving until `gone`, `add` or `pin`."""
 
+    def leave_free(self, pages: int) -> None:
+        """So many pages of the capacity are kept free from now on, by calling `victim` earlier."""
+
     def pin(self, page: int) -> None: ...
     def unpin(self, page: int) -> None: ...
     def gone(self, page: int) -> None:

@@ -96,6 +96,9 @@ cdef class ResidentSet:
         cdef int64_t page = resident_victim(&self.set)
         return None if page == NOBODY else page
 
+    def leave_free(self, uint32_t pages):
+        resident_leave_free(&self.set, pages)
+
     def pin(self, page):
         self.known(page)
         resident_pin(&self.set, page)
