@@ -19,7 +19,7 @@ import pytest
 
 from ramster.constants import MIB
 from ramster.errors import RamsterError
-from ramster.frontswap import cgroups, devices
+from ramster.frontswap import cgroups, devices, swap
 from ramster.testing.cluster import Cluster
 from ramster.testing.proxy import wait_until
 
@@ -328,6 +328,21 @@ def test_ctrl_c_in_the_middle_leaves_nothing(machine: Machine, tmp_path: Path) -
     assert process.returncode == 130 and "interrupted" in errors
     assert time.monotonic() - began < 15
     assert machine.leftovers() == []
+
+
+def test_on_takes_the_reserve_and_says_what_was_refused(machine: Machine) -> None:
+    """Of the reserve and the OOM killer's score the node learns when it has the export."""
+    made = machine.ramster("swap", "on", "--way", "bridge", "--size", "16MiB", "--accept-loss")
+    assert made.returncode == 0, made.stderr
+    guard = machine.node.status()["guard"]
+    (nbdfuse,) = devices.daemons(swap.place(machine.node.run_dir, swap.DEFAULT_NAME))
+    policy = os.sched_getscheduler(nbdfuse)
+    assert machine.ramster("swap", "off").returncode == 0
+    for name in ("oom_score", "reserve"):
+        assert guard[name]["state"] in ("ok", "refused")
+        assert (f"the node's guard: {name} refused" in made.stderr) == (guard[name]["state"] == "refused")
+    assert (policy == os.SCHED_RR) == (guard["reserve"]["state"] == "ok")
+    assert machine.node.status()["guard"]["reserve"]["state"] == "off"
 
 
 def test_off_works_when_the_node_is_gone(machine: Machine) -> None:

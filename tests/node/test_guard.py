@@ -257,6 +257,29 @@ def test_on_spares_a_node_from_the_oom_killer_at_once(node: Node) -> None:
 
 
 @pytest.mark.skipif(not CAN_RESERVE, reason="needs CAP_SYS_NICE")
+def test_a_thread_without_it_is_reported_and_does_not_keep_the_others_from_coming_back() -> None:
+    code = """
+import threading
+stop, ordinary = threading.Event(), threading.Event()
+def fallen_out():
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    ordinary.set()
+    stop.wait()
+guard = Guard("auto")
+guard.serve(1, 1)
+thread = threading.Thread(target=fallen_out)
+thread.start()
+ordinary.wait()
+said = guard.report()["reserve"]
+guard.serve(0, 0)
+marked = real_time_threads()
+stop.set()
+print(json.dumps([said["state"], said["detail"], marked]))
+"""
+    assert python(code) == ["refused", "holds for 1 of 2 threads", [0, 2]]
+
+
+@pytest.mark.skipif(not CAN_RESERVE, reason="needs CAP_SYS_NICE")
 def test_a_node_may_use_the_reserve_as_long_as_this_machine_swaps_on_it(node: Node) -> None:
     def state() -> str:
         return str(node.status()["guard"]["reserve"]["state"])

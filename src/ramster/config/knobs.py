@@ -202,8 +202,8 @@ class Node:
         "on",
         "off",
         help="What the node does so that a kernel can swap on it: its memory stays in RAM, its allocations start no "
-        "I/O, and once it has an export, the kernel's memory reserve is open to it and the OOM killer spares it "
-        '("on": from the start). See docs/guard.md.',
+        "I/O, the OOM killer spares it once it has an export, and the kernel's memory reserve is open to it while this "
+        'machine swaps on one ("on": both from the start). See docs/guard.md.',
     )
 
 

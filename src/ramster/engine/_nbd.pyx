@@ -164,7 +164,7 @@ cdef int patch_page(Server_t *s, Export *e, uint64_t page, uint32_t low, uint32_
         pthread_mutex_unlock(lock_of(e, page))
         if result != REMOTE or not may_wait:
             return result
-        asked = ref.slot                # of a page that is away: never used again, so that equal ones mean one page
+        asked = ref.slot                # segment, generation, ordinal: nothing is added to a segment that is away, so an equal one is the same page
         came = get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, whole, -1)
     return UNREACHABLE
 

@@ -324,14 +324,16 @@ class Guard:
 
     def report(self) -> dict[str, dict[str, str]]:
         """For the status: {check: {"state", "detail", "advice"}}."""
+        found = dict(self._checks)
         for name, count in (("io_flusher", flushers), ("reserve", real_time_threads)):
-            if name in self._checks and self._checks[name].state == "ok":
+            if name in found and found[name].state == "ok":
                 marked, total = count()
                 if marked < total:
-                    self.add(Check(name, "refused", f"holds for {marked} of {total} threads", "report this as a fault"))
+                    what = f"holds for {marked} of {total} threads"
+                    found[name] = Check(name, "refused", what, "report this as a fault")
         return {
-            check.name: {key: value for key, value in dataclasses.asdict(check).items() if key != "name"}
-            for check in self._checks.values()
+            name: {key: value for key, value in dataclasses.asdict(check).items() if key != "name"}
+            for name, check in found.items()
         }
 
     def _spare(self, wanted: bool) -> None:
