@@ -50,7 +50,7 @@ class Talker:
         return answer
 
     def create(self, **more: Any) -> dict[str, Any]:
-        return self.say({"op": "create", "version": 1, "pages": 8, **more})
+        return self.say({"op": "create", "version": messages.VERSION, "pages": 8, **more})
 
     def ended(self) -> bool:
         """The node closed the connection."""
@@ -70,10 +70,10 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
             b"{}",
             b"[]",
             b'{"op":"create"}',
-            b'{"op":"create","version":1,"pages":0}',
-            b'{"op":"create","version":1,"pages":-1}',
-            b'{"op":"create","version":1,"pages":99999999999}',
-            b'{"op":"create","version":1,"pages":1,"name":"' + b"n" * 49 + b'"}',
+            b'{"op":"create","version":2,"pages":0}',
+            b'{"op":"create","version":2,"pages":-1}',
+            b'{"op":"create","version":2,"pages":99999999999}',
+            b'{"op":"create","version":2,"pages":1,"name":"' + b"n" * 49 + b'"}',
             b'{"op":"dance"}',
             b'{"op":"pin","first":"0","count":1}',
             b'{"op":"pin","first":0,"count":0}',
@@ -102,8 +102,8 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
 def test_refusals(start_node: StartNode) -> None:
     node = start_node("--resident-max", str(10 * 4096))
     with Talker(node) as first, Talker(node) as second, Talker(node) as third:
-        answer = first.create(version=2)
-        assert answer["error"] == "protocol" and "version 2" in answer["message"]
+        answer = first.create(version=99)
+        assert answer["error"] == "protocol" and "version 99" in answer["message"]
         assert first.say({"op": "pin", "first": 0, "count": 1})["error"] == "usage"
         assert first.create(resident_pages=6)["resident_pages"] == 6
         assert first.create()["error"] == "usage"

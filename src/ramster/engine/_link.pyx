@@ -2416,6 +2416,7 @@ cdef class Links:
         cdef Links_t *l = self.live()
         cdef Peer *p
         cdef uint32_t i
+        cdef uint64_t since
         cdef const char *words
         result = []
         for i in range(PEERS_MAX):
@@ -2423,17 +2424,22 @@ cdef class Links:
             if p == NULL:
                 continue
             reason = b""
-            sent = received = 0
+            sent = received = silent = 0
             for k in range(2):
                 pthread_mutex_lock(&p.channels[k].lock)
                 words = p.channels[k].reason if p.channels[k].ssl == NULL else NULL
+                since = p.channels[k].received_ns if p.channels[k].ssl != NULL else 0
                 pthread_mutex_unlock(&p.channels[k].lock)
+                if since:
+                    silent = max(silent, now_ns() - min(since, now_ns()))
                 if words != NULL:
                     reason = words
                 sent += load64(&p.channels[k].bytes_sent, RELAXED)
                 received += load64(&p.channels[k].bytes_received, RELAXED)
+            if load32(&p.gone, ACQUIRE):
+                reason = b"it has stopped, and said so"
             result.append(dict(
-                number=i, up=is_up(&p.channels[GET]) and is_up(&p.channels[BULK]), gone=bool(load32(&p.gone, ACQUIRE)),
+                number=i, silent_ms=silent // 1000000, up=is_up(&p.channels[GET]) and is_up(&p.channels[BULK]), gone=bool(load32(&p.gone, ACQUIRE)),
                 generation=load64(&p.generation, RELAXED), credit=load32(&p.credit, RELAXED),
                 shipping=load32(&p.shipping, RELAXED), reason=reason.decode(), lost=links_peer_lost(l, i), bytes_sent=sent,
                 bytes_received=received, gets=load64(&p.gets, RELAXED), segments_sent=load64(&p.segments_sent, RELAXED),

@@ -46,6 +46,7 @@ cdef struct Attachment:             # one process that has the region mapped
     uint64_t pinned
     uint8_t *condemned              # a bit per page: poisoned there, or about to be; NULL until there is one
     uint64_t condemned_count
+    uint64_t noted_ns               # when it was last told of a lost page
     pthread_t threads[16]
     uint32_t started
 
@@ -83,6 +84,7 @@ cdef struct Region_t:
     uint64_t reserve_least          # ... at least so many, and more after faults had to wait
     uint64_t reserve_changed_ns
     int memfd
+    char label[49]                  # its name, for lines that native threads write
     bint can_poison
     Attachment attachments[32]
     uint32_t attachments_used       # slots that ever were in use

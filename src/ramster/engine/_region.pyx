@@ -35,6 +35,7 @@ they are joined before its descriptors are closed.
 from libc.errno cimport EAGAIN, EEXIST, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
+from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset, strerror
 from posix.unistd cimport usleep
 
@@ -81,13 +82,15 @@ cdef enum:
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     GUARD_LOST = 1
     GUARD_NOTE = 2
+    GUARD_TEXT = 128
+    LOSS_NOTE_NS = 10000000000      # a process that lives on after a lost page is told of the next one this much later
 
 cdef packed struct GuardMessage:    # docs/regions.md
     uint32_t op
     uint32_t flags
     uint64_t first
     uint64_t pages
-    char text[64]
+    char text[GUARD_TEXT]
 
 
 # --- the kernel's side ---------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ cdef void tell_guard(Attachment *a, uint32_t op, uint64_t first, uint64_t pages,
     message.op = op
     message.first = first
     message.pages = pages
-    while text != NULL and i < 63 and text[i] != 0:
+    while text != NULL and i < GUARD_TEXT - 1 and text[i] != 0:
         message.text[i] = text[i]
         i += 1
     where.fd = a.guard
@@ -358,6 +361,23 @@ cdef void poison(Attachment *a, uint64_t page) noexcept nogil:
         tell_guard(a, GUARD_LOST, page, 1, NULL, 1000)
     else:
         wake_in(a, page, 1)
+
+
+cdef void note_loss(Attachment *a, uint64_t page, int state) noexcept nogil:
+    """By a fault thread, before it poisons: a process that is about to die of SIGBUS has said why on its stderr."""
+    cdef char text[GUARD_TEXT]
+    cdef uint64_t now = now_ns()
+    if a.noted_ns != 0 and now < a.noted_ns + LOSS_NOTE_NS:
+        return
+    a.noted_ns = now
+    if state == PAGE_DAMAGED:
+        snprintf(text, sizeof(text), b"region %s: page %llu is damaged (its bytes fail their check); SIGBUS",
+                 a.region.label, <unsigned long long> page)
+    else:
+        snprintf(text, sizeof(text), b"region %s: page %llu is lost (the node that kept it is gone or out of reach); SIGBUS",
+                 a.region.label, <unsigned long long> page)
+    tell_guard(a, GUARD_NOTE, page, 1, text, 0)
+    await_note(a, now + 100000000ull)
 
 
 cdef inline bint has_room(Region_t *r) noexcept nogil:
@@ -766,9 +786,11 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     cdef Plan plan
     cdef Batch *b
     cdef int state, met
+    cdef bint refused
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
+    refused = r.states[page] & FLAG_REFUSED
     if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
         set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
         state = PAGE_AWAY
@@ -779,6 +801,8 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
             return
         pthread_mutex_unlock(&r.lock)
         if state == PAGE_LOST or state == PAGE_DAMAGED:
+            if not refused:         # that it is full has been said
+                note_loss(a, page, state)
             poison(a, page)
         else:
             wake_in(a, page, 1)     # it came in meanwhile
@@ -1381,6 +1405,8 @@ cdef class Region:
                 ftruncate(r.memfd, <long> (pages * PAGE)) != 0 or \
                 fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
+        label = name.encode(errors="replace")[:sizeof(r.label) - 1]
+        memcpy(r.label, <const char *> label, len(label))
         r.pool = 0xffffffffu
         result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
@@ -1763,6 +1789,14 @@ cdef class Region:
         # Most of a large region is not looked at, so this is what is left.
         elsewhere = sum(values[f"{name}_pages"] for name in ("resident", "local", "remote", "lost"))
         return values | dict(never_touched_pages=max(0, r.pages - elsewhere))
+
+    def troubles(self):
+        cdef Region_t *r = self.live()
+        cdef uint64_t lost, refused
+        pthread_mutex_lock(&r.lock)         # no Python under it
+        lost, refused = r.lost, r.refused
+        pthread_mutex_unlock(&r.lock)
+        return lost, refused
 
     def close(self):
         self.shut()

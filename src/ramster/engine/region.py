@@ -42,5 +42,6 @@ class Region(_region.Region):
     advise: how a run will be used, "normal", "sequential", "random" or "cyclic" (docs/regions.md); replaces what was
         said of it before. UsageError for another word and for more than 64 ranges with an advice of their own.
     check: runs of pages whose only copy is gone or out of reach; moves nothing.
+    troubles: (pages lost now that somebody touched, faults refused for want of room so far); cheap, for every second.
     close: detaches every process, ends the threads, forgets every page here and away. Neither poisons nor unregisters.
     """

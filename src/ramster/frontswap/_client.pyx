@@ -32,7 +32,7 @@ cdef enum:
     PAGE = 4096
     GUARD_LOST = 1
     GUARD_NOTE = 2
-    GUARD_TEXT = 64
+    GUARD_TEXT = 128
     EVENTS = 16
     STACK = 256 * 1024        # static TLS of other libraries is carved from a thread's stack, so not the bare minimum
 
@@ -51,7 +51,7 @@ cdef dict FEATURE_NAMES = {
     UFFD_FEATURE_WP_HUGETLBFS_SHMEM: "WP_HUGETLBFS_SHMEM (5.19)",
 }
 
-cdef packed struct GuardMessage:      # <IIQQ64s>
+cdef packed struct GuardMessage:      # <IIQQ128s>
     uint32_t op
     uint32_t flags
     uint64_t first

@@ -17,7 +17,8 @@ from msgspec import Meta
 
 from ramster.constants import POOL_PAGES_MAX
 
-VERSION: Final = 1
+# 2: the guard channel's text has 128 bytes.
+VERSION: Final = 2
 # An answer with this many runs takes at most 26 KiB, well inside REGION_MESSAGE_BYTES_MAX.
 RUNS_MAX: Final = 1000
 # Pages that one pin, unpin, prefetch or evict may name (16 MiB): short enough that every answer comes within its
@@ -27,7 +28,7 @@ SPAN_MAX: Final = 4096
 NAME_MAX: Final = 48
 
 # A record of the guard channel: op, flags, first page, pages, text (UTF-8, NUL padded).
-GUARD: Final = struct.Struct("<IIQQ64s")
+GUARD: Final = struct.Struct("<IIQQ128s")
 GUARD_LOST: Final = 1
 GUARD_NOTE: Final = 2
 

@@ -66,6 +66,7 @@ class EngineRegion(Protocol):
     def advise(self, kind: str, first: int, count: int) -> None: ...
     def check(self, first: int, count: int) -> list[tuple[int, int]]: ...
     def statistics(self) -> dict[str, int]: ...
+    def troubles(self) -> tuple[int, int]: ...
     def close(self) -> None: ...
 
 
@@ -139,6 +140,15 @@ class _Shared:
                 pids=pids,
                 statistics=dict(self.region.statistics()),
             )
+
+    def troubles(self) -> tuple[str, int, int, int] | None:
+        """Its name, a process of it, pages lost, faults refused; None while it closes. Never waits."""
+        if not self.members or not self._closing.acquire(blocking=False):
+            return None
+        try:
+            return None if self._closed else (self.shown, self.members[0].pid, *self.region.troubles())
+        finally:
+            self._closing.release()
 
     def leave(self, attachment: int | None, last: bool) -> None:
         """Runs in a pool thread."""
@@ -411,6 +421,7 @@ class _Connection:
         shared, self.shared = self.shared, None
         if shared is None:
             return
+        self.service.before_leaving()
         shared.members.remove(self)
         last = not shared.members
         if last:
@@ -465,6 +476,8 @@ class RegionService:
         self.make_region = make_region
         self.settings = settings
         self.counters = ServiceCounters()
+        self.before_leaving: Callable[[], None] = lambda: None
+        """Called while a region that a process leaves can still be asked what happened to it."""
         self.regions: dict[int, _Shared] = {}
         self.regions_count = 0
         self.reserved_pages = 0
@@ -591,6 +604,11 @@ class RegionService:
         """Every region with its counters, in the order of their making."""
         found = [await self.run(shared.info) for shared in list(self.regions.values())]
         return sorted((info for info in found if info is not None), key=lambda info: info.number)
+
+    def troubles(self) -> dict[int, tuple[str, int, int, int]]:
+        """By region's number: its name, a process of it, pages lost now, faults refused so far. Cheap."""
+        found = {number: shared.troubles() for number, shared in self.regions.items()}
+        return {number: each for number, each in found.items() if each is not None}
 
     async def close(self) -> None:
         """Stop listening, close every region, wait for the threads. Again: does nothing."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 
+from ramster import logs
 from ramster.config.knobs import Config
 from ramster.node import holder
 from ramster.node.node import Node
@@ -21,7 +21,14 @@ def run(config: Config) -> int:
     The first SIGINT or SIGTERM is refused while the node holds somebody's only copy, and says what would be lost; a
     second one stops it anyway.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logs.set_up()
+    try:
+        return _guarded(config)
+    finally:
+        handler.settle(at_once=True)
+
+
+def _guarded(config: Config) -> int:
     guard = Guard(config.node.guard)
     guard.begin()  # before anything starts a thread
     a = config.arena

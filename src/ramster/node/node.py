@@ -25,6 +25,7 @@ from ramster.node.control import ControlServer
 from ramster.node.credentials import Credentials
 from ramster.node.peering import Peering
 from ramster.node.privileges import Check, Guard, arena_lock, keeps_in_ram
+from ramster.node.watch import Watch
 from ramster.remotify.policy import Policy, Settings
 from ramster.remotify.worker import Worker
 from ramster.wire.hello import Hello
@@ -86,13 +87,22 @@ class Node:
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
         self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, credentials)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
+        self.watch = Watch(self.store, self.links, self.region_service, c.peers, c.links.keepalive_ms)
+        self.region_service.before_leaving = self.watch.look
         self.peering: Peering | None = None
         if credentials is not None:
             self.peering = Peering(
-                self.links, credentials, self.hello, c.peers, c.links, c.node.number, c.lend.foreign_grace_ms
+                self.links,
+                credentials,
+                self.hello,
+                c.peers,
+                c.links,
+                c.node.number,
+                c.lend.foreign_grace_ms,
+                self.watch.look,
             )
         self._stop = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def make_region(self, pages: int, resident_pages: int, name: str) -> Region:
         r = self.config.region
@@ -135,7 +145,7 @@ class Node:
         except BaseException:
             await self.close()
             raise
-        self._worker = asyncio.create_task(self.remotify.run())
+        self._tasks = [asyncio.create_task(self.remotify.run()), asyncio.create_task(self.watch.run())]
         self.guard.loaded()
         self.state = "running"
 
@@ -146,9 +156,9 @@ class Node:
     async def close(self) -> None:
         """Orderly: regions and the exports' connections end, lenders and borrowers hear goodbye, threads are joined."""
         self.state = "stopping"
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.region_service.close()
         await self.export_service.close()
         await asyncio.to_thread(self.links.goodbye)
@@ -227,13 +237,16 @@ class Node:
         for peer in self.config.peers:
             row = seen.get(peer.number, {})
             state = "up" if row.get("up") else "down" if row else "connecting"
+            reason = reasons.get(peer.number) or row.get("reason", "")
+            if not reason and peer.number > self.config.node.number:
+                reason = f"it has not connected yet; {peer.name} has the higher number and dials"
             peers.append(
                 {
                     "name": peer.name,
                     "number": peer.number,
                     "address": str(peer.address),
                     "state": state,
-                    "reason": "" if state == "up" else reasons.get(peer.number) or row.get("reason", ""),
+                    "reason": "" if state == "up" else reason,
                     **{key: row.get(key, 0) for key in _PEER_KEYS},
                 }
             )

@@ -63,6 +63,7 @@ class Peering:
         settings: LinkSettings,
         number: int,
         foreign_grace_ms: int,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.links = links
         self.credentials = credentials
@@ -71,6 +72,7 @@ class Peering:
         self.number = number
         self.foreign_grace_s = foreign_grace_ms / 1000
         self.counters = PeeringCounters()
+        self._on_change = on_change
         self.address: tuple[str, int] | None = None
         self._peers = {peer.number: _PeerState(peer) for peer in peers}
         self._known = {peer.number: peer.name for peer in peers}
@@ -117,6 +119,7 @@ class Peering:
         """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.links.event_fd)
+        self._on_change()
         loop = asyncio.get_running_loop()
         for row in self.links.peers():
             number = row["number"]

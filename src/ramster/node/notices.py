@@ -1,0 +1,148 @@
+"""What the node's log says by itself: a pure comparison of two looks at the node.
+
+Native threads count and change states; they never write. So a peer that goes, pages that are lost, a lender that takes
+nothing, a store that refuses are noticed here, once each, with their reason and what it means for whom. What one
+request of somebody else caused (a refused connection, a bad certificate) is said where it happens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from ramster.config.units import format_bytes
+from ramster.constants import PAGE_BYTES
+
+# A peer is said to stand still after this many probes without an answer; the idle time-out, which ends its link, comes
+# later.
+STILL_PROBES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLook:
+    """One peer, as far as it has been connected since the node started."""
+
+    name: str
+    up: bool
+    gone: bool = False
+    """It said goodbye."""
+    reason: str = ""
+    silent_s: float = 0.0
+    """For how long nothing came on a connection that is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionLook:
+    name: str
+    pid: int
+    lost: int = 0
+    """Pages that somebody touched and that nobody has, now."""
+    refused: int = 0
+    """Faults that found no room in time, so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The node at one moment."""
+
+    peers: dict[int, PeerLook] = field(default_factory=dict)
+    regions: dict[int, RegionLook] = field(default_factory=dict)
+    damaged: int = 0
+    """Pages that failed their check, here or as they came back, so far."""
+    puts_refused: int = 0
+    pages_lost: int = 0
+    """Stored pages whose only copy is gone, now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    level: int
+    text: str
+    per: str = ""
+    """What has a window of its own in the log."""
+
+
+def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
+    """What is worth a line, of all that changed. The first look has an empty one before it.
+
+    probe_s: how often a silent peer is probed.
+    """
+    for number, peer in now.peers.items():
+        yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s)
+    if now.pages_lost > before.pages_lost:
+        yield Notice(
+            logging.ERROR,
+            f"{_pages(now.pages_lost - before.pages_lost)} more have lost their only copy, {now.pages_lost} in all: "
+            f"{_why(now)}; they come back if that node does with the same memory",
+        )
+    for number, region in now.regions.items():
+        yield from _region(before.regions.get(number, RegionLook(region.name, region.pid)), region, _why(now))
+    if now.damaged > before.damaged:
+        yield Notice(
+            logging.ERROR,
+            f"{_pages(now.damaged - before.damaged)} failed the check of their bytes and are reported as damaged: "
+            "look at the RAM of this machine and of its lenders",
+        )
+    if now.puts_refused > before.puts_refused:
+        yield Notice(
+            logging.WARNING,
+            f"the arena is full and nothing leaves it: {now.puts_refused - before.puts_refused} puts refused; "
+            f"enlarge [arena] size, add a lender or a spill file",
+        )
+
+
+def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[Notice]:
+    name = f"node {now.name}"
+    was_up = before is not None and before.up
+    was_still = before is not None and before.up and before.silent_s >= still_s
+    if now.gone and not (before is not None and before.gone):
+        yield Notice(logging.WARNING, f"{name} has stopped and said so: what it kept for this node is lost", name)
+    elif was_up and not now.up and not now.gone:
+        yield Notice(logging.WARNING, f"lost the link to {name}: {now.reason or 'no reason is known'}", name)
+    elif now.up and before is not None and not was_up and (before.gone or before.reason):
+        yield Notice(logging.INFO, f"the link to {name} is up again", name)
+    if now.up and now.silent_s >= still_s and not was_still:
+        yield Notice(
+            logging.WARNING,
+            f"{name} has answered nothing for {now.silent_s:.0f} s although its link is up: it stands still, or the "
+            "network between",
+            name,
+        )
+    elif now.up and was_still and now.silent_s < still_s:
+        yield Notice(logging.INFO, f"{name} answers again", name)
+
+
+def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
+    name = f"region {now.name} of process {now.pid}"
+    if now.lost > before.lost:
+        yield Notice(
+            logging.ERROR,
+            f"{name}: {_pages(now.lost - before.lost)} more are lost, {now.lost} in all ({why}); a touch of one is "
+            "SIGBUS",
+            name,
+        )
+    elif before.lost and not now.lost:
+        yield Notice(logging.INFO, f"{name}: its lost pages can be had again, or were let go", name)
+    if now.refused > before.refused:
+        yield Notice(
+            logging.ERROR,
+            f"{name}: full, {_pages(now.refused - before.refused)} found no room in time and gave SIGBUS; enlarge "
+            "[arena] size, add a lender or a spill file",
+            name,
+        )
+
+
+def _why(now: Look) -> str:
+    """Which peers can be the reason that pages are lost."""
+    away = [
+        f"node {peer.name} {'has stopped' if peer.gone else f'is out of reach ({peer.reason})'}"
+        for peer in now.peers.values()
+        if not peer.up
+    ]
+    return ", ".join(away) if away else "their lender restarted or dropped them, or they failed their check"
+
+
+def _pages(count: int) -> str:
+    return f"{count} page{'s' * (count != 1)} ({format_bytes(count * PAGE_BYTES)})"

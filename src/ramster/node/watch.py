@@ -1,0 +1,73 @@
+"""Looks at the node every second and writes what changed into its log. `notices` decides what that is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from ramster import logs
+from ramster.config.knobs import Peer
+from ramster.engine.links import Links
+from ramster.engine.store import Store
+from ramster.frontswap.region_service import RegionService
+from ramster.node.notices import Look, PeerLook, RegionLook, notices
+
+log = logging.getLogger("ramster.node")
+
+EVERY_S = 1.0
+
+
+class Watch:
+    """One asyncio task of the node; waits for nobody and touches no page."""
+
+    def __init__(
+        self, store: Store, links: Links, regions: RegionService, peers: Iterable[Peer], keepalive_ms: int
+    ) -> None:
+        self._store = store
+        self._links = links
+        self._regions = regions
+        self._names = {peer.number: peer.name for peer in peers}
+        self._probe_s = keepalive_ms / 1000
+        self._before = Look()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(EVERY_S)
+
+    def look(self) -> None:
+        """One look, and its lines. Also called when a link goes up or down: none is missed."""
+        try:
+            self._step()
+        except Exception:  # a fault of ours here must not silence the node for good
+            log.exception("looking at the node failed")
+
+    def _step(self) -> None:
+        now = self._look()
+        for notice in notices(self._before, now, self._probe_s):
+            log.log(notice.level, "%s", notice.text, extra={"per": notice.per})
+        self._before = now
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logs.Handler):
+                handler.settle()
+
+    def _look(self) -> Look:
+        arena = self._store.statistics()
+        return Look(
+            peers={
+                row["number"]: PeerLook(
+                    name=self._names.get(row["number"], str(row["number"])),
+                    up=row["up"],
+                    gone=row["gone"],
+                    reason=row["reason"],
+                    silent_s=row["silent_ms"] / 1000,
+                )
+                for row in self._links.peers()
+            },
+            regions={number: RegionLook(*each) for number, each in self._regions.troubles().items()},
+            damaged=arena.corrupt_pages + self._links.counters()["corrupt_replies"],
+            puts_refused=arena.puts_refused,
+            pages_lost=arena.pages_lost,
+        )

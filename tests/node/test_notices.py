@@ -1,0 +1,128 @@
+"""What the log says by itself: the decision as a table, then real nodes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from ramster.node.notices import Look, PeerLook, RegionLook, notices
+from ramster.testing.cluster import Application, Cluster
+from ramster.testing.proxy import wait_until
+
+UP = PeerLook("beta", up=True)
+DOWN = PeerLook("beta", up=False, reason="the connection broke")
+GONE = PeerLook("beta", up=False, gone=True, reason="it has stopped, and said so")
+STILL = PeerLook("beta", up=True, silent_s=3.5)
+REGION = RegionLook("matrix", 4711)
+
+
+def peers(*looks: PeerLook) -> Look:
+    return Look(peers={2 + i: look for i, look in enumerate(looks)})
+
+
+def region(look: RegionLook) -> Look:
+    return Look(peers={2: DOWN}, regions={1: look})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (Look(), peers(UP), []),
+        (peers(PeerLook("beta", up=False)), peers(UP), []),  # the other of its two connections came first
+        (Look(), peers(DOWN), []),  # whoever connects says why it cannot
+        (peers(UP), peers(UP), []),
+        (peers(UP), peers(DOWN), ["WARNING lost the link to node beta: the connection broke"]),
+        (peers(DOWN), peers(DOWN), []),
+        (peers(DOWN), peers(UP), ["INFO the link to node beta is up again"]),
+        (peers(UP), peers(GONE), ["WARNING node beta has stopped and said so"]),
+        (peers(GONE), peers(GONE), []),
+        (peers(GONE), peers(UP), ["INFO the link to node beta is up again"]),
+        (peers(UP), peers(STILL), ["WARNING node beta has answered nothing for 4 s although its link is up"]),
+        (peers(STILL), peers(replace(STILL, silent_s=4.5)), []),
+        (peers(STILL), peers(UP), ["INFO node beta answers again"]),
+        (peers(STILL), peers(DOWN), ["WARNING lost the link to node beta"]),
+        (peers(UP, UP), peers(UP, replace(DOWN, name="gamma")), ["WARNING lost the link to node gamma"]),
+        (
+            peers(DOWN),
+            replace(peers(DOWN), pages_lost=7),
+            ["ERROR 7 pages (28KiB) more have lost their only copy, 7 in all: node beta is out of reach"],
+        ),
+        (replace(peers(DOWN), pages_lost=7), replace(peers(UP), pages_lost=3), ["INFO the link"]),
+        (region(REGION), region(REGION), []),
+        (
+            region(REGION),
+            region(replace(REGION, lost=2)),
+            ["ERROR region matrix of process 4711: 2 pages (8KiB) more are lost, 2 in all (node beta is out of reach"],
+        ),
+        (region(replace(REGION, lost=2)), region(REGION), ["INFO region matrix of process 4711: its lost pages"]),
+        (region(REGION), region(replace(REGION, refused=1)), ["ERROR region matrix of process 4711: full, 1 page"]),
+        (Look(), Look(damaged=1), ["ERROR 1 page (4KiB) failed the check of their bytes"]),
+        (
+            Look(puts_refused=1),
+            Look(puts_refused=9),
+            ["WARNING the arena is full and nothing leaves it: 8 puts refused"],
+        ),
+    ],
+)
+def test_what_changed_is_said_once(before: Look, now: Look, said: list[str]) -> None:
+    lines = [f"{logging.getLevelName(each.level)} {each.text}" for each in notices(before, now, probe_s=1.0)]
+    assert len(lines) == len(said), lines
+    assert all(line.startswith(words) for line, words in zip(lines, said, strict=True)), lines
+
+
+PAGES = 4000
+
+
+@pytest.fixture
+def pair() -> Iterator[Cluster]:
+    with Cluster({"alpha": {}, "beta": {"lend": {"size": "32MiB"}}}) as cluster:
+        yield cluster.start()
+
+
+def filled(cluster: Cluster) -> Application:
+    application = Application(cluster["alpha"].region_socket, PAGES, 256)
+    assert application.ask("write", 0, PAGES) == PAGES
+    cluster["alpha"].wait(lambda status: status["arena"]["pages_remote"] > PAGES // 4, "remotified")
+    return application
+
+
+def test_a_lender_that_stands_still_and_comes_back_is_in_the_log(pair: Cluster) -> None:
+    alpha = pair["alpha"]
+    pair["beta"].signal(signal.SIGSTOP)
+    try:
+        wait_until(
+            lambda: "node beta has answered nothing" in alpha.log or "lost the link to node beta" in alpha.log,
+            "it is said",
+            20,
+        )
+    finally:
+        pair["beta"].signal(signal.SIGCONT)
+    wait_until(lambda: "node beta answers again" in alpha.log or "beta is up again" in alpha.log, "and its end", 20)
+
+
+def test_a_process_that_dies_of_a_lost_page_says_why_and_so_does_the_log(pair: Cluster) -> None:
+    alpha = pair["alpha"]
+    with filled(pair) as application:
+        pair["beta"].kill()
+        wait_until(lambda: application.ask("check", 0, PAGES), "the loss is seen", 20)
+        first, _ = application.ask("check", 0, PAGES)[0]
+        application.send("wrong", first, 1)
+        assert application.died_of() == signal.SIGBUS
+        assert f"page {first} is lost (the node that kept it is gone or out of reach); SIGBUS" in application.stderr()
+    wait_until(lambda: "lost the link to node beta" in alpha.log, "the link's end is said", 20)
+    wait_until(lambda: re.search("region .* of process .* lost", alpha.log), "the loss is said", 20)
+
+
+def test_a_lender_that_is_stopped_is_not_called_broken(pair: Cluster) -> None:
+    alpha, beta = pair["alpha"], pair["beta"]
+    with filled(pair):
+        beta.control.stop(force=True)
+        beta.wait_exit()
+        wait_until(lambda: "node beta has stopped and said so" in alpha.log, "it is said", 20)
+        wait_until(lambda: alpha.peer("beta")["reason"] == "it has stopped, and said so", "status says it", 20)
+        assert "connection broke" not in alpha.log
