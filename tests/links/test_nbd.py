@@ -476,6 +476,9 @@ def test_a_full_arena_refuses_and_the_page_does_not_turn_into_zeros(serve: Serve
         assert client.ask(Command.READ, page * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
     assert client.ask(Command.BLOCK_STATUS, lost[0] * PAGE_BYTES, PAGE_BYTES).runs == [(PAGE_BYTES, 0)]
     assert export.statistics()["pages_failed"] == len(lost)
+    # Its client was told that there is no room: that is no loss, and nobody is told of one.
+    assert {what for _, _, what in export.server.events()} == {"refused"}
+    assert export.statistics()["pages_lost"] == 0
     client.trim(0, SIZE)
     assert export.statistics()["pages_failed"] == 0
     assert client.read(0, SIZE) == bytes(SIZE)

@@ -208,9 +208,13 @@ cdef uint32_t error_of(int result) noexcept nogil:
 
 
 cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
-    """A page that cannot be had: counted, and left for the node's log."""
+    """A page that cannot be had: counted, and left for the node's log. One whose write was refused is not lost: its client was
+    told so then."""
     cdef Server_t *s = c.server
-    tally(c.export, E_PAGES_LOST, 1)
+    if result == LOST and failed(c.export, page):
+        result = FULL
+    else:
+        tally(c.export, E_PAGES_LOST, 1)
     spin_lock(&s.events_lock)
     if s.events_count < EVENTS_MAX:
         s.events[s.events_count].export = c.number
@@ -1269,7 +1273,7 @@ cdef class NbdServer:
         memcpy(found, self.s.events, count * sizeof(Event))
         self.s.events_count = 0
         spin_unlock(&self.s.events_lock)
-        kinds = {LOST: "lost", CORRUPT: "corrupt", UNREACHABLE: "unreachable"}
+        kinds = {LOST: "lost", CORRUPT: "corrupt", UNREACHABLE: "unreachable", FULL: "refused"}
         return [(found[i].export, found[i].page, kinds.get(found[i].kind, "lost")) for i in range(count)]
 
     def stop(self):

@@ -31,8 +31,8 @@ class NbdServer(_nbd.NbdServer):
     remove_export: Refused while connections use it. The pool is the caller's to destroy.
     statistics: counters of one export since it was added. pages_lost: reads that met a page that nobody has any more;
         pages_failed: pages that read as EIO because a write to them was refused, until they are written or trimmed.
-    events: (export, page, "lost" | "corrupt" | "unreachable") since the last call, 256 at most; `event_fd` is readable
-        when there are any.
+    events: (export, page, why) since the last call, 256 at most; `event_fd` is readable when there are any. Why is
+        "lost", "corrupt", "unreachable", or "refused": its last write was, for want of room.
     stop: ends every connection, then the threads.
 
     An `NbdConnection` owns a connected stream socket. receive, send and start_tls carry the handshake, with deadlines

@@ -14,7 +14,6 @@ import socket
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -40,9 +39,13 @@ HANDSHAKES_MAX: Final = 32
 # How long a connection that was told to end may take: its requests under way have deadlines of their own.
 END_S: Final = 10.0
 ACCEPT_PAUSE_S: Final = 0.1
-# Lost pages come by the thousand when a lender dies; the log says the first ones and how many there were.
-LOG_LINES: Final = 10
-LOG_WINDOW_S: Final = 10.0
+# Why a page of an export reads as EIO, by the engine's word for it.
+_WORDS: Final = {
+    "lost": "is lost, the node that kept it is gone",
+    "unreachable": "cannot be had, the node that keeps it does not answer",
+    "corrupt": "is damaged, its bytes fail their check",
+    "refused": "was not stored, there was no room for it",
+}
 # Dead hosts are noticed after two minutes; a client that merely has nothing to say is never dropped.
 _KEEPALIVE: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -285,9 +288,6 @@ class ExportService:
         self._listeners: list[_Listener] = []
         self._closing = False
         self._watched: int | None = None
-        self._log_window = 0.0
-        self._log_lines = 0
-        self._log_suppressed: Counter[str] = Counter()
 
     async def start(self, exports: Iterable[Configured] = ()) -> None:
         """Make the configured exports, then listen. PortTaken, UsageError, StoreFull: call `close`."""
@@ -350,7 +350,7 @@ class ExportService:
             with self._lock:
                 self._exports[name] = export
             described = await asyncio.to_thread(self._describe, export)
-        log.info("export %s: made, %s", name, format_bytes(size))
+        log.info("export %s: made, %s", name, format_bytes(size), extra={"per": name})
         return {**described, "notes": notes}
 
     def _make(self, server: NbdServer, name: str, size: int, most: int, read_only: bool, swap: bool) -> _Export:
@@ -436,7 +436,7 @@ class ExportService:
                 raise
             with self._lock:
                 del self._exports[name]
-        log.info("export %s: removed", name)
+        log.info("export %s: removed", name, extra={"per": name})
 
     def _forget(self, export: _Export) -> None:
         """In a thread."""
@@ -626,27 +626,16 @@ class ExportService:
         assert self.server is not None
         names = {export.number: name for name, export in self._exports.items()}
         for number, page, what in self.server.events():
-            self.counters.pages_lost += 1
-            self._log_lost(names.get(number, f"number {number}"), page, what)
-
-    def _log_lost(self, name: str, page: int, what: str) -> None:
-        now = time.monotonic()
-        if now - self._log_window >= LOG_WINDOW_S:
-            self._log_window, self._log_lines = now, 0
-        self._log_lines += 1
-        if self._log_lines <= LOG_LINES:
+            self.counters.pages_lost += what != "refused"
+            name = names.get(number, f"number {number}")
             log.error(
-                "export %s: page %d (byte %d) is %s; reads of it fail with EIO", name, page, page * PAGE_BYTES, what
+                "export %s: page %d (byte %d) %s; reads of it fail with EIO",
+                name,
+                page,
+                page * PAGE_BYTES,
+                _WORDS[what],
+                extra={"per": name},
             )
-            return
-        if not self._log_suppressed:
-            asyncio.get_running_loop().call_later(LOG_WINDOW_S, self._log_rest)
-        self._log_suppressed[name] += 1
-
-    def _log_rest(self) -> None:
-        suppressed, self._log_suppressed = self._log_suppressed, Counter()
-        for name, count in suppressed.items():
-            log.error("export %s: %d further pages are gone; reads of them fail with EIO", name, count)
 
     async def close(self) -> None:
         """Stop listening, end every connection, join the threads. The exports' pages end with the store. Again: does
@@ -669,8 +658,6 @@ class ExportService:
                 self._watched = None
             if self.server is not None:
                 await asyncio.to_thread(self.server.stop)
-        if self._log_suppressed:
-            self._log_rest()
 
 
 async def _end(connections: Sequence[_Connection]) -> int:
