@@ -21,7 +21,7 @@ from ramster.wire import frames, hello
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WIRE = ROOT / "docs" / "wire-protocol.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 

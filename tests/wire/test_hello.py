@@ -83,3 +83,8 @@ def test_a_refusal_that_cannot_be_read_is_one_without_a_reason(body: bytes) -> N
 
 def test_a_refusal_is_not_longer_than_a_log_line() -> None:
     assert len(hello.decode_refusal(hello.encode(Refusal(reason="x" * 10_000)))) == 500
+
+
+def test_a_refusal_cannot_move_a_cursor_or_begin_a_line() -> None:
+    said = hello.decode_refusal(hello.encode(Refusal(reason="no\n\x1b[2Jyes")))
+    assert said == r"no\n\x1b[2Jyes"

@@ -101,8 +101,10 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add_row("compression", f"{bytes_in / compressed:.2f} : 1")
     table.add_row("puts", str(_int(counters, "puts")))
     table.add_row("gets here / away", f"{_int(counters, 'local_gets')} / {_int(counters, 'remote_gets')}")
-    if _int(arena, "corrupt_pages"):
-        table.add_row(Text("corrupt pages", style="red"), str(_int(arena, "corrupt_pages")))
+    if damaged := _int(counters, "pages_damaged"):
+        table.add_row(Text("damaged pages", style="red"), str(damaged))
+    if lost := _int(arena, "pages_lost"):
+        table.add_row(Text("lost pages", style="red"), str(lost))
     return table
 
 

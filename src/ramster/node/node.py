@@ -283,6 +283,7 @@ class Node:
                 "segments_shipped": arena["shipped_segments"],
                 "bytes_sent": sum(row["bytes_sent"] for row in seen.values()),
                 "bytes_compressed": arena["bytes_compressed"],
+                "pages_damaged": arena["corrupt_pages"] + links["corrupt_replies"],
                 **{key: value for key, value in links.items() if not key.startswith("le")},
                 **peering,
                 **{f"region_{key}": value for key, value in dataclasses.asdict(self.region_service.counters).items()},

@@ -12,6 +12,7 @@ import msgspec
 
 from ramster.constants import NODE_NUMBER_MAX, PAGE_BYTES
 from ramster.errors import ProtocolError
+from ramster.logs import escaped
 
 VERSION_MIN: Final = 2
 VERSION_MAX: Final = 2
@@ -54,8 +55,9 @@ def decode_hello(body: bytes) -> Hello:
 
 
 def decode_refusal(body: bytes) -> str:
+    """Its reason in words that may go to a log and a terminal."""
     try:
-        return msgspec.json.decode(body, type=Refusal).reason[:500]
+        return escaped(msgspec.json.decode(body, type=Refusal).reason, 500)
     except msgspec.DecodeError:
         return "it gave no reason"
 
