@@ -56,6 +56,22 @@ def test_who_has_proved_a_name_makes_room_for_nobody(waiting: str, newcomer: str
 
 
 @pytest.mark.parametrize(
+    ("since", "now", "displaced"),
+    [
+        ([0, 0, 0], 0.4, None),  # all of them are given their time
+        ([0, 0, 0], 0.5, 1),
+        ([0.3, 0, 0.3], 0.6, 2),
+        ([9, 9, 9], 1, None),
+    ],
+)
+def test_nobody_is_displaced_before_it_had_its_time(since: list[float], now: float, displaced: int | None) -> None:
+    waiting = [Waiting(key, "a", since=at) for key, at in enumerate(since, 1)]
+    limits = Limits(total=6, per_source=3, patience_s=0.5)
+    verdict = admit(limits, waiting, "a", False, now)
+    assert verdict.displaced == displaced and bool(verdict.refused) == (displaced is None)
+
+
+@pytest.mark.parametrize(
     ("waiting", "key", "name", "goes"),
     [
         ("a", 1, "x", None),

@@ -9,6 +9,7 @@ arguments; `Table` remembers who waits and carries the decisions out.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,13 +25,15 @@ class Limits:
     """Of one listener, or of one stage of it.
 
     total: connections at a time. per_source: of one source, as long as it has proved nothing. reserved: of total, kept
-    for sources that are expected; less than total. per_name: of one name that was proved.
+    for sources that are expected; less than total. per_name: of one name that was proved. patience_s: who came later
+    than that makes room for nobody yet.
     """
 
     total: int
     per_source: int
     reserved: int = 0
     per_name: int = 8
+    patience_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert 0 <= self.reserved < self.total and self.per_source > 0 < self.per_name
@@ -44,6 +47,7 @@ class Waiting:
     source: str
     expected: bool = False
     name: str = ""
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,8 @@ class Verdict:
     refused: str = ""
 
 
-def admit(limits: Limits, waiting: Iterable[Waiting], source: str, expected: bool) -> Verdict:
-    """For one more connection from `source`. waiting: those that are there, the oldest first.
+def admit(limits: Limits, waiting: Iterable[Waiting], source: str, expected: bool, now: float = 0.0) -> Verdict:
+    """For one more connection from `source`. waiting: those that are there, the oldest first. now: in seconds.
 
     Of a source that has its share the oldest goes, of a full listener the oldest of the source that has most there:
     so a flood displaces itself. Who has proved a name is displaced by nobody's mere arrival.
@@ -63,19 +67,19 @@ def admit(limits: Limits, waiting: Iterable[Waiting], source: str, expected: boo
     rows = list(waiting)
     own = [row for row in rows if row.source == source and not row.name]
     if len(own) >= limits.per_source:
-        return Verdict(own[0].key)
+        return _in_place_of(own, limits, now)
     strangers = [row for row in rows if not row.expected]
     if not expected and len(strangers) >= limits.total - limits.reserved:
-        return _in_place_of(strangers)
+        return _in_place_of(strangers, limits, now)
     if len(rows) >= limits.total:
         # Those who are expected first of all take the places of strangers.
-        verdict = _in_place_of(strangers)
-        return verdict if verdict.displaced is not None else _in_place_of(rows)
+        verdict = _in_place_of(strangers, limits, now)
+        return verdict if verdict.displaced is not None else _in_place_of(rows, limits, now)
     return Verdict()
 
 
-def _in_place_of(rows: list[Waiting]) -> Verdict:
-    unproved = [row for row in rows if not row.name]
+def _in_place_of(rows: list[Waiting], limits: Limits, now: float) -> Verdict:
+    unproved = [row for row in rows if not row.name and now - row.since >= limits.patience_s]
     if not unproved:
         return Verdict(refused=f"{len(rows)} others are being greeted")
     most = Counter(row.source for row in unproved)
@@ -109,10 +113,11 @@ class Table:
     is never called once `leave` has returned.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.displaced = 0
         """Connections that had to make room, since the start."""
+        self._clock = clock
         self._lock = threading.Lock()
         self._waiting: dict[int, tuple[Waiting, Callable[[], None]]] = {}
         self._next = 1
@@ -123,13 +128,14 @@ class Table:
     def enter(self, source: str, expected: bool, drop: Callable[[], None]) -> int | str:
         """A key for one more connection, after whoever is in its way was told to go; or why there is no room."""
         with self._lock:
-            verdict = admit(self.limits, self._rows(), source, expected)
+            now = self._clock()
+            verdict = admit(self.limits, self._rows(), source, expected, now)
             if verdict.refused:
                 return verdict.refused
             self._displace(verdict.displaced)
             key = self._next
             self._next += 1
-            self._waiting[key] = Waiting(key, source, expected), drop
+            self._waiting[key] = Waiting(key, source, expected, since=now), drop
             return key
 
     def prove(self, key: int, name: str) -> bool:
