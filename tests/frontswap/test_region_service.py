@@ -78,6 +78,7 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
             b'{"op":"pin","first":"0","count":1}',
             b'{"op":"pin","first":0,"count":0}',
             b"[" * 5000,
+            b'{"op":"create","version":1,"x":' + b"[" * 5000,
             b"x" * (REGION_MESSAGE_BYTES_MAX + 1),
         ):
             with Talker(node) as bad:
@@ -96,7 +97,7 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
         assert good.say({"op": "statistics"})["error"] == "usage"
         assert good.say({"op": "close", "id": 7}) == {"ok": True, "id": 7}
     node.wait_for("gone good")
-    assert "garbage=17" in node.stop()
+    assert "garbage=18" in node.stop()
 
 
 def test_refusals(start_node: StartNode) -> None:

@@ -88,3 +88,51 @@ def test_a_refusal_is_not_longer_than_a_log_line() -> None:
 def test_a_refusal_cannot_move_a_cursor_or_begin_a_line() -> None:
     said = hello.decode_refusal(hello.encode(Refusal(reason="no\n\x1b[2Jyes")))
     assert said == r"no\n\x1b[2Jyes"
+
+
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        ({"lend_segments": -1}, "lend_segments"),
+        ({"lend_segments": 1 << 32}, "lend_segments"),
+        ({"lend_segments": 10**30}, "lend_segments"),
+        ({"lend_segments": 1.5}, "lend_segments"),
+        ({"segment_bytes": -1}, "segment_bytes"),
+        ({"page_bytes": 1 << 40}, "page_bytes"),
+        ({"number": -1}, "number"),
+        ({"number": 1 << 70}, "number"),
+        ({"generation": -1}, "generation"),
+        ({"kind": "spill"}, "kind"),
+        ({"kind": "x" * 9000}, ""),
+        ({"versions": [2]}, "versions"),
+        ({"versions": [-1, 2]}, "versions"),
+        ({"versions": [2, 1 << 16]}, "versions"),
+        ({"features": ["x"] * 65}, "features"),
+        ({"features": ["x" * 64]}, "features"),
+        ({"name": "x" * 64}, "name"),
+        ({"name": "be\nta"}, "name"),
+        ({"name": "beta\n"}, "name"),
+        ({"cluster": ""}, "cluster"),
+        ({"cluster": "lab\x1b[2J"}, "cluster"),
+    ],
+)
+def test_what_is_out_of_bounds_goes_no_further(changed: dict[str, object], where: str) -> None:
+    more = msgspec.json.decode(hello.encode(THEIRS)) | changed
+    with pytest.raises(ProtocolError, match="its hello cannot be read") as raised:
+        hello.decode_hello(msgspec.json.encode(more))
+    assert where in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_json_nested_deeply_is_a_protocol_error_too(opening: bytes) -> None:
+    deep = opening * (16000 // len(opening))
+    body = hello.encode(THEIRS)[:-1] + b',"zone":' + deep
+    with pytest.raises(ProtocolError, match="nested too deeply"):
+        hello.decode_hello(body)
+    assert hello.decode_refusal(b'{"zone":' + deep) == "it gave no reason"
+
+
+@pytest.mark.parametrize("generation", [0, 1 << 63, (1 << 64) - 1])
+def test_every_generation_of_64_bits_is_read(generation: int) -> None:
+    said = msgspec.structs.replace(THEIRS, generation=generation)
+    assert hello.decode_hello(hello.encode(said)) == said

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -140,8 +140,9 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 _encode = msgspec.json.Encoder().encode
+_T = TypeVar("_T")
 _request: Callable[[bytes], Request] = msgspec.json.Decoder(Request).decode
-_reply = msgspec.json.Decoder(Reply).decode
+_reply: Callable[[bytes], Reply] = msgspec.json.Decoder(Reply).decode
 
 
 def encode(message: Request | Reply) -> bytes:
@@ -151,9 +152,17 @@ def encode(message: Request | Reply) -> bytes:
 
 def decode_request(data: bytes) -> Request:
     """Raises msgspec.DecodeError (ValidationError included) for anything that is no request."""
-    return _request(data)
+    return _decoded(_request, data)
 
 
 def decode_reply(data: bytes) -> Reply:
     """Raises msgspec.DecodeError for anything that is no answer."""
-    return _reply(data)
+    return _decoded(_reply, data)
+
+
+def _decoded(decode: Callable[[bytes], _T], data: bytes) -> _T:
+    """What msgspec has other errors for is no message either: text that is not UTF-8, lists nested too deeply."""
+    try:
+        return decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None

@@ -2,6 +2,7 @@
 
 The node with the higher number connects, twice to each peer (get, bulk); the other accepts. What arrives on the port
 gets one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is closed and counted.
+Whatever a peer says ends that connection at most, never a task of this node.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from ramster.cluster import identity
 from ramster.config.knobs import Links as LinkSettings
 from ramster.config.knobs import Peer
 from ramster.engine.links import BULK, GET, Connection, Links
-from ramster.errors import CertificateError, ProtocolError, RamsterError
+from ramster.errors import CertificateError, ProtocolError, RamsterError, Refused
 from ramster.frontswap.sockets import listen_tcp
 from ramster.node.credentials import Credentials
+from ramster.node.door import Caller, Door
 from ramster.wire import frames, hello
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
-# Handshakes at a time. Public-key work is a millisecond each; a flood of strangers must not starve the fault path.
-HANDSHAKES_MAX = 64
+# Our own handshakes at a time, in threads of their own: they never queue behind those of strangers.
+DIALS_MAX = 64
+_ACCEPT_PAUSE_S = 0.1
 _KINDS = {"get": GET, "bulk": BULK}
 
 
@@ -76,8 +79,9 @@ class Peering:
         self.address: tuple[str, int] | None = None
         self._peers = {peer.number: _PeerState(peer) for peer in peers}
         self._known = {peer.number: peer.name for peer in peers}
-        self._pool = ThreadPoolExecutor(HANDSHAKES_MAX, thread_name_prefix="ramster-handshake")
-        self._handshakes = 0
+        self._door = Door(peer.address.host for peer in peers)
+        self._greeters = ThreadPoolExecutor(self._door.greeted.limits.total, thread_name_prefix="ramster-greet")
+        self._diallers = ThreadPoolExecutor(DIALS_MAX, thread_name_prefix="ramster-dial")
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         self._grace: dict[int, asyncio.TimerHandle] = {}
@@ -104,7 +108,8 @@ class Peering:
             timer.cancel()
         if self._listener is not None:
             self._listener.close()
-        await asyncio.to_thread(self._pool.shutdown)
+        for pool in (self._diallers, self._greeters):
+            await asyncio.to_thread(pool.shutdown)
 
     def reasons(self) -> dict[int, str]:
         """Why a peer is not connected, as far as known."""
@@ -169,7 +174,7 @@ class Peering:
                 await self._connect(state, kind)
                 state.reason = ""
                 log.info("connected to node %s (%s)", state.peer.name, kind)
-            except (OSError, RamsterError, TimeoutError) as error:
+            except Exception as error:  # whatever it says, there is a next time
                 reason = _words(error)
                 if reason != state.reason:
                     log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
@@ -191,7 +196,7 @@ class Peering:
             sock.close()
             raise
         connection = Connection(self.credentials.context(), sock.detach(), False)
-        await loop.run_in_executor(self._pool, self._greet, connection, state, kind)
+        await loop.run_in_executor(self._diallers, self._greet, connection, state, kind)
         self.counters.connected += 1
 
     def _greet(self, connection: Connection, state: _PeerState, kind: str) -> None:
@@ -227,42 +232,67 @@ class Peering:
                 sock, address = await loop.sock_accept(self._listener)
             except OSError as error:
                 # Out of descriptors, or the caller left again: others must still be able to come.
-                log.warning("cannot accept a connection: %s", error)
-                await asyncio.sleep(0.1)
+                log.warning("cannot accept a connection: %s", _words(error))
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if self._handshakes >= HANDSHAKES_MAX:
-                self.counters.refused_connections += 1
+            try:
+                caller = self._door.knock(sock, address[0])
+            except Refused as error:
                 sock.close()
+                self._refused(address[0], error)
                 continue
-            self._handshakes += 1
-            self._spawn(self._accept(sock, address))
+            self._spawn(self._accept(caller))
 
-    async def _accept(self, sock: socket.socket, address: tuple[str, int]) -> None:
+    async def _accept(self, caller: Caller) -> None:
+        """Everything that a caller can do wrong ends here."""
         try:
-            _tune(sock)
-            connection = Connection(self.credentials.context(), sock.detach(), True)
-            await asyncio.get_running_loop().run_in_executor(self._pool, self._admit, connection)
+            _tune(caller.sock)
+            try:
+                async with asyncio.timeout(HANDSHAKE_S):
+                    await self._door.turn(caller)
+            except ProtocolError as error:
+                self._garbage(caller.host, error)
+                return
+            connection = Connection(self.credentials.context(), os.dup(caller.sock.fileno()), True)
+            await asyncio.get_running_loop().run_in_executor(self._greeters, self._admit, connection, caller)
             self.counters.accepted += 1
         except CertificateError as error:
             # TLS did not come about: a stranger with another cluster's certificate, or no TLS at all.
-            if "certificate" in str(error):
-                self.counters.refused_connections += 1
-                log.warning("refused %s: %s", address[0], error)
+            if caller.dropped:
+                self._garbage(caller.host, "it had to make room for others")
+            elif "certificate" in str(error):
+                self._refused(caller.host, error)
             else:
-                self.counters.garbage_connections += 1
-                log.info("closed a connection from %s: %s", address[0], error)
+                self._garbage(caller.host, error)
         except ProtocolError as error:
-            self.counters.refused_connections += 1
-            log.warning("refused %s: %s", address[0], error)
+            self._refused(caller.host, error)
+        except TimeoutError:
+            self._garbage(caller.host, f"it said nothing for {HANDSHAKE_S:g} s")
         except OSError as error:
-            log.info("a connection from %s broke: %s", address[0], error)
+            if caller.dropped:
+                self._garbage(caller.host, "it had to make room for others")
+            else:
+                log.info("a connection from %s broke: %s", caller.host, _words(error))
+        except Exception as error:
+            self._refused(caller.host, _words(error))
         finally:
-            self._handshakes -= 1
+            self._door.leave(caller)
+            caller.sock.close()
 
-    def _admit(self, connection: Connection) -> None:
+    def _refused(self, host: str, why: object) -> None:
+        self.counters.refused_connections += 1
+        log.warning("refused %s: %s", host, why)
+
+    def _garbage(self, host: str, why: object) -> None:
+        self.counters.garbage_connections += 1
+        log.info("closed a connection from %s: %s", host, why)
+
+    def _admit(self, connection: Connection, caller: Caller) -> None:
         """In a thread: our side of the handshake as the one who was connected to."""
         try:
             certificate = identity.describe_der(connection.handshake(HANDSHAKE_S))
+            if not self._door.greeted.prove(caller.greeted, certificate.subject):
+                raise ConnectionResetError("it had to make room for others")
             with self._refusing(connection):
                 kind_of_frame, body = _read_frame(connection)
                 if kind_of_frame != frames.FrameType.HELLO:
@@ -273,6 +303,10 @@ class Peering:
                 if reason is not None:
                     raise ProtocolError(reason)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
+            # From here on the connection is the engine's: nobody at the door may end it any more.
+            if not self._door.leave(caller):
+                raise ConnectionResetError("it had to make room for others")
+            caller.sock.close()
             self._peers[theirs.number].reason = ""
             self.links.attach(connection, theirs.number, _KINDS[theirs.kind], theirs.generation, theirs.lend_segments)
             log.info("node %s connected (%s)", theirs.name, theirs.kind)
@@ -294,4 +328,6 @@ def _words(error: BaseException) -> str:
         return f"no answer within {HANDSHAKE_S:g} s"
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
-    return str(error)
+    if isinstance(error, RamsterError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -26,6 +26,7 @@ class Worker:
         self.links = links
         self.spill = spill
         self._said = ""
+        self._failed = ""
         self.policy = policy
         self.tick_s = tick_ms / 1000
         self.decisions = 0
@@ -48,9 +49,21 @@ class Worker:
                 _drain(self.store.pressure_fd)
                 pressed.clear()
                 self.store.pressure_handled()
-                self.step()
+                self._survive_step()
         finally:
             loop.remove_reader(self.store.pressure_fd)
+
+    def _survive_step(self) -> None:
+        """A node whose pages leave no more is wedged: whatever a look meets, there is a next one. Said once."""
+        try:
+            self.step()
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+            if failed != self._failed:
+                log.exception("deciding what leaves the arena failed; it is tried again every %g s", self.tick_s)
+            self._failed = failed
+        else:
+            self._failed = ""
 
     def step(self) -> int:
         """One look, one decision; returns the number of segments ordered."""

@@ -6,17 +6,26 @@ demanded to be equal that can be settled: versions are ranges, features are thos
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
-from ramster.constants import NODE_NUMBER_MAX, PAGE_BYTES
+from ramster.constants import NAME_BYTES_MAX, NAME_PATTERN, NODE_NUMBER_MAX, PAGE_BYTES
 from ramster.errors import ProtocolError
 from ramster.logs import escaped
 
 VERSION_MIN: Final = 2
 VERSION_MAX: Final = 2
 KINDS: Final = ("get", "bulk")
+FEATURES_MAX: Final = 64
+# Of what a peer said, in a message of ours: a log line of 16 KiB tells nobody more.
+_QUOTED_MAX: Final = 300
+
+# What a peer says is bounded where it is read: everything behind may count on it.
+Name = Annotated[str, msgspec.Meta(pattern=rf"^(?:{NAME_PATTERN.pattern})\Z", max_length=NAME_BYTES_MAX)]
+Feature = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
+Number16 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 16) - 1)]
+Number32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
 
 class Hello(msgspec.Struct, kw_only=True, frozen=True):
@@ -24,16 +33,16 @@ class Hello(msgspec.Struct, kw_only=True, frozen=True):
     memory was lost. `lend_segments` is how many segments it has room for now.
     """
 
-    cluster: str
-    name: str
-    number: int
-    generation: int
+    cluster: Name
+    name: Name
+    number: Number16
+    generation: Annotated[int, msgspec.Meta(ge=0)]  # below 2^64, which `objection` sees to
     kind: Literal["get", "bulk"]
-    versions: tuple[int, int] = (VERSION_MIN, VERSION_MAX)
-    features: tuple[str, ...] = ()
-    page_bytes: int = PAGE_BYTES
-    segment_bytes: int
-    lend_segments: int = 0
+    versions: tuple[Number16, Number16] = (VERSION_MIN, VERSION_MAX)
+    features: Annotated[tuple[Feature, ...], msgspec.Meta(max_length=FEATURES_MAX)] = ()
+    page_bytes: Number32 = PAGE_BYTES
+    segment_bytes: Number32
+    lend_segments: Number32 = 0
 
 
 class Refusal(msgspec.Struct, kw_only=True, frozen=True):
@@ -50,15 +59,17 @@ def decode_hello(body: bytes) -> Hello:
     """ProtocolError names what is wrong with it."""
     try:
         return msgspec.json.decode(body, type=Hello)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"its hello cannot be read: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"its hello cannot be read: {str(error)[:_QUOTED_MAX]}") from error
+    except RecursionError as error:
+        raise ProtocolError("its hello cannot be read: its JSON is nested too deeply") from error
 
 
 def decode_refusal(body: bytes) -> str:
     """Its reason in words that may go to a log and a terminal."""
     try:
         return escaped(msgspec.json.decode(body, type=Refusal).reason, 500)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return "it gave no reason"
 
 

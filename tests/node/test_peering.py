@@ -1,0 +1,331 @@
+"""What strangers and peers do on the port: whoever is honest gets in, whoever is not costs nobody but itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ramster.cluster import identity
+from ramster.config.knobs import Address, Peer
+from ramster.config.knobs import Links as LinkSettings
+from ramster.engine.links import BULK, GET, Connection, Links, TlsContext
+from ramster.engine.store import Store
+from ramster.errors import RamsterError
+from ramster.node.credentials import Credentials
+from ramster.node.peering import Peering
+from ramster.testing.proxy import wait_until
+from ramster.wire import frames, hello
+from ramster.wire.frames import FrameType
+
+SEGMENT = 65536
+TIMEOUT_S = 20.0
+KINDS = {"get": GET, "bulk": BULK}
+
+
+def hello_of(name: str, number: int, generation: int, kind: str) -> hello.Hello:
+    return hello.Hello(
+        cluster="lab",
+        name=name,
+        number=number,
+        generation=generation,
+        kind="get" if kind == "get" else "bulk",
+        segment_bytes=SEGMENT,
+        lend_segments=4,
+    )
+
+
+class Cluster:
+    """Certificates of a cluster `lab`, and of another one with names and authority of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.names = ["alpha", "beta", "gamma"]
+        self.files = dict(zip(self.names, identity.create_cluster(directory / "lab", "lab", self.names), strict=True))
+        (self.stranger,) = identity.create_cluster(directory / "other", "lab", ["beta"])
+
+    def context(self, name: str) -> TlsContext:
+        files = self.stranger if name == "stranger" else self.files[name]
+        return TlsContext(str(files.ca), str(files.cert), str(files.key))
+
+
+class Running:
+    """A node's links and peering on an event loop of their own."""
+
+    def __init__(self, cluster: Cluster, name: str, addresses: dict[str, tuple[str, int]], **links: int) -> None:
+        self.name, self.number = name, cluster.names.index(name) + 1
+        self.generation = 1000 + self.number
+        self.store = Store(8 * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False)
+        times = {"idle_ms": 60_000, "keepalive_ms": 20_000} | links
+        self.links = Links(self.store, self.number, lend_bytes=8 * SEGMENT, lock=False, **times)  # type: ignore[arg-type]
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+        self.peering = Peering(
+            self.links,
+            Credentials(cluster.files[name], "lab", name),
+            lambda kind: hello_of(name, self.number, self.generation, kind),
+            tuple(
+                Peer(name=peer, number=cluster.names.index(peer) + 1, address=Address(*address))
+                for peer, address in addresses.items()
+            ),
+            LinkSettings(listen=Address("127.0.0.1", 0), reconnect_min_ms=10, reconnect_max_ms=50),
+            self.number,
+            60_000,
+        )
+        self.run(self.peering.start())
+        assert self.peering.address is not None
+        self.address = self.peering.address
+
+    def run(self, coroutine: object) -> object:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(TIMEOUT_S)  # type: ignore[arg-type]
+
+    def up(self, number: int) -> bool:
+        return self.links.up(number, GET) and self.links.up(number, BULK)
+
+    def close(self) -> None:
+        self.run(self.peering.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+        self.links.stop()
+        self.store.verify()
+        self.store.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    return Cluster(tmp_path_factory.mktemp("peering"))
+
+
+@pytest.fixture
+def running(cluster: Cluster) -> Iterator[Callable[..., Running]]:
+    made: list[Running] = []
+
+    def make(name: str, addresses: dict[str, tuple[str, int]], **links: int) -> Running:
+        made.append(Running(cluster, name, addresses, **links))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def greet(cluster: Cluster, address: tuple[str, int], name: str, kind: str, generation: int) -> Connection:
+    """Connect as a node does; ProtocolError with the reason where it is refused."""
+    sock = socket.create_connection(address, TIMEOUT_S)
+    connection = Connection(cluster.context(name), sock.detach(), False)
+    try:
+        connection.handshake(TIMEOUT_S)
+        mine = hello_of(name, cluster.names.index(name) + 1, generation, kind)
+        connection.send(frames.pack(FrameType.HELLO, hello.encode(mine)), TIMEOUT_S)
+        answer, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
+        body = connection.receive(length, TIMEOUT_S)
+        if answer == FrameType.REFUSE:
+            raise RamsterError(hello.decode_refusal(body))
+        assert answer == FrameType.HELLO
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+# --- what a peer says -------------------------------------------------------------------------------------------------
+
+
+def oddities(name: str, number: int) -> list[bytes]:
+    """What a peer with a good certificate may say instead of an honest HELLO."""
+    honest = msgspec.json.decode(hello.encode(hello_of(name, number, 7, "get")))
+
+    def changed(**change: object) -> bytes:
+        return frames.pack(FrameType.HELLO, msgspec.json.encode(honest | change))
+
+    deep = hello.encode(hello_of(name, number, 7, "get"))[:-1] + b',"zone":' + b"[" * 16000
+    return [
+        changed(lend_segments=-1),
+        changed(lend_segments=1 << 32),
+        changed(lend_segments=1 << 80),
+        changed(generation=-1),
+        changed(generation=1 << 64),
+        changed(number=1 << 40),
+        changed(name="\u00e4\n" * 100),
+        changed(features=["x" * 100] * 100),
+        frames.pack(FrameType.HELLO, deep),
+        frames.pack(FrameType.HELLO, b"\xff\xfe"),
+        frames.pack(FrameType.HELLO, b""),
+        frames.pack(FrameType.REFUSE, b'{"reason": "\x1b[2J' + b"x" * 9000 + b'"}'),
+        frames.pack(FrameType.REFUSE, b"[" * 16000),
+        frames.pack(FrameType.GOODBYE, b""),
+        bytes(48),
+        b"",
+    ]
+
+
+def test_the_connecting_task_survives_whatever_a_peer_answers(
+    cluster: Cluster, running: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Afterwards an honest peer at the same address is connected to, on both connections."""
+    answers = oddities("alpha", 1)
+    context = cluster.context("alpha")
+    done = threading.Event()
+    ends: list[Connection] = []
+
+    def serve(listener: socket.socket) -> None:
+        turn = 0
+        while not done.is_set():
+            try:
+                sock, _ = listener.accept()
+            except TimeoutError:
+                continue
+            connection = Connection(context, sock.detach(), True)
+            try:
+                connection.handshake(TIMEOUT_S)
+                _, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
+                theirs = hello.decode_hello(connection.receive(length, TIMEOUT_S))
+                # Each kind of connection is told all of it.
+                if turn < 2 * len(answers):
+                    if answers[turn // 2]:
+                        connection.send(answers[turn // 2], TIMEOUT_S)
+                        connection.receive(1, TIMEOUT_S)  # until it is told off, or closed
+                else:
+                    own = hello_of("alpha", 1, 7, theirs.kind)
+                    connection.send(frames.pack(FrameType.HELLO, hello.encode(own)), TIMEOUT_S)
+                    ends.append(connection)
+                    continue
+            except RamsterError:
+                pass
+            finally:
+                turn += 1
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.1)
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        try:
+            beta = running("beta", {"alpha": listener.getsockname()[:2]})
+            wait_until(lambda: beta.up(1), "the honest answer is taken")
+        finally:
+            done.set()
+            thread.join()
+            for end in ends:
+                end.close()
+    said = [record.getMessage() for record in caplog.records if "cannot connect" in record.getMessage()]
+    assert any("lend_segments" in line for line in said) and any("nested too deeply" in line for line in said)
+    assert max(map(len, said)) < 700 and not any(record.exc_info for record in caplog.records)
+
+
+def test_the_accepting_side_survives_whatever_a_peer_says(cluster: Cluster, running: Callable[..., Running]) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    before = alpha.peering.counters.refused_connections
+    odd = [each for each in oddities("beta", 2) if each]
+    for answer in odd:
+        sock = socket.create_connection(alpha.address, TIMEOUT_S)
+        connection = Connection(cluster.context("beta"), sock.detach(), False)
+        connection.handshake(TIMEOUT_S)
+        connection.send(answer, TIMEOUT_S)
+        kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
+        assert kind == FrameType.REFUSE and connection.receive(length, TIMEOUT_S)
+        connection.close()
+    wait_until(lambda: alpha.peering.counters.refused_connections == before + len(odd), "each of them is counted")
+    greet(cluster, alpha.address, "beta", "get", 5).close()
+
+
+# --- strangers --------------------------------------------------------------------------------------------------------
+
+
+def threads_of(name: str) -> int:
+    return sum(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Without waiting."""
+    try:
+        return sock.recv(1, socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+CLIENT_HELLO = b"\x16\x03\x01\x01\x00\x01" + bytes(255)
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [(64, b""), (300, b""), (300, CLIENT_HELLO[:40]), (128, CLIENT_HELLO[:6] + bytes(255))],
+    ids=["64 idle", "300 idle", "300 with half a ClientHello", "128 that stop after it"],
+)
+def test_idle_strangers_keep_nobody_out(
+    cluster: Cluster, running: Callable[..., Running], count: int, says: bytes
+) -> None:
+    """All from the peers' own address, the worst place; they are there before, and stay."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1), "gamma": ("127.0.0.1", 1)})
+    strangers: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            strangers.append(socket.create_connection(alpha.address, TIMEOUT_S))
+            if says:
+                strangers[-1].sendall(says)
+
+        def one(number: int) -> str:
+            name, kind = ("beta", "gamma")[number % 2], ("get", "bulk")[number // 2 % 2]
+            try:
+                greet(cluster, alpha.address, name, kind, 5).close()
+            except RamsterError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(4) as pool:
+            failed = [reason for reason in pool.map(one, range(24)) if reason]
+        assert not failed
+        if len(says) < 100:
+            assert threads_of("ramster-greet") <= 24, "the idle ones have taken none"
+    finally:
+        for sock in strangers:
+            sock.close()
+
+
+def test_a_stranger_who_says_anything_else_is_shown_out_without_a_thread(
+    cluster: Cluster, running: Callable[..., Running]
+) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    for count, data in enumerate((b"GET / HTTP/1.1\r\n\r\n", bytes(4096), b"\x16\x03\x01\xff\xff\x01" + bytes(9)), 1):
+        with socket.create_connection(alpha.address, TIMEOUT_S) as sock:
+            sock.sendall(data)
+            wait_until(lambda sock=sock: is_closed(sock), "closed")  # type: ignore[misc]
+            wait_until(lambda count=count: alpha.peering.counters.garbage_connections == count, "counted")  # type: ignore[misc]
+    assert threads_of("ramster-greet") == 0
+
+
+def test_a_client_hello_that_comes_byte_by_byte_wakes_nobody_before_it_is_whole(
+    cluster: Cluster, running: Callable[..., Running]
+) -> None:
+    """And is answered then as any other: nothing of it was taken away."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    with socket.create_server(("127.0.0.1", 0)) as between:
+        near = socket.create_connection(between.getsockname(), TIMEOUT_S)
+        far, _ = between.accept()
+    connection = Connection(cluster.context("beta"), near.detach(), False)
+    with ThreadPoolExecutor(1) as pool, socket.create_connection(alpha.address, TIMEOUT_S) as sock, far:
+        handshake = pool.submit(connection.handshake, TIMEOUT_S)
+        record = far.recv(5, socket.MSG_WAITALL)
+        record += far.recv(int.from_bytes(record[3:5], "big"), socket.MSG_WAITALL)
+        for each in record[:-1]:
+            sock.sendall(bytes([each]))
+        assert threads_of("ramster-greet") == 0
+        sock.sendall(record[-1:])
+        far.sendall(sock.recv(65536))
+        while not handshake.done():
+            for source, target in ((sock, far), (far, sock)):
+                source.settimeout(0.05)
+                with contextlib.suppress(TimeoutError):
+                    target.sendall(source.recv(65536))
+        assert handshake.result()
+        connection.close()
