@@ -409,7 +409,7 @@ class World:
             connection, number, plan = job
             try:
                 reason: str | BaseException = connection.serve(
-                    self.server, number, plan.structured, ALLOCATION_ID if plan.allocation else None
+                    self.server, number, plan.structured, ALLOCATION_ID if plan.allocation else None, SIZE
                 )
                 connection.close()
             except BaseException as error:

@@ -112,6 +112,7 @@ cdef struct Conn:
     Server_t *server
     Export *export
     uint32_t number                 # of the export
+    uint64_t bytes                  # that the handshake told the client; the export may have grown since
     int fd
     int wake
     SSL *ssl

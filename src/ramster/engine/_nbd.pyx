@@ -754,7 +754,7 @@ cdef void *slow_main(void *argument) noexcept nogil:
 
 cdef uint32_t valid(Conn *c, const Request *r) noexcept nogil:
     """0, or the errno that the protocol wants for what is wrong with a request."""
-    cdef uint64_t size = load64(&c.export.bytes, ACQUIRE)
+    cdef uint64_t size = c.bytes    # what it was told: of growth since then it knows nothing
     cdef uint16_t flags = FLAG_FUA
     if r.type == CMD_READ and c.structured:
         flags |= FLAG_DF
@@ -1437,9 +1437,11 @@ cdef class NbdConnection:
                 return
             self.wait_tls(result, deadline)
 
-    def serve(self, NbdServer server not None, uint32_t number, bint structured, allocation_context):
+    def serve(self, NbdServer server not None, uint32_t number, bint structured, allocation_context, uint64_t told_bytes):
         cdef Export *e = server.export(number)
         cdef Conn *c
+        if told_bytes > load64(&e.bytes, ACQUIRE):
+            raise errors.UsageError(f"the client was told {told_bytes} bytes, and the export has {e.bytes}")
         if self.serving or self.fd < 0:
             raise errors.UsageError("the connection is closed or served already")
         if server.stopped:
@@ -1450,6 +1452,7 @@ cdef class NbdConnection:
         c.server = server.s
         c.export = e
         c.number = number
+        c.bytes = told_bytes
         c.fd = self.fd
         c.ssl = self.ssl
         c.structured = structured

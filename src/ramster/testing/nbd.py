@@ -172,6 +172,7 @@ class ServedExport:
         self.number = self.server.add_export(
             self.pool, pages * PAGE_BYTES, (max_pages or pages) * PAGE_BYTES, read_only=read_only
         )
+        self.bytes = pages * PAGE_BYTES  # that clients are told
         self.ended: list[str] = []
         self._threads: list[threading.Thread] = []
         self._clients: list[NbdClient] = []
@@ -192,15 +193,19 @@ class ServedExport:
 
     def serve(self, connection: NbdConnection, *, structured: bool = True) -> None:
         def run() -> None:
-            self.ended.append(
-                connection.serve(self.server, self.number, structured, ALLOCATION_ID if structured else None)
-            )
+            context = ALLOCATION_ID if structured else None
+            self.ended.append(connection.serve(self.server, self.number, structured, context, self.bytes))
             connection.close()
 
         thread = threading.Thread(target=run)
         thread.start()
         self._threads.append(thread)
         wait_until(lambda: connection.serving or not thread.is_alive(), "the connection is served")
+
+    def grow(self, size_bytes: int) -> None:
+        """Those who connect from now on are told so."""
+        self.server.resize(self.number, size_bytes)
+        self.bytes = size_bytes
 
     def statistics(self) -> dict[str, int]:
         return self.server.statistics(self.number)
