@@ -351,6 +351,13 @@ class Answers:
         elif r.command == Command.BLOCK_STATUS and kind == ReplyType.BLOCK_STATUS and length % 8 == 4 and length > 4:
             self._status(r, body)
             self._done(r, 0, b"")
+        elif r.command not in (Command.READ, Command.BLOCK_STATUS) and kind == ReplyType.NONE and length == 0:
+            self._done(r, 0, b"")
+        elif r.command not in (Command.READ, Command.BLOCK_STATUS) and kind == ReplyType.ERROR and length == 6:
+            error, text = struct.unpack(">IH", body)
+            if not error or text:
+                raise Broken(f"error {error} in {r}")
+            self._done(r, error, b"")
         else:
             raise Broken(f"a chunk of type {kind} and {length} bytes to {r}")
 
@@ -409,7 +416,7 @@ class World:
             connection, number, plan = job
             try:
                 reason: str | BaseException = connection.serve(
-                    self.server, number, plan.structured, ALLOCATION_ID if plan.allocation else None
+                    self.server, number, plan.structured, ALLOCATION_ID if plan.allocation else None, SIZE
                 )
                 connection.close()
             except BaseException as error:

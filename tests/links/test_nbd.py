@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from tests.links.conftest import LENDER, MakePair, Pair
 from ramster.cluster import identity
 from ramster.constants import PAGE_BYTES
 from ramster.engine.links import Links, TlsContext
-from ramster.engine.nbd import LENGTH_MAX, NbdServer
+from ramster.engine.nbd import LENGTH_MAX, NbdConnection, NbdServer
 from ramster.engine.store import Store
 from ramster.errors import Refused, UsageError
 from ramster.testing.nbd import NbdClient, ServedExport
@@ -228,7 +229,7 @@ def test_trim_and_write_zeroes_free_pages_here_and_away(serve: Serve, pair: Pair
 
 def test_a_long_trim_is_done_by_a_slow_thread(serve: Serve) -> None:
     export = serve(max_pages=1 << 20)
-    export.server.resize(export.number, 1 << 32)
+    export.grow(1 << 32)
     client = export.connect()
     client.write((1 << 32) - 8192, content(1, 8192))
     assert client.ask(Command.TRIM, 0, 0xFFFFF000).error == 0
@@ -266,12 +267,35 @@ def test_an_export_grows(serve: Serve) -> None:
     export = serve(max_pages=2 * PAGES)
     client = export.connect()
     assert client.ask(Command.WRITE, SIZE, 4096, payload=bytes(4096)).error == Errno.ENOSPC
-    export.server.resize(export.number, 2 * SIZE)
-    client.write(2 * SIZE - 4096, content(1, 4096))
-    assert client.read(2 * SIZE - 4096, 4096) == content(1, 4096)
+    export.grow(2 * SIZE)
+    new = export.connect()
+    new.write(2 * SIZE - 4096, content(1, 4096))
+    assert new.read(2 * SIZE - 4096, 4096) == content(1, 4096)
     for size in (SIZE, 3 * SIZE, 2 * SIZE + 1):
         with pytest.raises(UsageError):
             export.server.resize(export.number, size)
+
+
+@pytest.mark.parametrize("offset", [SIZE - 4096, SIZE, 2 * SIZE - 4096])
+def test_a_client_keeps_to_the_size_that_it_was_told_when_the_export_grows(serve: Serve, offset: int) -> None:
+    export = serve(max_pages=2 * PAGES)
+    old = export.connect()
+    export.grow(2 * SIZE)
+    new = export.connect()
+    new.write(0, content(1, 2 * SIZE))
+    assert old.ask(Command.WRITE, offset, 8192, payload=bytes(8192)).error == Errno.ENOSPC
+    assert old.ask(Command.WRITE_ZEROES, offset, 8192).error == Errno.ENOSPC
+    for command in (Command.READ, Command.TRIM, Command.CACHE, Command.BLOCK_STATUS):
+        assert old.ask(command, offset, 8192).error == Errno.EINVAL
+    assert new.read(0, 2 * SIZE) == content(1, 2 * SIZE), "nothing beyond was touched"
+    assert old.read(SIZE - 4096, 4096) == content(1, 2 * SIZE)[SIZE - 4096 : SIZE]
+
+
+def test_no_client_is_told_more_than_there_is(serve: Serve) -> None:
+    export = serve()
+    ours, theirs = socket.socketpair()
+    with ours, pytest.raises(UsageError, match="the export has"):
+        NbdConnection(theirs.detach()).serve(export.server, export.number, True, None, SIZE + 1)
 
 
 # --- pages that are away -------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class Connections(RuleBasedStateMachine):
         self.export = ServedExport(self.pair.a.links, PAGES, max_pages=MOST)
         self.clients = [self.export.connect(structured=lane == 0) for lane in range(2)]
         self.size = PAGES
+        self.told = [PAGES] * 2  # what each client knows of it
         self.flying: list[Flying] = []
         # What each page may hold: several while changes of it are under way.
         self.held: list[set[bytes]] = [{_ZEROS} for _ in range(MOST)]
@@ -63,9 +64,9 @@ class Connections(RuleBasedStateMachine):
 
     # --- requests ---
 
-    def span(self, first: int, pages: int) -> tuple[int, int]:
-        first %= self.size
-        return first, min(pages, self.size - first)
+    def span(self, lane: int, first: int, pages: int) -> tuple[int, int]:
+        first %= self.told[lane]
+        return first, min(pages, self.told[lane] - first)
 
     def changing(self, first: int, pages: int) -> bool:
         """Whether a change of one of these pages is under way: two of them at once end in either order."""
@@ -79,12 +80,12 @@ class Connections(RuleBasedStateMachine):
 
     @rule(lane=LANES, first=st.integers(0, MOST), pages=st.integers(1, 20))
     def read(self, lane: int, first: int, pages: int) -> None:
-        first, pages = self.span(first, pages)
+        first, pages = self.span(lane, first, pages)
         self.send(lane, Command.READ, first, pages)
         self.flying[-1].may = [set(self.held[page]) for page in range(first, first + pages)]
 
     def change(self, lane: int, command: int, first: int, pages: int, value: bytes) -> None:
-        first, pages = self.span(first, pages)
+        first, pages = self.span(lane, first, pages)
         if self.changing(first, pages):
             return
         self.send(lane, command, first, pages, value if command == Command.WRITE else b"")
@@ -106,14 +107,14 @@ class Connections(RuleBasedStateMachine):
 
     @rule(lane=LANES, first=st.integers(0, MOST), pages=st.integers(1, 12))
     def cache(self, lane: int, first: int, pages: int) -> None:
-        first, pages = self.span(first, pages)
+        first, pages = self.span(lane, first, pages)
         self.send(lane, Command.CACHE, first, pages)
         self.flying[-1].command = Command.CACHE
         self.flying[-1].pages = 0  # changes nothing
 
     @rule(lane=LANES, page=st.integers(0, MOST), low=st.integers(1, 4000), size=st.integers(1, 90))
     def write_part(self, lane: int, page: int, low: int, size: int) -> None:
-        page, _ = self.span(page, 1)
+        page, _ = self.span(lane, page, 1)
         if self.changing(page, 1) or len(self.held[page]) != 1:
             return
         (old,) = self.held[page]
@@ -137,7 +138,7 @@ class Connections(RuleBasedStateMachine):
     @rule(more=st.integers(1, 4))
     def grow(self, more: int) -> None:
         self.size = min(self.size + more, MOST)
-        self.export.server.resize(self.export.number, self.size * PAGE_BYTES)
+        self.export.grow(self.size * PAGE_BYTES)
 
     @rule()
     def cut(self) -> None:
@@ -153,6 +154,7 @@ class Connections(RuleBasedStateMachine):
         self.clients[lane].close()
         wait_until(lambda: self.export.statistics()["connections"] == 1, "it has gone")
         self.clients[lane] = self.export.connect(structured=lane == 0)
+        self.told[lane] = self.size
 
     # --- answers ---
 

@@ -13,6 +13,12 @@ cdef enum:
     LENGTH_MAX = 33554432           # of a read or a write, as other servers have it
     SMALL_PAGES = 16                # a parked request of up to so many pages has its memory ready
     LARGE_BYTES_MAX = 134217728     # of larger ones at one moment, all connections together: four of the largest
+    LARGE_BYTES_EACH = 33554432     # of them, of one connection: one of the largest
+    LARGE_BYTES_HUGE = 100663296    # of them, of requests longer than MEDIUM_BYTES, so that these leave room to others
+    MEDIUM_BYTES = 1048576
+    ASKED_PAGES_EACH = 512          # under way from elsewhere for one connection, about: so long are others behind it in the queue
+    LOOK_PAGES = 64                 # of a long read, between two looks at whether its client is still there
+    TURN_PAGES = 1024               # of a long range, before a slow thread turns to another connection
     DIRECT_BYTES = 262144           # a read of up to so much that is all here is answered without parking
     IN_BYTES = 262144
     FLUSH_BYTES = 65536             # of replies worth a system call while further requests are there
@@ -42,6 +48,7 @@ cdef enum ExportCounter:
     E_PAGES_REMOTE                  # read from elsewhere
     E_PAGES_LOST                    # reads that met a page that is gone
     E_UNALIGNED                     # pages that were read, changed and written
+    E_ABANDONED                     # reads whose client had gone before they were answered
     E_COUNTERS
 
 cdef enum JobKind:
@@ -66,7 +73,7 @@ cdef struct Export:
     uint8_t *failed                 # bit per page: a write to it was refused and what it was is gone
     uint64_t failed_pages           # atomic
     uint64_t refusals               # atomic: of writes; between a page's bit in 'failed' and its going
-    uint64_t counters[15]
+    uint64_t counters[16]
 
 cdef struct Job:
     Job *next
@@ -83,6 +90,7 @@ cdef struct Piece:                  # pages of one segment of one parked read
     Parked *request
     Piece *next
     uint32_t pages
+    uint32_t asked                  # counted in its connection's asked_pages
     uint32_t peer
     uint32_t segment
     uint32_t generation
@@ -110,8 +118,12 @@ cdef struct Parked:                 # a request that waits for something; its co
 
 cdef struct Conn:
     Server_t *server
+    Conn *next_turn
+    Job *jobs_first                 # for slow threads, in order, under slow_lock; with any, it stands in the server's row of turns
+    Job *jobs_last
     Export *export
     uint32_t number                 # of the export
+    uint64_t bytes                  # that the handshake told the client; the export may have grown since
     int fd
     int wake
     SSL *ssl
@@ -139,6 +151,13 @@ cdef struct Conn:
     Parked *done_last
     uint32_t users                  # atomic: parked requests, until whoever finished them has let go of the connection
     uint32_t rows                   # parked requests, under the server's free_lock
+    uint32_t changes                # of these, what is no read; under free_lock
+    uint64_t large_bytes            # under free_lock
+    uint32_t asked_pages            # of pieces that are under way; under free_lock
+    uint32_t gone                   # atomic: nobody is there to take an answer
+    bint asked                      # whether its client is still there, by ask_for_life()
+    bint chunks                     # every answer is a chunk from now on
+    uint32_t ahead                  # bytes of the next answer that are sent already; under send_lock
     uint32_t dead                   # atomic
     const char *reason              # atomic
 
@@ -164,8 +183,8 @@ cdef struct Server_t:
     uint64_t memory_bytes
     pthread_mutex_t slow_lock
     pthread_cond_t slow_wanted
-    Job *slow_first
-    Job *slow_last
+    Conn *turns_first               # connections that have jobs: each gets one done, then stands at the end
+    Conn *turns_last
     uint32_t slow_stopping
     pthread_t slow[16]
     uint32_t slow_started

@@ -22,6 +22,10 @@ Rules:
 * `send_lock` is held by whoever sends. A thread that finds it taken leaves its answer in the queue: the holder looks again after
   it has let go. Only the connection's own thread waits for a slow client; TLS is spoken by that thread alone.
 * A parked request holds the connection (`users`) until its last thread has let go of it.
+* A client that has gone gets nothing more done that only it would see: its reads and CACHE are dropped wherever they wait. What
+  changes pages is carried out. See look() for how it shows that a client has gone, and not merely sends no more.
+* Connections take turns in what they share: one job of each at a time with slow threads, and each has a bounded part of rows, of
+  memory and of the pages that are asked for elsewhere.
 """
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -35,7 +39,7 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ,
     PROT_WRITE, SHUT_RDWR, SO_RCVBUF, SO_SNDBUF, SOL_SOCKET, close, eventfd, eventfd_read, eventfd_write, iovec, mmap, msghdr, munmap, poll, pollfd,
-    recv, sendmsg, setsockopt, shutdown)
+    POLLERR, POLLHUP, POLLRDHUP, recv, sendmsg, setsockopt, shutdown)
 from ramster.engine._c.nbd cimport *
 from ramster.engine._c.openssl cimport (
     ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_do_handshake, SSL_free,
@@ -66,7 +70,7 @@ cdef enum:
 
 COUNTERS = (
     "reads", "writes", "bytes_read", "bytes_written", "flushes", "trims", "zeroes", "caches", "statuses", "refused", "errors",
-    "pages_freed", "pages_remote", "pages_lost", "unaligned")
+    "pages_freed", "pages_remote", "pages_lost", "unaligned", "abandoned")
 
 cdef uint64_t[3] NO_OBJECT = [0, 0, 0]
 
@@ -292,7 +296,9 @@ cdef void parked_free(Parked *p) noexcept nogil:
         free(p.data)
     pthread_mutex_lock(&s.free_lock)
     s.large_bytes -= p.large_bytes
+    p.conn.large_bytes -= p.large_bytes
     p.conn.rows -= 1
+    p.conn.changes -= p.type != CMD_READ
     p.next = s.parked_free
     s.parked_free = p
     pthread_cond_broadcast(&s.freed)
@@ -324,7 +330,10 @@ cdef bint send_parked(Conn *c, bint may_wait) noexcept nogil:
             if p == NULL:
                 return True
             c.sent = 0
-        payload = p.length if p.type == CMD_READ and p.error == 0 else 0
+            if not p.cut:
+                c.sent = c.ahead
+                c.ahead = 0
+        payload = p.length if p.type == CMD_READ and p.error == 0 and not p.cut else 0
         total = p.header_bytes + payload
         while c.sent < total and not load32(&c.dead, ACQUIRE):
             count = 0
@@ -378,6 +387,9 @@ cdef bint flush_out(Conn *c) noexcept nogil:
         pthread_mutex_lock(&c.send_lock)
         send_parked(c, True)
         sent = 0
+        if c.out_used:
+            sent = c.ahead
+            c.ahead = 0
         while sent < c.out_used and not load32(&c.dead, ACQUIRE):
             part.iov_base = c.out + sent
             part.iov_len = c.out_used - sent
@@ -389,6 +401,53 @@ cdef bint flush_out(Conn *c) noexcept nogil:
         c.out_used = 0
         pthread_mutex_unlock(&c.send_lock)
     return not load32(&c.dead, ACQUIRE)
+
+
+# --- clients that have gone ----------------------------------------------------------------------------------------
+
+cdef bint look(Conn *c) noexcept nogil:
+    """By the connection's thread: whether nobody is there any more to take answers. A client that sends no more may wait for
+    them, or have gone: on a Unix socket and after a reset the system knows, on TCP only what is sent to it tells."""
+    cdef pollfd p
+    if load32(&c.gone, RELAXED):
+        return True
+    p.fd = c.fd
+    p.events = POLLRDHUP
+    if load32(&c.dead, ACQUIRE) or (poll(&p, 1, 0) > 0 and p.revents & (POLLHUP | POLLERR)):
+        say_why(c, b"the client went away")
+        store32(&c.gone, 1, RELEASE)
+        return True
+    if p.revents & POLLRDHUP and not c.asked:
+        ask_for_life(c)
+    return False
+
+
+cdef void ask_for_life(Conn *c) noexcept nogil:
+    """Send the first bytes of the next answer ahead, which are the same for each: whoever has gone resets the connection."""
+    cdef pollfd p
+    cdef iovec part
+    cdef uint32_t magic = swap32_bytes(STRUCTURED_REPLY_MAGIC if c.structured else SIMPLE_REPLY_MAGIC)
+    cdef bint same
+    cdef int64_t n
+    pthread_mutex_lock(&c.server.free_lock)
+    same = c.changes == 0 or c.chunks or not c.structured       # else a simple reply may be on its way
+    pthread_mutex_unlock(&c.server.free_lock)
+    p.fd = c.fd
+    p.events = POLLOUT
+    if not same or c.out_used or poll(&p, 1, 0) <= 0 or not p.revents & POLLOUT or pthread_mutex_trylock(&c.send_lock) != 0:
+        return
+    if load_pointer(<void **> &c.sending, ACQUIRE) == NULL:
+        c.asked = c.chunks = True
+        part.iov_base = &magic
+        part.iov_len = sizeof(magic)
+        n = write_some(c, &part, 1, c.ssl != NULL)              # the socket has room, so this does not wait
+        if n < 0:
+            stop_connection(c, b"the connection was cut")
+        else:
+            c.ahead = <uint32_t> n
+    pthread_mutex_unlock(&c.send_lock)
+    if waits_to_be_sent(c):
+        eventfd_write(c.wake, 1)
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -436,24 +495,27 @@ cdef uint32_t read_header(bint structured, uint8_t *at, uint64_t cookie, uint64_
     return n + 8
 
 
-cdef uint32_t error_header(bint structured, uint8_t *at, uint16_t type, uint64_t cookie, uint32_t error, uint64_t offset) noexcept nogil:
-    """Reads and block status answer in chunks once structured replies are agreed on; others may go on with simple ones."""
+cdef uint32_t end_header(Conn *c, uint8_t *at, uint16_t type, uint64_t cookie, uint32_t error, uint64_t offset) noexcept nogil:
+    """Of an answer without payload. Reads and block status answer in chunks once structured replies are agreed on; others may
+    go on with simple ones."""
+    cdef bint with_offset = type == CMD_READ or type == CMD_BLOCK_STATUS
     cdef uint32_t n
-    if not structured or (type != CMD_READ and type != CMD_BLOCK_STATUS):
+    if not c.structured or not (with_offset or c.chunks):
         return simple_header(at, cookie, error)
-    n = chunk_header(at, cookie, REPLY_ERROR_OFFSET, 14)
+    if error == 0:
+        return chunk_header(at, cookie, REPLY_NONE, 0)
+    n = chunk_header(at, cookie, REPLY_ERROR_OFFSET if with_offset else REPLY_ERROR, 14 if with_offset else 6)
     put32(at + n, error)
     put16(at + n + 4, 0)            # no text
-    put64(at + n + 6, offset)
-    return n + 14
+    if with_offset:
+        put64(at + n + 6, offset)
+        return n + 14
+    return n + 6
 
 
 cdef void answer(Conn *c, uint16_t type, uint64_t cookie, uint32_t error, uint64_t offset) noexcept nogil:
     """Without payload, by the connection's thread."""
-    if error:
-        c.out_used += error_header(c.structured, c.out + c.out_used, type, cookie, error, offset)
-    else:
-        c.out_used += simple_header(c.out + c.out_used, cookie, 0)
+    c.out_used += end_header(c, c.out + c.out_used, type, cookie, error, offset)
 
 
 cdef void parked_fail(Parked *p, uint64_t page, int result) noexcept nogil:
@@ -470,16 +532,17 @@ cdef void parked_done(Parked *p) noexcept nogil:
     cdef Export *e = c.export
     if sub32(&p.left, 1, ACQ_REL) != 0:
         return
+    if p.type == CMD_READ and load32(&c.gone, ACQUIRE):
+        p.cut = True                # pages of it may be missing
+        tally(e, E_ABANDONED, 1)
     if p.cut:
         p.header_bytes = 0
-    elif p.error:
-        tally(e, E_ERRORS, 1)
-        p.header_bytes = <uint16_t> error_header(c.structured, p.header, p.type, p.cookie, p.error, p.error_offset)
-    elif p.type == CMD_READ:
+    elif p.type == CMD_READ and p.error == 0:
         tally(e, E_BYTES_READ, p.length)
         p.header_bytes = <uint16_t> read_header(c.structured, p.header, p.cookie, p.offset, p.length)
     else:
-        p.header_bytes = <uint16_t> simple_header(p.header, p.cookie, 0)
+        tally(e, E_ERRORS, p.error != 0)
+        p.header_bytes = <uint16_t> end_header(c, p.header, p.type, p.cookie, p.error, p.error_offset)
     p.next = NULL
     spin_lock(&c.done_lock)
     if c.done_last == NULL:
@@ -494,17 +557,28 @@ cdef void parked_done(Parked *p) noexcept nogil:
 
 # --- parked requests -----------------------------------------------------------------------------------------------
 
+cdef bint row_is_free(Conn *c, uint64_t large) noexcept nogil:
+    """With free_lock held."""
+    cdef Server_t *s = c.server
+    if s.parked_free == NULL or c.rows >= s.rows_each:
+        return False
+    return large == 0 or c.large_bytes + large <= LARGE_BYTES_EACH + PAGE and \
+        s.large_bytes + large <= (LARGE_BYTES_MAX if large <= MEDIUM_BYTES else LARGE_BYTES_HUGE + PAGE)
+
+
 cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nogil:
-    """A row and memory for so many pages; waits for others to finish. NULL: they did not, or the system has no memory."""
+    """A row and memory for so many pages; waits for others to finish. NULL: they did not, or the system has no memory, or its
+    client is gone and nobody wants to know."""
     cdef Server_t *s = c.server
     cdef Parked *p
     cdef uint64_t deadline, large = 0 if pages <= SMALL_PAGES else pages * PAGE
+    cdef bint wanted_by_it = r.type == CMD_READ or r.type == CMD_CACHE
     if not flush_out(c):            # nobody waits for an answer because of this wait
         return NULL
     deadline = now_ns() + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
-    while s.parked_free == NULL or c.rows >= s.rows_each or (large and s.large_bytes + large > LARGE_BYTES_MAX):
-        if now_ns() > deadline or load32(&s.stopping, RELAXED):
+    while not row_is_free(c, large):
+        if now_ns() > deadline or load32(&s.stopping, RELAXED) or (wanted_by_it and load32(&c.gone, RELAXED)):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
         if waits_to_be_sent(c):     # what is finished holds its row until it is sent, and nobody else may send it
@@ -514,11 +588,13 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
             deadline = now_ns() + s.deadline_ns
             pthread_mutex_lock(&s.free_lock)
             continue
-        cond_wait_until(&s.freed, &s.free_lock, deadline)
+        wait_for_others(c, deadline)
     p = s.parked_free
     s.parked_free = p.next
     s.large_bytes += large
+    c.large_bytes += large
     c.rows += 1
+    c.changes += r.type != CMD_READ
     pthread_mutex_unlock(&s.free_lock)
     p.conn = c
     p.cookie = r.cookie
@@ -540,23 +616,52 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     return p
 
 
+cdef void wait_for_others(Conn *c, uint64_t deadline) noexcept nogil:
+    """With free_lock held: until somebody has finished something, or it is time to look at the client again."""
+    cdef Server_t *s = c.server
+    cond_wait_until(&s.freed, &s.free_lock, min(deadline, now_ns() + <uint64_t> LEAVE_MS * 1000000))
+    pthread_mutex_unlock(&s.free_lock)
+    look(c)
+    pthread_mutex_lock(&s.free_lock)
+
+
 cdef void piece_free(Server_t *s, Piece *piece) noexcept nogil:
     pthread_mutex_lock(&s.free_lock)
+    piece.request.conn.asked_pages -= piece.asked
     piece.next = s.piece_free
     s.piece_free = piece
     pthread_cond_broadcast(&s.freed)
     pthread_mutex_unlock(&s.free_lock)
 
 
-cdef void later(Server_t *s, Job *job) noexcept nogil:
-    """By a slow thread. The queue is as long as there are rows of requests and pieces, at most."""
+cdef void piece_dropped(Server_t *s, Piece *piece) noexcept nogil:
+    """Nobody is there any more to read it."""
+    cdef Parked *p = piece.request
+    piece_free(s, piece)
+    parked_done(p)
+
+
+cdef void turn_wanted(Server_t *s, Conn *c) noexcept nogil:
+    """With slow_lock held."""
+    c.next_turn = NULL
+    if s.turns_last == NULL:
+        s.turns_first = c
+    else:
+        s.turns_last.next_turn = c
+    s.turns_last = c
+
+
+cdef void later(Conn *c, Job *job) noexcept nogil:
+    """By a slow thread, after what others want as well. There are as many jobs as rows of requests and pieces, at most."""
+    cdef Server_t *s = c.server
     job.next = NULL
     pthread_mutex_lock(&s.slow_lock)
-    if s.slow_last == NULL:
-        s.slow_first = job
+    if c.jobs_last == NULL:
+        c.jobs_first = job
+        turn_wanted(s, c)
     else:
-        s.slow_last.next = job
-    s.slow_last = job
+        c.jobs_last.next = job
+    c.jobs_last = job
     pthread_cond_signal(&s.slow_wanted)
     pthread_mutex_unlock(&s.slow_lock)
 
@@ -564,7 +669,7 @@ cdef void later(Server_t *s, Job *job) noexcept nogil:
 cdef void piece_again(Piece *piece) noexcept nogil:
     piece.job.kind = JOB_AGAIN
     piece.job.piece = piece
-    later(piece.request.conn.server, &piece.job)
+    later(piece.request.conn, &piece.job)
 
 
 cdef void piece_answered(void *context, Reply *reply) noexcept nogil:
@@ -575,6 +680,9 @@ cdef void piece_answered(void *context, Reply *reply) noexcept nogil:
     cdef uint64_t first = p.offset // PAGE
     cdef uint32_t i, again = 0, came = 0
     cdef int status
+    if load32(&p.conn.gone, RELAXED):
+        piece_dropped(s, piece)
+        return
     for i in range(piece.pages):
         status = reply_next(reply, p.data + <uint64_t> piece.wanted[i].place * PAGE)
         if status == OK:
@@ -596,7 +704,15 @@ cdef void piece_answered(void *context, Reply *reply) noexcept nogil:
 cdef void piece_send(Server_t *s, Piece *piece, RemoteRef *ref) noexcept nogil:
     cdef Parked *p = piece.request
     cdef uint32_t i
-    cdef int result = links_get(s.links, ref, piece.wanted, piece.pages, piece.staging, piece_answered, piece, True)
+    cdef int result
+    if load32(&p.conn.gone, RELAXED):
+        piece_dropped(s, piece)
+        return
+    piece.asked = piece.pages
+    pthread_mutex_lock(&s.free_lock)
+    p.conn.asked_pages += piece.asked
+    pthread_mutex_unlock(&s.free_lock)
+    result = links_get(s.links, ref, piece.wanted, piece.pages, piece.staging, piece_answered, piece, True)
     if result == OK:
         return
     if result == BUSY:
@@ -609,19 +725,20 @@ cdef void piece_send(Server_t *s, Piece *piece, RemoteRef *ref) noexcept nogil:
 
 
 cdef Piece *piece_take(Server_t *s, Parked *p, bint may_wait) noexcept nogil:
+    cdef Conn *c = p.conn
     cdef Piece *piece
     cdef uint64_t deadline = now_ns() + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
-    while s.piece_free == NULL:
-        if not may_wait or now_ns() > deadline or load32(&s.stopping, RELAXED):
+    while s.piece_free == NULL or c.asked_pages >= ASKED_PAGES_EACH:
+        if not may_wait or now_ns() > deadline or load32(&s.stopping, RELAXED) or load32(&c.gone, RELAXED):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
-        cond_wait_until(&s.freed, &s.free_lock, deadline)
+        wait_for_others(c, deadline)
     piece = s.piece_free
     s.piece_free = piece.next
     pthread_mutex_unlock(&s.free_lock)
     piece.request = p
-    piece.pages = 0
+    piece.pages = piece.asked = 0
     add32(&p.left, 1, RELAXED)
     return piece
 
@@ -631,18 +748,27 @@ cdef void read_parked(Conn *c, const Request *r) noexcept nogil:
     cdef Server_t *s = c.server
     cdef Export *e = c.export
     cdef uint64_t first = r.offset // PAGE, last = (r.offset + r.length - 1) // PAGE, page
-    cdef Parked *p = parked_take(c, r, last - first + 1)
+    cdef Parked *p
     cdef Piece *open_pieces[OPEN_PIECES]
     cdef RemoteRef refs[OPEN_PIECES]
     cdef RemoteRef ref
     cdef Piece *piece
     cdef uint32_t i, count = 0
     cdef int result
+    if look(c):
+        tally(e, E_ABANDONED, 1)
+        return
+    p = parked_take(c, r, last - first + 1)
     if p == NULL:
-        tally(e, E_ERRORS, 1)
-        answer(c, CMD_READ, r.cookie, NBD_ENOMEM, r.offset)
+        if load32(&c.gone, RELAXED):
+            tally(e, E_ABANDONED, 1)
+        else:
+            tally(e, E_ERRORS, 1)
+            answer(c, CMD_READ, r.cookie, NBD_ENOMEM, r.offset)
         return
     for page in range(first, last + 1):
+        if (page - first) % LOOK_PAGES == LOOK_PAGES - 1 and look(c):
+            break
         result = load_page(s, e, page, p.data + (page - first) * PAGE, &ref)
         if result == OK or result == MISS:
             continue
@@ -703,6 +829,8 @@ cdef void again(Server_t *s, Job *job) noexcept nogil:
     for i in range(piece.pages):
         bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
         result = REMOTE
+        if load32(&p.conn.gone, RELAXED):
+            break
         while result == REMOTE:
             if load32(&s.stopping, RELAXED):
                 result = UNREACHABLE
@@ -719,6 +847,7 @@ cdef void again(Server_t *s, Job *job) noexcept nogil:
 cdef void work(Server_t *s, Job *job) noexcept nogil:
     cdef Parked *p = job.request
     cdef Export *e
+    cdef uint64_t pages
     cdef int result
     if job.kind == JOB_AGAIN:
         again(s, job)
@@ -728,28 +857,44 @@ cdef void work(Server_t *s, Job *job) noexcept nogil:
         result = patch_page(s, e, job.page, job.low, job.high, job.bytes, not load32(&s.stopping, RELAXED))
         if result != OK:
             parked_fail(p, job.page, result)
-    elif job.kind == JOB_FREE:
-        drop_pages(s, e, job.page, job.pages)
     else:
-        bring_pages(s, e, job.page, job.pages)
+        pages = min(job.pages, <uint64_t> TURN_PAGES)
+        if job.kind == JOB_FREE:
+            drop_pages(s, e, job.page, pages)
+        elif load32(&p.conn.gone, RELAXED) or store_short_of_frames(s.store):
+            pages = job.pages
+        else:
+            bring_pages(s, e, job.page, pages)
+        job.page += pages
+        job.pages -= pages
+        if job.pages:
+            later(p.conn, job)
+            return
     parked_done(p)
 
 
 cdef void *slow_main(void *argument) noexcept nogil:
     """Ends when the server stops and nothing is left to do."""
     cdef Server_t *s = <Server_t *> argument
+    cdef Conn *c
     cdef Job *job
     while True:
         pthread_mutex_lock(&s.slow_lock)
-        while s.slow_first == NULL and not s.slow_stopping:
+        while s.turns_first == NULL and not s.slow_stopping:
             cond_wait_until(&s.slow_wanted, &s.slow_lock, now_ns() + 500000000ull)
-        job = s.slow_first
-        if job == NULL:
+        c = s.turns_first
+        if c == NULL:
             pthread_mutex_unlock(&s.slow_lock)
             return NULL
-        s.slow_first = job.next
+        s.turns_first = c.next_turn
+        if c.next_turn == NULL:
+            s.turns_last = NULL
+        job = c.jobs_first
+        c.jobs_first = job.next
         if job.next == NULL:
-            s.slow_last = NULL
+            c.jobs_last = NULL
+        else:
+            turn_wanted(s, c)
         pthread_mutex_unlock(&s.slow_lock)
         work(s, job)
 
@@ -758,7 +903,7 @@ cdef void *slow_main(void *argument) noexcept nogil:
 
 cdef uint32_t valid(Conn *c, const Request *r) noexcept nogil:
     """0, or the errno that the protocol wants for what is wrong with a request."""
-    cdef uint64_t size = load64(&c.export.bytes, ACQUIRE)
+    cdef uint64_t size = c.bytes    # what it was told: of growth since then it knows nothing
     cdef uint16_t flags = FLAG_FUA
     if r.type == CMD_READ and c.structured:
         flags |= FLAG_DF
@@ -845,7 +990,7 @@ cdef Parked *patch_later(Conn *c, const Request *r, Parked *p, uint64_t page, ui
         job.bytes = p.small + p.length * PAGE
     p.length += 1
     add32(&p.left, 1, RELAXED)
-    later(c.server, job)
+    later(c, job)
     return p
 
 
@@ -970,7 +1115,7 @@ cdef void range_request(Conn *c, const Request *r) noexcept nogil:
                 p.jobs[2].page = first
                 p.jobs[2].pages = last - first
                 add32(&p.left, 1, RELAXED)
-                later(s, &p.jobs[2])
+                later(c, &p.jobs[2])
     if p != NULL:
         if error:
             parked_error(p, error)
@@ -1138,6 +1283,7 @@ cdef void serve(Conn *c) noexcept nogil:
         parked_done(c.write_parked)
     flush_out(c)
     while load32(&c.users, ACQUIRE) or waits_to_be_sent(c):
+        look(c)
         wait_for_users(c)
         flush_out(c)
 
@@ -1441,9 +1587,11 @@ cdef class NbdConnection:
                 return
             self.wait_tls(result, deadline)
 
-    def serve(self, NbdServer server not None, uint32_t number, bint structured, allocation_context):
+    def serve(self, NbdServer server not None, uint32_t number, bint structured, allocation_context, uint64_t told_bytes):
         cdef Export *e = server.export(number)
         cdef Conn *c
+        if told_bytes > load64(&e.bytes, ACQUIRE):
+            raise errors.UsageError(f"the client was told {told_bytes} bytes, and the export has {e.bytes}")
         if self.serving or self.fd < 0:
             raise errors.UsageError("the connection is closed or served already")
         if server.stopped:
@@ -1454,6 +1602,7 @@ cdef class NbdConnection:
         c.server = server.s
         c.export = e
         c.number = number
+        c.bytes = told_bytes
         c.fd = self.fd
         c.ssl = self.ssl
         c.structured = structured

@@ -27,7 +27,8 @@ class NbdServer(_nbd.NbdServer):
 
     add_export: serve a dense persistent pool of at least max_bytes / 4096 pages; returns the export's number. Sizes are
         whole pages. Refused beyond 256 exports.
-    resize: grow, up to max_bytes. Clients see it when they connect anew.
+    resize: grow, up to max_bytes. Clients see it when they connect anew; until then requests beyond the size that their
+        handshake told them (told_bytes of `serve`) are refused.
     remove_export: Refused while connections use it. The pool is the caller's to destroy.
     statistics: counters of one export since it was added. pages_lost: reads that met a page that nobody has any more;
         pages_failed: pages that read as EIO because a write to them was refused, until they are written or trimmed.

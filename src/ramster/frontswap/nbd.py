@@ -241,7 +241,7 @@ class _Connection:
                     self.service.counters.connections += 1
                     log.info("export %s: %s connected", export.name, self.who)
                     assert self.service.server is not None
-                    why = connection.serve(self.service.server, export.number, structured, context)
+                    why = connection.serve(self.service.server, export.number, structured, context, export.size_bytes)
                     log.info("export %s: %s left: %s", export.name, self.who, why)
                     return
 

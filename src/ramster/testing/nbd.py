@@ -117,8 +117,10 @@ class NbdClient:
         elif kind == ReplyType.ERROR_OFFSET:
             found.error, text = struct.unpack(">IH", body[:6])
             (found.error_offset,) = struct.unpack(">Q", body[6 + text :])
+        elif kind == ReplyType.ERROR:
+            found.error, _ = struct.unpack(">IH", body[:6])
         else:
-            raise AssertionError(f"a chunk of type {kind}")
+            assert kind == ReplyType.NONE and not body, f"a chunk of type {kind}"
 
     def _take(self, size: int) -> bytes:
         return receive_exactly(self.socket, size)
@@ -161,24 +163,46 @@ class NbdClient:
         self.socket.close()
 
 
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    return ours, theirs
+
+
 class ServedExport:
     """An export of `pages` pages over a pool of its own, served in threads of this process."""
 
-    def __init__(self, links: Links, pages: int, *, max_pages: int | None = None, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        links: Links,
+        pages: int,
+        *,
+        max_pages: int | None = None,
+        read_only: bool = False,
+        slow_threads: int = 2,
+    ) -> None:
         self.links = links
         self.store = links.store
-        self.server = NbdServer(links, requests_max=32)
+        self.server = NbdServer(links, slow_threads=slow_threads, requests_max=32)
         self.pool = self.store.create_pool(pages=max_pages or pages, persistent=True)
         self.number = self.server.add_export(
             self.pool, pages * PAGE_BYTES, (max_pages or pages) * PAGE_BYTES, read_only=read_only
         )
+        self.bytes = pages * PAGE_BYTES  # that clients are told
         self.ended: list[str] = []
         self._threads: list[threading.Thread] = []
         self._clients: list[NbdClient] = []
 
-    def connect(self, *, structured: bool = True, tls: tuple[TlsContext, ssl.SSLContext] | None = None) -> NbdClient:
-        """A client past its handshake, by a Unix socket pair. tls: the server's side and the client's."""
-        ours, theirs = socket.socketpair()
+    def connect(
+        self,
+        *,
+        structured: bool = True,
+        tls: tuple[TlsContext, ssl.SSLContext] | None = None,
+        tcp: bool = False,
+    ) -> NbdClient:
+        """A client past its handshake, by a pair of Unix sockets or by TCP. tls: the server's side and the client's."""
+        ours, theirs = _tcp_pair() if tcp else socket.socketpair()
         connection = NbdConnection(theirs.detach())
         if tls is not None:
             greeting = threading.Thread(target=connection.start_tls, args=(tls[0], DEADLINE_S))
@@ -192,15 +216,19 @@ class ServedExport:
 
     def serve(self, connection: NbdConnection, *, structured: bool = True) -> None:
         def run() -> None:
-            self.ended.append(
-                connection.serve(self.server, self.number, structured, ALLOCATION_ID if structured else None)
-            )
+            context = ALLOCATION_ID if structured else None
+            self.ended.append(connection.serve(self.server, self.number, structured, context, self.bytes))
             connection.close()
 
         thread = threading.Thread(target=run)
         thread.start()
         self._threads.append(thread)
         wait_until(lambda: connection.serving or not thread.is_alive(), "the connection is served")
+
+    def grow(self, size_bytes: int) -> None:
+        """Those who connect from now on are told so."""
+        self.server.resize(self.number, size_bytes)
+        self.bytes = size_bytes
 
     def statistics(self) -> dict[str, int]:
         return self.server.statistics(self.number)

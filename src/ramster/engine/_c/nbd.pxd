@@ -33,9 +33,11 @@ cdef enum:                              # flags of a command
 
 cdef enum:                              # structured replies
     REPLY_DONE = 1
+    REPLY_NONE = 0
     REPLY_OFFSET_DATA = 1
     REPLY_OFFSET_HOLE = 2
     REPLY_BLOCK_STATUS = 5
+    REPLY_ERROR = 32769
     REPLY_ERROR_OFFSET = 32770
 
 cdef enum:                              # extents of base:allocation
