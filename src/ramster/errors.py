@@ -56,6 +56,10 @@ class NodeUnreachable(RamsterError):
     retryable = True
 
 
+class NodeAbsent(NodeUnreachable):
+    """Nobody listens at the socket: the node does not run, or not yet. Of one that is slow this is not said."""
+
+
 class Refused(RamsterError):
     """The node understood and says no, for example to a stop that would lose pages.
 

@@ -109,6 +109,12 @@ def test_the_summary_says_what_it_does_not_know() -> None:
     assert "1 kill" in lines and "2 processes" in lines
 
 
+def test_where_the_swap_broke_more_memory_is_not_the_advice() -> None:
+    summary = Summary(137, 1.5, 64 << 20, 64 << 20, None, False, 256, 128, True, None, None, 1, 0, 1, "swap0 is broken")
+    text = "\n".join(explain(summary))
+    assert "swap0 is broken" in text and "raise --memory" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -123,6 +129,14 @@ def test_mistakes_get_one_message(arguments: str, code: int, says: str, capsys: 
     assert main(arguments.split()) == code
     printed = capsys.readouterr()
     assert printed.err.startswith("ramster: ") and says in printed.err and printed.err.count("\n") == 1
+
+
+def test_another_pid_namespaces_groups_are_not_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = cgroups.name_for(PREFIX, 1 << 30)  # above what a kernel numbers
+    for name in (here, f"{PREFIX}-1-{1 << 30}"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(cgroups, "hierarchies", lambda: cgroups.Hierarchies((2, tmp_path, "/"), None))
+    assert list(cgroups.stale(PREFIX)) == [tmp_path / here]
 
 
 # --- real ---------------------------------------------------------------------------------------------------------
@@ -182,7 +196,7 @@ def start(*command: str) -> tuple[subprocess.Popen[str], list[Path]]:
     """A run whose command has written its first line, and its groups."""
     process = subprocess.Popen([*RUN, "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process, list(cgroups.named(f"{PREFIX}-{process.pid}"))
+    return process, list(cgroups.named(cgroups.name_for(PREFIX, process.pid)))
 
 
 @real

@@ -65,7 +65,13 @@ def test_too_little_room_is_refused_with_the_arithmetic() -> None:
     )
     assert judged(768 * MIB, peers=peers, spill=spill).refusals == ()
     (why,) = judged(769 * MIB, peers=peers, spill=spill).refusals
-    assert "64 MiB free in the arena + 256 MiB granted by lenders + 64 MiB in the spill file" in why
+    assert "64 MiB free in the arena + 256 MiB granted by lenders (beta is down) + 64 MiB in the spill file" in why
+
+
+def test_links_that_may_still_come_up_are_awaited_only_where_their_room_is_needed() -> None:
+    peers = [LENDER, {**LENDER, "name": "gamma", "state": "connecting", "credit": 0}]
+    assert swap.awaited({**GOOD, "peers": peers}, 640 * MIB) == []
+    assert swap.awaited({**GOOD, "peers": peers}, 641 * MIB) == ["gamma"]
 
 
 def test_a_size_beyond_sense_is_refused() -> None:
@@ -140,7 +146,7 @@ def test_swapoff_is_refused_when_a_group_has_no_room_within_its_limit() -> None:
     swap.refuse_if_no_room(row, [row, disk], memory, groups)
 
 
-WHERE = swap.place(Path("/run/ramster"), "swap0")
+WHERE = swap.place(Path("/run/ramster"), "swap0", "0123456789abcdef")
 
 
 def test_nbd_client_is_told_everything() -> None:
@@ -161,7 +167,124 @@ def test_a_label_fits_into_the_header() -> None:
 
 def test_the_bridge_reads_nothing_to_write_a_page() -> None:
     words = devices.losetup(WHERE, direct=True)
-    assert words[-1] == "/run/ramster/swap/swap0/swap" and {"4096", "--direct-io=on"} <= set(words)
+    assert words[-1] == "/run/ramster/swap/swap0/swap-0123456789abcdef" and {"4096", "--direct-io=on"} <= set(words)
+
+
+def test_a_path_with_odd_characters_is_one_parameter_of_the_uri(tmp_path: Path) -> None:
+    where = swap.place(tmp_path / "a b&c=ü", "swap0", "1")
+    uri = devices.nbdfuse(where, 4)[-1]
+    assert uri.startswith("nbd+unix:///swap0?socket=/") and not set(uri) & set(" &ü")
+
+
+def test_a_place_is_the_same_by_whatever_path_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    straight = swap.place(tmp_path / "real", "swap0")
+    assert swap.place(tmp_path / "link", "swap0") == straight
+    assert swap.place(tmp_path / "link/../real/../link", "swap0") == straight
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("/run/ramster/swap/swap0/swap-0123456789abcdef\n", True),
+        ("/swap-0123456789abcdef (deleted)\n", True),  # its mount is gone, or in another namespace
+        ("/run/ramster/swap/swap0/swap-fedcba9876543210\n", False),  # another container's node, at the same path
+        ("/run/ramster/swap/swap0/swap\n", False),
+    ],
+)
+def test_a_loop_device_is_ours_by_the_token_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, ours: bool
+) -> None:
+    monkeypatch.setattr(devices, "_BLOCK", tmp_path)
+    (tmp_path / "loop7/loop").mkdir(parents=True)
+    (tmp_path / "loop7/loop/backing_file").write_text(text)
+    assert devices.loops(WHERE) == (["/dev/loop7"] if ours else [])
+
+
+@pytest.mark.parametrize(
+    ("noted", "now", "ours"), [("77", "77", True), ("77", None, True), ("77", "78", False), (None, "78", False)]
+)
+def test_an_nbd_device_is_ours_while_it_is_attached_as_we_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str | None, now: str | None, ours: bool
+) -> None:
+    monkeypatch.setattr(devices, "_BLOCK", tmp_path)
+    (tmp_path / "nbd3").mkdir()
+    if now is not None:
+        (tmp_path / "nbd3/pid").write_text(f"{now}\n")
+    record = swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd3", made=True, attached=bool(noted), attachment=noted)
+    assert swap._devices(WHERE, record) == (["/dev/nbd3"] if ours else [])
+
+
+STATES: list[tuple[dict[str, Any], str, str]] = [
+    ({"swapping": False, "connections": None, "attached": False}, "half-done", "swap off swap0"),
+    ({"node": False, "connections": None}, "cut off", "the node that it is on does not answer"),
+    ({"connections": None}, "cut off", "no export swap0"),
+    ({"attached": False, "connections": 0}, "broken", "nbdfuse"),
+    ({"way": "nbd", "attached": False}, "broken", "device is not connected"),
+    ({"connections": 0}, "broken", "started anew"),
+    ({}, "on", ""),
+]
+
+
+@pytest.mark.parametrize(("seen", "state", "says"), STATES)
+def test_a_state_is_what_stands_behind_the_swap(seen: dict[str, Any], state: str, says: str) -> None:
+    facts: dict[str, Any] = {"way": "bridge", "swapping": True, "node": True, "connections": 4, "attached": True}
+    found, why = swap.judge_state("swap0", **{**facts, **seen})
+    assert found == state and says in why
+    assert (why == "") == (state == "on")
+
+
+class Silent:
+    """A node that is gone."""
+
+    def status(self) -> dict[str, Any]:
+        raise NodeUnreachable("gone")
+
+    def exports(self) -> list[dict[str, Any]]:
+        raise NodeUnreachable("gone")
+
+    def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]:
+        raise NodeUnreachable("gone")
+
+    def remove_export(self, name: str, *, force: bool = False) -> None:
+        raise NodeUnreachable("gone")
+
+
+class Linking(Silent):
+    """A node whose lender's link comes up at the third look."""
+
+    looks = 0
+
+    def status(self) -> dict[str, Any]:
+        self.looks += 1
+        up = self.looks > 3
+        state, credit = ("up", 1024) if up else ("connecting", 0)
+        return {**GOOD, "peers": [{"name": "beta", "state": state, "credit": credit}]}
+
+    def exports(self) -> list[dict[str, Any]]:
+        raise Refused("judged")
+
+
+@pytest.mark.parametrize(
+    ("patience", "says"), [(99, "judged"), (1, r"0 MiB granted by lenders \(beta is connecting\)")]
+)
+def test_lenders_that_are_still_connecting_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int, says: str
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(swap, "need", lambda *tools: None)
+    left = iter([True] * patience + [False])
+    waited: list[str] = []
+
+    def wait(what: str) -> bool:
+        waited.append(what)
+        return next(left)
+
+    plan = swap.Plan("swap0", 256 * MIB, accept_loss=True)
+    with pytest.raises(Refused, match=says):
+        swap.on(Linking(), tmp_path, plan, lambda line: None, wait)
+    assert waited and "beta" in waited[0]
 
 
 @pytest.mark.parametrize("name", ["", "-a", "A", "a/b", "..", "a" * 64])
@@ -187,25 +310,10 @@ def test_a_record_is_written_whole_and_read_back(tmp_path: Path) -> None:
     record = swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd0", made=True)
     swap.write(where, record)
     assert swap.read(where) == record and swap.names(tmp_path) == ["swap0"]
-    where.record.write_text("{")
-    with pytest.raises(Refused, match="/proc/swaps"):
-        swap.read(where)
-
-
-class Silent:
-    """A node that is gone."""
-
-    def status(self) -> dict[str, Any]:
-        raise NodeUnreachable("gone")
-
-    def exports(self) -> list[dict[str, Any]]:
-        raise NodeUnreachable("gone")
-
-    def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]:
-        raise NodeUnreachable("gone")
-
-    def remove_export(self, name: str, *, force: bool = False) -> None:
-        raise NodeUnreachable("gone")
+    for text in ("{", "[]", '{"version": 1}'):
+        where.record.write_text(text)
+        with pytest.raises(Refused, match="/proc/swaps"):
+            swap.read(where)
 
 
 def test_without_a_node_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

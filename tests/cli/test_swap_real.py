@@ -20,6 +20,7 @@ import pytest
 from ramster.constants import MIB
 from ramster.errors import RamsterError
 from ramster.frontswap import cgroups, devices, swap
+from ramster.frontswap.run import PREFIX
 from ramster.testing.cluster import Cluster
 from ramster.testing.proxy import wait_until
 
@@ -56,10 +57,11 @@ pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY)
 class Machine:
     """A node that lends and one that swaps; `ramster` at the second."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, name: str = "alpha") -> None:
         self.cluster = cluster
-        self.node = cluster["alpha"]
+        self.node = cluster[name]
         self.socket = str(self.node.control.path)
+        self.groups_before = set(cgroups.named("ramster-swap-*"))  # those of other nodes on this machine
 
     def command(self, *words: str) -> list[str]:
         """The node is named before what belongs to a command of `run`."""
@@ -94,7 +96,7 @@ class Machine:
                 words = process.read_bytes().split(b"\0")
                 if Path(os.fsdecode(words[0])).name in ("nbdfuse", "swapoff") and run_dir.encode() in b" ".join(words):
                     found.append(str(process))
-        found += map(str, cgroups.named("ramster-swap-*"))
+        found += map(str, set(cgroups.named("ramster-swap-*")) - self.groups_before)
         found += [str(path) for path in (self.node.run_dir / "swap").glob("*") if path.name != ".lock"]
         with contextlib.suppress(RamsterError):
             found += [f"export {each['name']}" for each in self.node.control.exports()]
@@ -114,7 +116,7 @@ class Machine:
 def machine() -> Iterator[Machine]:
     nodes = {
         "alpha": {"arena": {"size": "24MiB", "lock": True, "full_wait": "5s"}},
-        "beta": {"arena": {"size": "8MiB"}, "lend": {"size": "256MiB"}},
+        "beta": {"arena": {"size": "8MiB", "lock": True}, "lend": {"size": "256MiB"}},
     }
     with Cluster(nodes) as cluster:
         machine = Machine(cluster.start())
@@ -229,8 +231,8 @@ def test_swapoff_brings_every_page_back(machine: Machine) -> None:
         assert row["used_bytes"] > 16 * MIB and row["state"] == "on"
         # Within its limit there is no room for what is out there: the kernel would kill it.
         refused = machine.ramster("swap", "off")
-        assert refused.returncode == 5 and f"ramster-run-{process.pid}" in refused.stderr
-        for path in cgroups.named(f"ramster-run-{process.pid}"):
+        assert refused.returncode == 5 and cgroups.name_for(PREFIX, process.pid) in refused.stderr
+        for path in cgroups.named(cgroups.name_for(PREFIX, process.pid)):
             for name in ("memory.limit_in_bytes", "memory.max"):
                 if (path / name).exists():
                     (path / name).write_text(str(256 * MIB))
@@ -335,7 +337,8 @@ def test_on_takes_the_reserve_and_says_what_was_refused(machine: Machine) -> Non
     made = machine.ramster("swap", "on", "--way", "bridge", "--size", "16MiB", "--accept-loss")
     assert made.returncode == 0, made.stderr
     guard = machine.node.status()["guard"]
-    (nbdfuse,) = devices.daemons(swap.place(machine.node.run_dir, swap.DEFAULT_NAME))
+    ((where, _),) = swap.recorded(machine.node.run_dir)
+    (nbdfuse,) = devices.daemons(where)
     policy = os.sched_getscheduler(nbdfuse)
     assert machine.ramster("swap", "off").returncode == 0
     for name in ("oom_score", "reserve"):
@@ -343,6 +346,67 @@ def test_on_takes_the_reserve_and_says_what_was_refused(machine: Machine) -> Non
         assert (f"the node's guard: {name} refused" in made.stderr) == (guard[name]["state"] == "refused")
     assert (policy == os.SCHED_RR) == (guard["reserve"]["state"] == "ok")
     assert machine.node.status()["guard"]["reserve"]["state"] == "off"
+
+
+def test_off_touches_no_other_nodes_swap_of_the_same_name(swapping: Machine) -> None:
+    other = Machine(swapping.cluster, "beta")
+    made = other.ramster("swap", "on", "--way", "bridge", "--size", "16MiB", "--accept-loss")
+    try:
+        assert made.returncode == 0, made.stderr
+        before = swapping.json("swap", "status")["swaps"][0]
+        assert before["state"] == "on" and len(before["processes"]) == 1
+        assert other.json("swap", "status")["swaps"][0]["processes"] != before["processes"]
+    finally:
+        ended = other.ramster("swap", "off", "--force")
+    assert ended.returncode == 0, ended.stderr
+    assert other.leftovers() == []
+    after = swapping.json("swap", "status")["swaps"][0]
+    assert (after["state"], after["processes"]) == ("on", before["processes"])
+
+
+def test_it_does_not_matter_by_which_path_the_node_is_named(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(machine.node.run_dir.parent)
+    linked = Machine(machine.cluster)
+    linked.socket = str(tmp_path / "link" / "alpha" / ".." / "alpha" / "control.sock")
+    made = linked.ramster("swap", "on", "--way", "bridge", "--size", "16MiB", "--accept-loss")
+    try:
+        assert made.returncode == 0, made.stderr
+        for each in (linked, machine):
+            (row,) = each.json("swap", "status")["swaps"]
+            assert row["state"] == "on" and row["attached"]
+        assert linked.ramster("run", "--memory", "64MiB", "--", "true").returncode == 0
+    finally:
+        ended = linked.ramster("swap", "off", "--force")
+    assert ended.returncode == 0, ended.stderr
+    assert machine.leftovers() == []
+
+
+def test_a_dead_nbdfuse_is_noticed_before_and_while_a_command_runs(machine: Machine) -> None:
+    assert machine.ramster("swap", "on", "--way", "bridge", "--size", "16MiB", "--accept-loss").returncode == 0
+    words = machine.command("run", "--memory", "64MiB", "--", "sh", "-c", "echo ready; read line")
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        (nbdfuse,) = machine.json("swap", "status")["swaps"][0]["processes"]
+        os.kill(nbdfuse, signal.SIGKILL)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "while the command runs" in line and "nbdfuse" in line and "swap off swap0" in line
+        _, errors = process.communicate("\n", timeout=TIMEOUT_S)
+        assert process.returncode == 0 and "nbdfuse" in errors
+        row = machine.json("swap", "status")["swaps"][0]
+        assert row["state"] == "broken" and "swap off swap0" in row["why"]
+        refused = machine.ramster("run", "--memory", "64MiB", "--", "true")
+        assert refused.returncode == 5 and "broken" in refused.stderr and "nbdfuse" in refused.stderr
+        insisted = machine.ramster("run", "--memory", "64MiB", "--any-swap", "--", "true")
+        assert insisted.returncode == 0 and "broken" in insisted.stderr
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+        ended = machine.ramster("swap", "off", "--force")
+    assert ended.returncode == 0, ended.stderr
+    assert machine.leftovers() == []
 
 
 def test_off_works_when_the_node_is_gone(machine: Machine) -> None:

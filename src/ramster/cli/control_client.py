@@ -8,14 +8,18 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
-from ramster.errors import NodeUnreachable, PermissionMissing, ProtocolError, RamsterError, from_code
+from ramster.errors import NodeAbsent, NodeUnreachable, PermissionMissing, ProtocolError, RamsterError, from_code
 
 TIMEOUT_S = 10.0
+SAY_AFTER_S = 1.0  # nobody wonders earlier
+_POLL_S = 0.05  # a socket that is not there yet tells nobody when it comes
 _ANSWER_BYTES_MAX = 64 << 20  # a status with thousands of regions stays far below
 
 
@@ -25,6 +29,27 @@ class StopAnswer:
 
     accepted: bool
     would_lose: dict[str, Any]
+
+
+class Patience:
+    """The bound of one wait, and the word about it when it gets long."""
+
+    def __init__(self, wait_s: float, say: Callable[[str], None]) -> None:
+        began = time.monotonic()
+        self._until, self._say_from = began + wait_s, began + SAY_AFTER_S
+        self._wait_s, self._say = wait_s, say
+        self._said: set[str] = set()
+
+    def left(self, what: str) -> bool:
+        """Sleeps a moment and is true, until the time is over. what: is waited for, in words."""
+        now = time.monotonic()
+        if now >= self._until:
+            return False
+        if now >= self._say_from and what not in self._said:
+            self._said.add(what)
+            self._say(f"{what} (up to {self._wait_s:g} s; --wait sets it)")
+        time.sleep(min(_POLL_S, self._until - now))
+        return True
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -44,6 +69,16 @@ class ControlClient:
     def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
         self.path = path
         self._timeout_s = timeout_s
+
+    def await_node(self, patience: Patience) -> Self:
+        """Returns itself once a node answers that may just have been started. NodeAbsent when the time is over."""
+        while True:
+            try:
+                self.status()
+                return self
+            except NodeAbsent:
+                if not patience.left(f"waiting for a node on {self.path}"):
+                    raise
 
     def status(self) -> dict[str, Any]:
         """The node's status object. Raises NodeUnreachable, PermissionMissing, ProtocolError, the node's own error."""
@@ -125,12 +160,12 @@ class ControlClient:
             answer = connection.getresponse()
             data = answer.read(_ANSWER_BYTES_MAX)
         except FileNotFoundError:
-            raise NodeUnreachable(
+            raise NodeAbsent(
                 f"no node answers on {self.path}: there is no such socket; "
                 "start one with `ramster node --config FILE`, or name another with --socket or --config"
             ) from None
         except ConnectionRefusedError:
-            raise NodeUnreachable(
+            raise NodeAbsent(
                 f"no node answers on {self.path}: the socket is left over from a node that is gone; "
                 "start it again with `ramster node --config FILE`"
             ) from None

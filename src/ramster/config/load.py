@@ -4,13 +4,14 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 from ramster.config.knobs import ARRAYS, SECTIONS, Config, conflicts, knobs
-from ramster.errors import ConfigError
+from ramster.config.paths import canonical_run_dir
+from ramster.errors import ConfigError, UsageError
 
 # A configuration is a page or two; a larger file is somebody's mistake (a disk image, /dev/zero).
 _FILE_BYTES_MAX: Final = 1 << 20
@@ -96,7 +97,10 @@ class _Reader:
                 self.report((name,), f"allowed is a section that begins with [{name}]", _toml(table))
             elif table is not None or name == "node":
                 values[name] = self.section((name,), cls, table or {})
-        return None if self.problems else Config(**values)
+        if self.problems:
+            return None
+        config = Config(**values)
+        return replace(config, node=replace(config.node, run_dir=canonical_run_dir(config.node.run_dir)))
 
     def section(self, place: Place, cls: type, table: Mapping[str, Any]) -> Any:
         known = {key: (field, knob) for key, field, knob in knobs(cls)}
@@ -114,7 +118,13 @@ class _Reader:
                 self.report((*place, key), str(error), _toml(table[key]))
                 continue
             values[field.name] = self.folder / value.expanduser() if isinstance(value, Path) else value
-        return None if self.problems else cls(**values)
+        if self.problems:
+            return None
+        try:
+            return cls(**values)
+        except UsageError as error:  # a default that this user has not
+            self.report((*place, "run_dir"), f"missing, and {error}")
+            return None
 
 
 def _places(text: str) -> Iterator[tuple[Place, int]]:

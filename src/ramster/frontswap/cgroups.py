@@ -40,7 +40,7 @@ class Hierarchies:
 
 def hierarchies(mounts: str | None = None, own: str | None = None) -> Hierarchies:
     """Read from the texts of /proc/self/mounts and /proc/self/cgroup."""
-    mounts = Path("/proc/self/mounts").read_text() if mounts is None else mounts
+    mounts = os.fsdecode(Path("/proc/self/mounts").read_bytes()) if mounts is None else mounts
     own = _text(Path("/proc/self/cgroup")) if own is None else own
     paths = {}
     for line in own.splitlines():
@@ -194,6 +194,17 @@ def processes(path: Path) -> list[int]:
     return [int(line) for line in _text(path / "cgroup.procs").split()]
 
 
+def _kill(pid: int, path: Path) -> None:
+    """Only while it is in the group: its number may have gone to another process since the list was read."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            if pid in processes(path):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        finally:
+            os.close(descriptor)
+
+
 def remove(paths: list[Path], deadline_s: float = EMPTY_S) -> int:
     """As `Group.remove`, for directories that somebody else left."""
     killed: set[int] = set()
@@ -203,8 +214,7 @@ def remove(paths: list[Path], deadline_s: float = EMPTY_S) -> int:
             running = processes(path)
             for pid in running:
                 killed.add(pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                _kill(pid, path)
             try:
                 for below in sorted(path.rglob("*/"), key=lambda each: -len(each.parts)):
                     if below.is_dir():  # a command that makes groups of its own
@@ -243,16 +253,23 @@ def tight(where: Hierarchies | None = None) -> Iterator[tuple[Path, int, int]]:
 
 
 def named(pattern: str, where: Hierarchies | None = None) -> Iterator[Path]:
-    """Groups that an earlier process of ours has made, wherever in both hierarchies it stood."""
+    """Groups of that name, wherever in both hierarchies they stand. Other nodes and containers have theirs there too:
+    whoever acts on what is found puts into the name what nobody else has.
+    """
     where = where or hierarchies()
     mounts = {each for each in (where.memory and where.memory[1], where.unified and where.unified[0]) if each}
     for mount in mounts:
         yield from mount.rglob(pattern)
 
 
+def name_for(prefix: str, pid: int) -> str:
+    """A group of one process. Numbers count within a PID namespace: another container's 123 is another process."""
+    return f"{prefix}-{Path('/proc/self/ns/pid').stat().st_ino}-{pid}"
+
+
 def stale(prefix: str) -> Iterator[Path]:
-    """Groups PREFIX-PID whose process is gone."""
-    for path in named(f"{prefix}-*"):
+    """Groups of our PID namespace, as `name_for` names them, whose process is gone."""
+    for path in named(name_for(prefix, 0).removesuffix("0") + "*"):
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and not Path("/proc", pid).exists():
             yield path

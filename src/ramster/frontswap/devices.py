@@ -1,7 +1,9 @@
 """From an export to a block device and back: the kernel's nbd where there is one, else nbdfuse and a loop device.
 
 Nothing here remembers anything: what is attached is read from /proc and /sys each time, so that detaching copes with
-whatever state a crash has left.
+whatever state a crash has left. What is ours is known by a token that was drawn for it: it is the name of the file that
+nbdfuse shows, so it stands in nbdfuse's command line and as the loop device's file, and it ends the name of the cgroup.
+A path would not do: a node in another container may have the same one, and another node a swap of the same name.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
+from urllib.parse import quote
 
 from ramster.constants import PAGE_BYTES
 from ramster.errors import KernelUnsupported, RamsterError, Refused, ToolMissing
@@ -43,7 +46,8 @@ CONNECTIONS_MAX: Final = 16
 _POLL_S: Final = 0.02  # the kernel tells nobody when a device or a mount has come or gone
 _PR_SET_IO_FLUSHER: Final = 57
 _OOM_NEVER: Final = b"-1000"
-FILE: Final = "swap"  # below the mount
+FILE: Final = "swap"  # below the mount, with the token
+_BLOCK: Final = Path("/sys/block")
 # Half of it is for the node; what a network card receives comes from it, too. Kernels keep less below 4 GiB of RAM.
 RESERVE_WANTED: Final = 8 << 20
 
@@ -52,12 +56,14 @@ RESERVE_WANTED: Final = 8 << 20
 class Place:
     """What one swap is made of: its name, its export and where its files lie. Paths below `directory` are ours.
 
-    lock: a descriptor that the tools inherit: when this process is killed, whoever comes next waits for the tool too.
+    token: no other swap has it, of any node at any time. lock: a descriptor that the tools inherit: when this process
+    is killed, whoever comes next waits for the tool too.
     """
 
     name: str
-    directory: Path  # RUN_DIR/swap
+    directory: Path  # RUN_DIR/swap, without symlinks: so the kernel shows mounts
     nbd_socket: Path
+    token: str
     lock: int | None = None
 
     @property
@@ -70,7 +76,7 @@ class Place:
 
     @property
     def file(self) -> Path:
-        return self.mount / FILE
+        return self.mount / f"{FILE}-{self.token}"
 
     @property
     def log(self) -> Path:
@@ -78,7 +84,7 @@ class Place:
 
     @property
     def group(self) -> str:
-        return f"ramster-swap-{self.name}"
+        return f"ramster-swap-{self.name}-{self.token}"
 
     @property
     def label(self) -> str:
@@ -113,7 +119,7 @@ def nbd_disconnect(device: str) -> list[str]:
 
 
 def nbdfuse(place: Place, connections: int) -> list[str]:
-    uri = f"nbd+unix:///{place.name}?socket={place.nbd_socket}"
+    uri = f"nbd+unix:///{place.name}?socket={quote(os.fsencode(place.nbd_socket))}"
     return ["nbdfuse", "-C", str(connections), str(place.file), uri]
 
 
@@ -197,13 +203,12 @@ def parse_swaps(text: str) -> list[Swap]:
     found = []
     for line in text.splitlines()[1:]:
         device, kind, size, used, priority = line.split()
-        device = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), device)
-        found.append(Swap(device, kind, int(size) * 1024, int(used) * 1024, int(priority)))
+        found.append(Swap(unescaped(device), kind, int(size) * 1024, int(used) * 1024, int(priority)))
     return found
 
 
 def swaps() -> list[Swap]:
-    return parse_swaps(Path("/proc/swaps").read_text())
+    return parse_swaps(text_of(Path("/proc/swaps")))
 
 
 def swap_on(device: str) -> Swap | None:
@@ -226,53 +231,80 @@ def meminfo() -> dict[str, int]:
     return parse_meminfo(Path("/proc/meminfo").read_text())
 
 
-def loops(file: Path) -> list[str]:
-    """Loop devices on this file, also when it can no longer be reached."""
+def text_of(path: Path) -> str:
+    """A file of /proc or /sys, whose paths may be of any bytes."""
+    return os.fsdecode(path.read_bytes())
+
+
+def unescaped(field: str) -> str:
+    """A path as /proc/mounts and /proc/swaps write it."""
+    return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), field)
+
+
+def loops(place: Place) -> list[str]:
+    """Loop devices on its file, also when that can no longer be reached.
+
+    Asking the device itself (LOOP_GET_STATUS64, for the file's inode) would ask nbdfuse, which may hang or be gone.
+    """
     found = []
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+    for backing in _BLOCK.glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if backing.read_text().strip().removesuffix(" (deleted)") == str(file):
-                found.append(f"/dev/{backing.parts[3]}")
+            if Path(text_of(backing).removesuffix("\n").removesuffix(" (deleted)")).name == place.file.name:
+                found.append(f"/dev/{backing.parent.parent.name}")
     return found
 
 
-def _gone(file: Path, loop: str) -> bool:
-    return loop not in loops(file)
+def _gone(place: Place, loop: str) -> bool:
+    return loop not in loops(place)
 
 
 def loop_direct(device: str) -> bool:
     with contextlib.suppress(OSError):
-        return Path("/sys/block", Path(device).name, "loop/dio").read_text().strip() == "1"
+        return (_BLOCK / Path(device).name / "loop/dio").read_text().strip() == "1"
     return False
 
 
 def mounted(path: Path) -> bool:
-    wanted = str(path).replace("\\", "\\134").replace(" ", "\\040")
-    lines = Path("/proc/self/mounts").read_text().splitlines()
-    return any(line.split(" ")[1] == wanted for line in lines)
+    lines = text_of(Path("/proc/self/mounts")).split("\n")
+    return any(unescaped(line.split(" ")[1]) == str(path) for line in lines if line)
 
 
 def daemons(place: Place) -> list[int]:
     """The nbdfuse processes of this place, known by their command lines: a number alone may be somebody else's now."""
-    found = []
-    for each in Path("/proc").iterdir():
-        if each.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (each / "cmdline").read_bytes().split(b"\0")
-                # A zombie has no command line.
-                if Path(os.fsdecode(words[0])).name == "nbdfuse" and os.fsencode(place.file) in words:
-                    found.append(int(each.name))
-    return found
+    return [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit() and _serves(each.name, place)]
+
+
+def _serves(pid: str, place: Place) -> bool:
+    with contextlib.suppress(OSError):
+        words = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")  # a zombie has none
+        return Path(os.fsdecode(words[0])).name == "nbdfuse" and any(
+            word.endswith(b"/" + os.fsencode(place.file.name)) for word in words
+        )
+    return False
+
+
+def _kill(pid: int, place: Place) -> None:
+    """Only while it is what `daemons` found: the descriptor stays with one process, the number does not."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            if _serves(str(pid), place):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        finally:
+            os.close(descriptor)
 
 
 def nbd_devices() -> list[str]:
     """All of this kernel, in order; empty without the module."""
-    numbers = [int(path.name[3:]) for path in Path("/sys/block").glob("nbd*") if path.name[3:].isdigit()]
+    numbers = [int(path.name[3:]) for path in _BLOCK.glob("nbd*") if path.name[3:].isdigit()]
     return [f"/dev/nbd{number}" for number in sorted(numbers)]
 
 
-def nbd_attached(device: str) -> bool:
-    return Path("/sys/block", Path(device).name, "pid").exists()
+def nbd_attachment(device: str) -> str | None:
+    """What tells one attachment of the device from a later one: the process that made it. None: it is free."""
+    with contextlib.suppress(OSError):
+        return (_BLOCK / Path(device).name / "pid").read_text().strip()
+    return None
 
 
 def has_nbd(load: bool = False) -> bool:
@@ -304,7 +336,7 @@ class KernelNbd:
     def attach(self, place: Place, connections: int, chosen: Callable[[str], None]) -> str:
         """The device. chosen: hears of it before it is attached."""
         need("nbd-client")
-        device = next((each for each in nbd_devices() if not nbd_attached(each)), None)
+        device = next((each for each in nbd_devices() if nbd_attachment(each) is None), None)
         if device is None:
             raise Refused(
                 f"all {len(nbd_devices())} nbd devices are in use; "
@@ -312,7 +344,7 @@ class KernelNbd:
             )
         chosen(device)
         step(nbd_client(place, device, connections), "attaching the export")
-        _until(lambda: nbd_attached(device), f"{device} is connected")
+        _until(lambda: nbd_attachment(device), f"{device} is connected")
         return device
 
 
@@ -400,13 +432,13 @@ def detach(place: Place, device: str | None) -> list[str]:
     The device must not be swapped on any more. Again: does nothing.
     """
     done = []
-    for loop in loops(place.file):
+    for loop in loops(place):
         step(["losetup", "--detach", loop], "detaching the loop device", place.lock)
-        _until(partial(_gone, place.file, loop), f"{loop} is detached")
+        _until(partial(_gone, place, loop), f"{loop} is detached")
         done.append(f"detached {loop}")
-    if device is not None and device.startswith("/dev/nbd") and nbd_attached(device):
+    if device is not None and device.startswith("/dev/nbd") and nbd_attachment(device):
         step(nbd_disconnect(device), "disconnecting the device", place.lock)
-        _until(lambda: not nbd_attached(device), f"{device} is disconnected")
+        _until(lambda: not nbd_attachment(device), f"{device} is disconnected")
         done.append(f"disconnected {device}")
     if mounted(place.mount):
         try:
@@ -420,8 +452,7 @@ def detach(place: Place, device: str | None) -> list[str]:
             _until(lambda: not daemons(place), "nbdfuse ends", 5.0)
         except Refused:
             for pid in running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                _kill(pid, place)
             _until(lambda: not daemons(place), "nbdfuse is gone")
         done.append("ended nbdfuse")
     with contextlib.suppress(OSError):

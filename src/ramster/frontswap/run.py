@@ -12,18 +12,21 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
 from ramster.constants import PAGE_BYTES
 from ramster.errors import UsageError
-from ramster.frontswap.cgroups import Group, remove, stale, table
+from ramster.frontswap.cgroups import Group, name_for, remove, stale, table
 
 PREFIX: Final = "ramster-run"
 SAMPLE_S: Final = 0.2  # for peaks that the kernel does not keep
+WATCH_S: Final = 1.0  # between two looks at what the swap depends on
+WATCHER_ENDS_S: Final = 5.0  # one look may wait for a node that is slow to answer
 NOT_EXECUTABLE: Final = 126  # as shells count
 NOT_FOUND: Final = 127
 _SI_KERNEL: Final = 0x80
@@ -45,6 +48,7 @@ class Summary:
 
     pages_in, pages_out: swapped, of this group, or, where machine_wide, of all processes in that time. stalled_*:
     time in which some task, or all of them, waited for memory. left: processes that still ran at its end, killed.
+    broken: what was wrong with the swap meanwhile, and what to do; None: nothing.
     """
 
     exit_code: int
@@ -61,21 +65,61 @@ class Summary:
     oom_kills: int | None
     left: int
     cgroup: int
+    broken: str | None = None
 
 
-def run(command: Sequence[str], limit_bytes: int) -> Summary:
+#: What is wrong with the swap that a command depends on; None: nothing. Called by a thread of its own.
+Watch = Callable[[], str | None]
+Say = Callable[[str], None]
+
+
+class _Watcher:
+    """Looks at the swap while the command runs, and says once, at that moment, what is wrong with it."""
+
+    def __init__(self, watch: Watch, say: Say) -> None:
+        self._watch, self._say = watch, say
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="ramster-watch", daemon=True)
+        self._lock = threading.Lock()
+        self._found: str | None = None
+
+    def start(self) -> None:
+        """After the forks: the thread is in none of them."""
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while not self._over.wait(WATCH_S) and self._look() is None:
+            pass
+
+    def _look(self) -> str | None:
+        found = self._watch()
+        with self._lock:
+            if found is not None and self._found is None:
+                self._found = found
+                self._say(f"while the command runs: {found}")
+            return self._found
+
+    def end(self, failed: bool) -> str | None:
+        """What was found. failed: the command did, so it is worth one more look."""
+        self._over.set()
+        self._thread.join(WATCHER_ENDS_S)
+        return self._look() if failed and not self._thread.is_alive() else self._found
+
+
+def run(command: Sequence[str], limit_bytes: int, watch: Watch = lambda: None, say: Say = lambda _: None) -> Summary:
     """Runs it to its end. Its exit code is 128 + n when signal n ended it, 127 and 126 when it could not be started.
 
+    watch: is asked again and again while it runs; what it finds goes to `say` at once and into the summary.
     UsageError for such a one, after nothing was left; PermissionMissing and KernelUnsupported from the cgroup.
     """
     for path in stale(PREFIX):
         with contextlib.suppress(OSError):  # one with processes may belong to another PID namespace
             path.rmdir()
-    group = Group(f"{PREFIX}-{os.getpid()}")
+    group = Group(name_for(PREFIX, os.getpid()))
     try:
         group.limit(limit_bytes)
         with _guardian(group):
-            return _run(command, limit_bytes, group)
+            return _run(command, limit_bytes, group, _Watcher(watch, say))
     finally:
         group.remove()
 
@@ -88,7 +132,7 @@ class CannotStart(UsageError):
         self.exit_code = code  # type: ignore[misc]  # of this one, not of the class: 126 or 127, as shells have it
 
 
-def _run(command: Sequence[str], limit_bytes: int, group: Group) -> Summary:
+def _run(command: Sequence[str], limit_bytes: int, group: Group, watcher: _Watcher) -> Summary:
     watched = {*FORWARDED, signal.SIGCHLD}
     before_mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     # An ignored SIGCHLD would take the child's exit code with it.
@@ -97,6 +141,7 @@ def _run(command: Sequence[str], limit_bytes: int, group: Group) -> Summary:
         vm_before = table(Path("/proc/vmstat").read_text())
         started = time.monotonic()
         pid = _start(command, group, before_mask)
+        watcher.start()
         swap_peak, memory_peak, status = 0, 0, None
         while status is None:
             caught = signal.sigtimedwait(watched, SAMPLE_S)
@@ -116,8 +161,9 @@ def _run(command: Sequence[str], limit_bytes: int, group: Group) -> Summary:
     pages_in, pages_out = counted or tuple(vm_after[name] - vm_before[name] for name in ("pswpin", "pswpout"))
     stalled = group.stalled_us()
     kept_peak = group.swap_peak()
+    exit_code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     return Summary(
-        exit_code=128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status),
+        exit_code=exit_code,
         seconds=seconds,
         limit_bytes=limit_bytes,
         peak_bytes=group.memory_peak() or memory_peak,
@@ -131,6 +177,7 @@ def _run(command: Sequence[str], limit_bytes: int, group: Group) -> Summary:
         oom_kills=group.oom_kills(),
         left=group.remove(),
         cgroup=group.version,
+        broken=watcher.end(failed=exit_code != 0),
     )
 
 
@@ -220,8 +267,14 @@ def explain(summary: Summary) -> list[str]:
     if summary.oom_kills:
         lines.append(
             f"OOM        {summary.oom_kills} kill{'s' * (summary.oom_kills > 1)}: "
-            "neither the limit nor the swap had room; raise --memory or add swap (ramster swap on --size ...)"
+            + (
+                "the swap took nothing any more, see below"
+                if summary.broken
+                else "neither the limit nor the swap had room; raise --memory or add swap (ramster swap on --size ...)"
+            )
         )
+    if summary.broken:
+        lines.append(f"swap       {summary.broken}")
     if summary.left:
         lines.append(f"ended      {summary.left} process{'es' * (summary.left > 1)} that the command had left running")
     return lines

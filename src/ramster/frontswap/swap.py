@@ -11,16 +11,19 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ramster.config import paths
 from ramster.config.units import format_bytes
 from ramster.constants import MIB, NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES
-from ramster.errors import NodeUnreachable, PermissionMissing, RamsterError, Refused, UsageError
+from ramster.errors import NodeAbsent, NodeUnreachable, PermissionMissing, RamsterError, Refused, UsageError
 from ramster.frontswap.cgroups import tight
 from ramster.frontswap.devices import (
     CONNECTIONS_MAX,
@@ -38,7 +41,7 @@ from ramster.frontswap.devices import (
     meminfo,
     mkswap,
     mounted,
-    nbd_attached,
+    nbd_attachment,
     need,
     reserve_bytes,
     shielded,
@@ -66,6 +69,7 @@ MARGIN: Final = 0.02
 STALLED_S: Final = 120.0
 LOCK_S: Final = 60.0
 RELEASE_S: Final = 10.0  # for the node to see that the last client has gone
+_RECORD_VERSION: Final = 2
 _POLL_S: Final = 0.2  # neither a lock, nor swapoff, nor a closing connection tells when it is done
 
 
@@ -83,7 +87,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a crash must not make us forget. device: chosen, not necessarily attached. made: the export is ours."""
+    """What a crash must not make us forget. device: chosen, not necessarily attached. made: the export is ours.
+
+    token: in the names of what is made, see `devices`. attachment: which one of the kernel's nbd device is ours.
+    """
 
     name: str
     size_bytes: int
@@ -92,16 +99,35 @@ class Record:
     device: str | None = None
     made: bool = False
     attached: bool = False
+    attachment: str | None = None
     done: bool = False
-    version: int = 1
+    token: str = field(default_factory=partial(secrets.token_hex, 8))
+    version: int = _RECORD_VERSION
 
 
-def place(run_dir: Path, name: str) -> Place:
-    """UsageError for what is no name."""
+def _check_name(name: str) -> None:
     if not NAME_PATTERN.fullmatch(name):
         raise UsageError(f"a swap's name is {NAME_RULE}; given was {name!r:.80}")
-    run_dir = run_dir.absolute()
-    return Place(name, run_dir / "swap", run_dir / NBD_SOCKET)
+
+
+def place(run_dir: Path, name: str, token: str = "") -> Place:
+    """token: of its record, "" before there is one. UsageError for what is no name."""
+    _check_name(name)
+    directory = paths.canonical(run_dir) / "swap"
+    return Place(name, directory, paths.canonical_run_dir(run_dir) / NBD_SOCKET, token)
+
+
+def look_up(where: Place) -> tuple[Place, Record] | None:
+    """What is on record, and where it is; None: there is nothing. Refused as `read`."""
+    record = read(where)
+    return None if record is None else (replace(where, token=record.token), record)
+
+
+def recorded(run_dir: Path) -> Iterator[tuple[Place, Record]]:
+    """Every swap of the node with this run directory."""
+    for name in names(run_dir):
+        if (each := look_up(place(run_dir, name))) is not None:
+            yield each
 
 
 def write(where: Place, record: Record) -> None:
@@ -118,10 +144,12 @@ def read(where: Place) -> Record | None:
     """None: there is none. Refused for one that nobody could have written."""
     try:
         data = json.loads(where.record.read_text())
+        if data.get("version") != _RECORD_VERSION:
+            raise ValueError(f"version {data.get('version')!r:.20}")
         return Record(**data)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise Refused(
             f"{where.record} cannot be read ({error}); "
             "look at /proc/swaps, switch the device off by hand (swapoff DEVICE), then remove the file"
@@ -130,7 +158,8 @@ def read(where: Place) -> Record | None:
 
 def names(run_dir: Path) -> list[str]:
     """Of all records, in order."""
-    return sorted(path.stem for path in (run_dir / "swap").glob("*.json"))
+    found = (path.stem for path in (paths.canonical(run_dir) / "swap").glob("*.json"))
+    return sorted(name for name in found if NAME_PATTERN.fullmatch(name))
 
 
 @contextlib.contextmanager
@@ -178,6 +207,23 @@ def capacity(status: Mapping[str, Any]) -> tuple[int, int, int]:
     )
 
 
+def awaited(status: Mapping[str, Any], size: int) -> list[str]:
+    """Peers whose link may still come up, where what they would lend is missing for a swap of this size."""
+    if sum(capacity(status)) * RATIO >= size:
+        return []
+    return [str(peer.get("name", "?")) for peer in status.get("peers") or [] if peer.get("state") != "up"]
+
+
+def _unlinked(status: Mapping[str, Any]) -> str:
+    """Which of them could not be counted, and why."""
+    found = [
+        f"{peer.get('name', '?')} is {peer.get('state', '?')}" + (f": {peer['reason']}" if peer.get("reason") else "")
+        for peer in status.get("peers") or []
+        if peer.get("state") != "up"
+    ]
+    return f" ({', '.join(found)})" if found else ""
+
+
 def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) -> Verdict:
     """Whether a node in this state should be swapped on. ram: of this machine, bytes."""
     refusals, warnings = [], []
@@ -213,7 +259,7 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
     here, away, spilled = capacity(status)
     if (here + away + spilled) * RATIO < size:
         tiers = [f"{here // MIB} MiB free in the arena"]
-        tiers += [f"{away // MIB} MiB granted by lenders"] if lenders else []
+        tiers += [f"{away // MIB} MiB granted by lenders{_unlinked(status)}"] if lenders else []
         tiers += [f"{spilled // MIB} MiB in the spill file"] if status.get("spill") else []
         refusals.append(
             f"not enough room: {' + '.join(tiers)} hold about {(here + away + spilled) * RATIO // MIB} MiB of pages "
@@ -276,7 +322,8 @@ class Plan:
 
 
 def check(plan: Plan) -> None:
-    """UsageError for numbers that make no sense."""
+    """UsageError for a name that is none and for numbers that make no sense."""
+    _check_name(plan.name)
     if plan.size_bytes < SIZE_BYTES_MIN:
         raise UsageError(
             f"--size is {format_bytes(plan.size_bytes)}; allowed is {format_bytes(SIZE_BYTES_MIN)} or more"
@@ -305,9 +352,12 @@ def choose_way(wanted: str) -> Way:
     return Bridge()
 
 
-def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
+def on(
+    node: Node, run_dir: Path, plan: Plan, say: Say, patience: Callable[[str], bool] = lambda _: False
+) -> dict[str, Any]:
     """Ends with the kernel swapping on a new export, described as by `describe`, or with nothing changed.
 
+    patience: of a wait, told for what; sleeps a moment and is true until the time is over.
     Refused with every reason at once; what could be better goes to `say`. An error in the middle undoes what was done.
     """
     check(plan)
@@ -322,6 +372,10 @@ def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
                 f"end it with `ramster swap off {plan.name}`, or choose another --name"
             )
         status = node.status()
+        while (absent := awaited(status, plan.size_bytes)) and patience(
+            f"waiting for the link to {', '.join(absent)}: without what is lent there is too little room"
+        ):
+            status = node.status()
         verdict = judge(status, plan.size_bytes, meminfo()["MemTotal"], accept_loss=plan.accept_loss)
         if verdict.refusals:
             raise Refused("; and ".join(verdict.refusals))
@@ -341,6 +395,7 @@ def on(node: Node, run_dir: Path, plan: Plan, say: Say) -> dict[str, Any]:
         for warning in (*verdict.warnings, *notes):
             say(warning)
         record = Record(plan.name, plan.size_bytes, plan.priority, way.name)
+        where = replace(where, token=record.token)
         try:
             record = _make(node, where, plan, way, record)
         except BaseException as error:
@@ -372,7 +427,7 @@ def _make(node: Node, where: Place, plan: Plan, way: Way, record: Record) -> Rec
         write(where, replace(record, device=device))
 
     device = way.attach(where, plan.connections, chosen)
-    record = replace(record, device=device, attached=True)
+    record = replace(record, device=device, attached=True, attachment=nbd_attachment(device))
     write(where, record)
     step(mkswap(where, device), "writing the swap header", where.lock)
     step(swapon(device, plan.priority), "switching the swap on", where.lock)
@@ -415,9 +470,10 @@ def off(node: Node, run_dir: Path, name: str, *, force: bool, say: Say) -> Ended
     if not where.directory.is_dir():
         return Ended(name, ())
     with _locked(where) as where:
-        record = read(where)
-        if record is None:
+        there = look_up(where)
+        if there is None:
             return Ended(name, ())
+        where, record = there
         done = []
         for device in _devices(where, record):
             row = swap_on(device)
@@ -431,10 +487,14 @@ def off(node: Node, run_dir: Path, name: str, *, force: bool, say: Say) -> Ended
 
 
 def _devices(where: Place, record: Record) -> list[str]:
-    """The block devices that are its own: those on its file, and the one in the record."""
-    found = loops(where.file)
-    if record.way == "nbd" and record.device is not None:
-        found.append(record.device)
+    """The block devices that are its own: those on its file, and the one in the record.
+
+    The latter while it is attached as we left it, or not at all: another program may have taken the same number since.
+    """
+    found = loops(where)
+    device, left = record.device, record.attachment
+    if record.way == "nbd" and device is not None and left is not None and nbd_attachment(device) in (None, left):
+        found.append(device)
     return found
 
 
@@ -509,8 +569,15 @@ def _take_down(node: Node, where: Place, record: Record) -> tuple[list[str], lis
         if (row := swap_on(each)) is not None:  # only after an `on` that failed: little can be out there yet
             _swap_off(where, row, lambda _: None)
     notes: list[str] = []
-    foreign = record.way == "nbd" and not record.attached and not _ours(node, where.name)
-    device = None if foreign else record.device
+    device = None
+    if record.way == "nbd" and record.device is not None:
+        now = nbd_attachment(record.device)
+        # A crash may have come between the attaching and the note of it.
+        mine = now == record.attachment if record.attached else _ours(node, where.name)
+        if now is not None and mine:
+            device = record.device
+        elif now is not None:
+            notes.append(f"{record.device} is attached to something else by now, which stays")
     done = detach(where, device)
     try:
         # Also when the record does not know of it: a crash came between the making and the note of it.
@@ -545,26 +612,64 @@ def _remove_export(node: Node, name: str) -> list[str]:
 # --- status -------------------------------------------------------------------------------------------------------
 
 
+def judge_state(
+    name: str, way: str, *, swapping: bool, node: bool, connections: int | None, attached: bool
+) -> tuple[str, str]:
+    """(state, what is wrong and what to do about it; "" where it is on).
+
+    swapping: the kernel does, and `on` came to its end. connections: of the export; None: there is none. attached: what
+    stands between kernel and node is there: nbdfuse, or the device's connection.
+
+    "on"; "half-done"; and, where the kernel swaps on what nobody serves, "cut off": without a node or its export,
+    "broken": with something missing between them.
+    """
+    end = (
+        f"processes that need a page of it are killed; end those that can be spared, run `ramster swap off {name}` "
+        "(--force goes on where pages are lost), then switch it on again"
+    )
+    if not swapping:
+        return "half-done", f"as a crash leaves it, or a command still at work; to end it: ramster swap off {name}"
+    if not node:
+        return "cut off", f"the node that it is on does not answer: {end}"
+    if connections is None:
+        return "cut off", f"the node has no export {name} any more: {end}"
+    if not attached:
+        what = "nbdfuse, which stands between the kernel and the node, is gone"
+        return "broken", f"{what if way == 'bridge' else 'its device is not connected to the node any more'}: {end}"
+    if not connections:
+        return "broken", f"nothing is connected to its export any more (was the node started anew?): {end}"
+    return "on", ""
+
+
 def describe(where: Place, record: Record, node: Node | None) -> dict[str, Any]:
     """One swap: what is asked for, what is there, and what the node says of its export (None: no answer).
 
-    state: "on"; "cut off": the kernel swaps on it, but there is no node or no export behind it; "half-done".
+    state, why: as of `judge_state`.
     """
     row = next((row for each in _devices(where, record) if (row := swap_on(each)) is not None), None)
     device = row.device if row is not None else record.device
     export: dict[str, Any] | None = None
     if node is not None:
-        with contextlib.suppress(RamsterError):
+        try:
             export = next((each for each in node.exports() if each.get("name") == where.name), None)
-    there = bool(loops(where.file) or mounted(where.mount) or daemons(where))
-    if record.way == "nbd" and device is not None:
-        there = nbd_attached(device)
-    state = "half-done"
-    if row is not None and record.done:
-        state = "on" if export is not None else "cut off"
+        except RamsterError:
+            node = None
+    processes = daemons(where)
+    there = bool(loops(where) or mounted(where.mount) or processes)
+    if record.way == "nbd":
+        there = record.attachment is not None and device is not None and nbd_attachment(device) == record.attachment
+    state, why = judge_state(
+        record.name,
+        record.way,
+        swapping=row is not None and record.done,
+        node=node is not None,
+        connections=None if export is None else int(export.get("connections", 0)),
+        attached=there if record.way == "nbd" else bool(processes),
+    )
     return {
         "name": record.name,
         "state": state,
+        "why": why,
         "way": record.way,
         "device": device,
         "attached": there,
@@ -572,7 +677,7 @@ def describe(where: Place, record: Record, node: Node | None) -> dict[str, Any]:
         "size_bytes": row.size_bytes if row is not None else record.size_bytes,
         "used_bytes": row.used_bytes if row is not None else 0,
         "priority": row.priority if row is not None else record.priority,
-        "processes": daemons(where),
+        "processes": processes,
         "export": export,
     }
 
@@ -584,22 +689,41 @@ def status(node: Node, run_dir: Path) -> dict[str, Any]:
         node.exports()
     except RamsterError:
         reachable = None
-    ours = []
-    for name in names(run_dir.absolute()):
-        where = place(run_dir, name)
-        record = read(where)
-        if record is not None:
-            ours.append(describe(where, record, reachable))
+    ours = [describe(where, record, reachable) for where, record in recorded(run_dir)]
     devices = {each["device"] for each in ours}
     others = [asdict(row) for row in swaps() if row.device not in devices]
     return {"swaps": ours, "others": others, "node": reachable is not None, "zswap": zswap_on()}
 
 
-def any_on(run_dir: Path) -> bool:
-    """Whether this kernel swaps on an export of the node with this run directory."""
-    for name in names(run_dir.absolute()):
-        where = place(run_dir, name)
-        record = read(where)
-        if record is not None and any(swap_on(device) for device in _devices(where, record)):
-            return True
-    return False
+#: States in which the kernel swaps on what nobody serves.
+BAD: Final = ("cut off", "broken")
+
+
+def health(node: Node, run_dir: Path) -> tuple[list[str], list[str]]:
+    """(names of the swaps of this node that are on, what is wrong with the others that the kernel swaps on).
+
+    A node that is slow to answer has not cut anything off.
+    """
+    if not names(run_dir):
+        return [], []
+    slow = False
+    try:
+        node.exports()
+    except NodeAbsent:
+        pass
+    except RamsterError:
+        slow = True
+    rows = [describe(where, record, None if slow else node) for where, record in recorded(run_dir)]
+    return (
+        [each["name"] for each in rows if each["state"] == "on" or (slow and each["state"] == "cut off")],
+        [
+            f"the swap {each['name']} is {each['state']}: {each['why']}"
+            for each in rows
+            if each["state"] in BAD and not (slow and each["state"] == "cut off")
+        ],
+    )
+
+
+def half_done(run_dir: Path) -> bool:
+    """Whether a swap of this node is being made, or was left so."""
+    return any(not record.done for _, record in recorded(run_dir))

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket, size_option
-from ramster.cli.control_client import ControlClient
+from ramster.cli.commands.options import (
+    WAIT_S,
+    ConfigOption,
+    JsonOption,
+    SocketOption,
+    WaitOption,
+    control_socket,
+    say,
+    size_option,
+)
+from ramster.cli.control_client import ControlClient, Patience
 from ramster.errors import UsageError
 
 app = typer.Typer(help="Block devices of this node, for any NBD client.", no_args_is_help=True)
@@ -69,19 +79,25 @@ def create(
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Clients may not write.")] = False,
     as_json: JsonOption = False,
+    wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
     size_bytes = size_option("--size", size)
     max_bytes = None if max_size is None else size_option("--max-size", max_size)
-    client = ControlClient(control_socket(socket, config))
+    client = _client(socket, config, wait)
     export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only)
     _show(export, as_json)
 
 
 @app.command("ls", help=LS_HELP)
-def ls(as_json: JsonOption = False, socket: SocketOption = None, config: ConfigOption = None) -> None:
-    exports = ControlClient(control_socket(socket, config)).exports()
+def ls(
+    as_json: JsonOption = False,
+    wait: WaitOption = WAIT_S,
+    socket: SocketOption = None,
+    config: ConfigOption = None,
+) -> None:
+    exports = _client(socket, config, wait).exports()
     if as_json:
         typer.echo(json.dumps({"exports": exports}, indent=2))
         return
@@ -100,10 +116,11 @@ def rm(
     name: NameArgument,
     force: Annotated[bool, typer.Option("--force", help="End the connections of its clients first.")] = False,
     as_json: JsonOption = False,
+    wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
-    ControlClient(control_socket(socket, config)).remove_export(name, force=force)
+    _client(socket, config, wait).remove_export(name, force=force)
     typer.echo(json.dumps({"removed": name}) if as_json else f"removed the export {name}")
 
 
@@ -117,14 +134,19 @@ def set_(
         bool | None, typer.Option("--read-only/--read-write", help="Clients may not write, or may again.")
     ] = None,
     as_json: JsonOption = False,
+    wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
     if size is None and read_only is None:
         raise UsageError("nothing to set; give --size, --read-only or --read-write")
     size_bytes = None if size is None else size_option("--size", size)
-    client = ControlClient(control_socket(socket, config))
+    client = _client(socket, config, wait)
     _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only), as_json)
+
+
+def _client(socket: Path | None, config: Path | None, wait_s: float) -> ControlClient:
+    return ControlClient(control_socket(socket, config)).await_node(Patience(wait_s, say))
 
 
 def _show(export: Mapping[str, Any], as_json: bool) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ramster.config.paths import canonical_socket, default_run_dir
 from ramster.config.paths import control_socket as control_path
-from ramster.config.paths import default_run_dir
 from ramster.errors import UsageError
 
 SocketOption = Annotated[
@@ -21,6 +21,12 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Take the control socket from this node's configuration file."),
 ]
+#: A node needs about a second from its start to its sockets; longer where it locks a large arena.
+WAIT_S = 10.0
+WaitOption = Annotated[
+    float,
+    typer.Option("--wait", metavar="SECONDS", min=0, max=3600, help="For a node that was just started."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
@@ -29,12 +35,17 @@ def control_socket(socket: Path | None, config: Path | None) -> Path:
     if socket is not None and config is not None:
         raise UsageError("--socket and --config both name a node; give one of them")
     if socket is not None:
-        return socket
+        return canonical_socket(socket)
     if config is not None:
         from ramster.config import load
 
         return control_path(load(config).node.run_dir)
     return control_path(default_run_dir())
+
+
+def say(line: str) -> None:
+    """What is not the answer itself: on stderr, as errors are."""
+    typer.echo(f"ramster: {line}", err=True)
 
 
 def size_option(option: str, text: str) -> int:

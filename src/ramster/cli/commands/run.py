@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from ramster.cli.commands.options import ConfigOption, SocketOption, control_socket, size_option
+from ramster.cli.commands.options import (
+    WAIT_S,
+    ConfigOption,
+    SocketOption,
+    WaitOption,
+    control_socket,
+    say,
+    size_option,
+)
+from ramster.cli.control_client import ControlClient, Patience
 from ramster.errors import Refused, UsageError
 
 HELP = """Run a command with so much RAM; what does not fit goes to swap.
@@ -26,6 +35,8 @@ Examples:
   ramster run --memory 512MiB -- sort -S 2G big.txt -o sorted.txt
   ramster run --memory 2GiB --json report.json -- python train.py
 """
+#: For the node's word on the swap, before and meanwhile.
+ANSWER_S = 5.0
 #: What the command itself is told, so that `ramster run -- ls -l` is no option of ours.
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
@@ -38,6 +49,7 @@ def run(
         str | None, typer.Option("--json", metavar="FILE", help="Write the summary as JSON; - is stdout.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No summary on stderr.")] = False,
+    wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> int:
@@ -50,14 +62,28 @@ def run(
     limit = size_option("--memory", memory)
     if limit < LIMIT_BYTES_MIN:
         raise UsageError(f"--memory is {memory!r}; allowed is {LIMIT_BYTES_MIN >> 20}MiB or more")
-    if not any_swap and not swap.any_on(control_socket(socket, config).parent):
+    path = control_socket(socket, config)
+    client = ControlClient(path, timeout_s=ANSWER_S)
+    patience = Patience(wait, say)
+    on, bad = swap.health(client, path.parent)
+    while not on and swap.half_done(path.parent) and patience.left("waiting for a swap that is being switched on"):
+        on, bad = swap.health(client, path.parent)
+    if bad and not any_swap:
+        raise Refused(f"{'; and '.join(bad)}; --any-swap runs the command all the same")
+    for line in bad:
+        say(line)
+    if not any_swap and not on:
         raise Refused(
             "no RAMster swap is on, so what does not fit would have nowhere to go; "
             "make one (ramster swap on --size SIZE), or use --any-swap for what there is"
         )
     if not swaps():
         typer.echo("ramster: this machine has no swap: what does not fit is killed", err=True)
-    summary = run_limited(command, limit)
+
+    def watch() -> str | None:
+        return "; and ".join(swap.health(client, path.parent)[1]) or None
+
+    summary = run_limited(command, limit, watch if on and not bad else lambda: None, say)
     if report is not None:
         text = json.dumps(asdict(summary), indent=2) + "\n"
         if report == "-":

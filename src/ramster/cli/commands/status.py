@@ -6,8 +6,16 @@ import json
 
 import typer
 
-from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket
-from ramster.cli.control_client import ControlClient
+from ramster.cli.commands.options import (
+    WAIT_S,
+    ConfigOption,
+    JsonOption,
+    SocketOption,
+    WaitOption,
+    control_socket,
+    say,
+)
+from ramster.cli.control_client import ControlClient, Patience
 
 HELP = """Show a running node: arena, pages here and away, peers, regions, foreign data.
 
@@ -18,8 +26,13 @@ Examples:
 """
 
 
-def status(as_json: JsonOption = False, socket: SocketOption = None, config: ConfigOption = None) -> None:
-    data = ControlClient(control_socket(socket, config)).status()
+def status(
+    as_json: JsonOption = False,
+    wait: WaitOption = WAIT_S,
+    socket: SocketOption = None,
+    config: ConfigOption = None,
+) -> None:
+    data = ControlClient(control_socket(socket, config)).await_node(Patience(wait, say)).status()
     if as_json:
         typer.echo(json.dumps(data, indent=2))
         return

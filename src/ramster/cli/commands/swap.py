@@ -10,8 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import ConfigOption, JsonOption, SocketOption, control_socket, size_option
-from ramster.cli.control_client import ControlClient
+from ramster.cli.commands.options import (
+    WAIT_S,
+    ConfigOption,
+    JsonOption,
+    SocketOption,
+    WaitOption,
+    control_socket,
+    say,
+    size_option,
+)
+from ramster.cli.control_client import ControlClient, Patience
 from ramster.constants import MIB
 from ramster.errors import UsageError
 
@@ -72,6 +81,7 @@ def on(
         str,
         typer.Option("--way", metavar="WAY", help="auto, nbd (the kernel's), or bridge (nbdfuse and a loop device)."),
     ] = "auto",
+    wait: WaitOption = WAIT_S,
     as_json: JsonOption = False,
     socket: SocketOption = None,
     config: ConfigOption = None,
@@ -87,7 +97,11 @@ def on(
         connections,
         way,
     )
-    made = swap.on(_client(path), path.parent, plan, _say)
+    patience = Patience(wait, say)
+    swap.check(plan)
+    swap.need_root("switching swap on")
+    client = _client(path).await_node(patience)
+    made = swap.on(client, path.parent, plan, say, patience.left)
     if as_json:
         typer.echo(json.dumps(made, indent=2))
         return
@@ -125,7 +139,7 @@ def off(
         return
     for each in ended:
         for note in each.notes:
-            _say(note)
+            say(note)
         typer.echo(f"{each.name}: {', '.join(each.done) or 'there is nothing of it'}")
     if not ended:
         typer.echo("there is no swap of this node")
@@ -147,10 +161,6 @@ def _client(path: Path) -> ControlClient:
     return ControlClient(path, timeout_s=30.0)
 
 
-def _say(line: str) -> None:
-    typer.echo(f"ramster: {line}", err=True)
-
-
 _said = 0.0
 
 
@@ -161,7 +171,7 @@ def _progress(line: str) -> None:
         typer.echo(f"\r\x1b[K{line}", err=True, nl=False)
     elif time.monotonic() - _said >= 10.0:
         _said = time.monotonic()
-        _say(line)
+        say(line)
 
 
 def _tables(found: dict[str, Any]) -> None:
@@ -170,7 +180,7 @@ def _tables(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     if not found["node"]:
-        _say("the node does not answer; what follows is what the kernel says")
+        say("the node does not answer; what follows is what the kernel says")
     if not found["swaps"] and not found["others"]:
         typer.echo("this machine has no swap; `ramster swap on --size SIZE` makes one")
         return
@@ -204,9 +214,7 @@ def _tables(found: dict[str, Any]) -> None:
         )
     Console(highlight=False).print(table)
     if found["zswap"]:
-        _say("zswap is on: each page is compressed twice (echo N > /sys/module/zswap/parameters/enabled)")
+        say("zswap is on: each page is compressed twice (echo N > /sys/module/zswap/parameters/enabled)")
     for each in found["swaps"]:
-        if each["state"] == "half-done":
-            _say(f"{each['name']} is half-done, as a crash leaves it: ramster swap off {each['name']}")
-        elif each["state"] == "cut off":
-            _say(f"{each['name']} is on, but its export is out of reach: what needs a page of it is killed or waits")
+        if each["state"] != "on":
+            say(f"{each['name']} is {each['state']}: {each['why']}")
