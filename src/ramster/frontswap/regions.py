@@ -13,9 +13,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import socket
+import stat
 import threading
 import time
 import warnings
@@ -23,13 +25,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, get_args
 
 import msgspec
 
 from ramster.config.paths import default_run_dir
-from ramster.config.units import parse_bytes
-from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
+from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import (
     ForkedError,
     NodeUnreachable,
@@ -40,21 +41,20 @@ from ramster.errors import (
     UsageError,
     from_code,
 )
-from ramster.frontswap import messages
+from ramster.frontswap import arguments, messages
 from ramster.frontswap._client import Mapping
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import DTypeLike, NDArray
 
-    Range: TypeAlias = slice | tuple[int, int] | NDArray[Any] | None
-    """A part of a region: a slice or (start, stop) in bytes, an array that lies in it, or None for all of it."""
-    Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+    from ramster.frontswap.arguments import Range, Shape, Size
 
 # A node answers each request within its own, shorter waits (region.full_wait, links.give_up); this catches one that
 # hangs.
 REQUEST_DEADLINE_S: Final = 30.0
 CONNECT_DEADLINE_S: Final = 5.0
+# From a view to its owner in turn; numpy itself keeps it to two or three.
+_OWNERS_MAX: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,10 @@ class _Control:
             ) from error
         except OSError as error:
             self._socket.close()
+            if (other := _other_than_a_region_socket(path, error)) is not None:
+                raise UsageError(
+                    f"socket: {str(path)!r} is {other}; a node's region socket is {REGION_SOCKET} in its run directory"
+                ) from error
             raise NodeUnreachable(
                 f"no node answers at {path} ({error.strerror or error}): start one with 'ramster node --config FILE', "
                 "or name its socket in RAMSTER_SOCKET"
@@ -231,6 +235,16 @@ class _Control:
         self._socket.close()
 
 
+def _other_than_a_region_socket(path: Path, error: OSError) -> str | None:
+    """What a connection was tried to, where it is certainly no region socket."""
+    if error.errno == errno.EPROTOTYPE:
+        return "a socket of another kind (the control socket?)"
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode
+        return None if stat.S_ISSOCK(mode) else "a directory" if stat.S_ISDIR(mode) else "no socket"
+    return None
+
+
 class Pin:
     """Pages that stay in RAM and in place until `unpin` or the end of the `with` block."""
 
@@ -270,38 +284,28 @@ class Region(Mapping):
     """
 
     def __init__(
-        self, socket: str | Path, nbytes: int, *, resident: int | str | None = None, name: str | None = None
+        self, socket: str | Path, nbytes: Size, *, resident: Size | None = None, name: str | None = None
     ) -> None:
         super().__init__()
-        pages = -(-int(nbytes) // PAGE_BYTES)
-        if not 1 <= pages <= POOL_PAGES_MAX:
-            raise UsageError(f"nbytes: {nbytes}, must be 1 to {POOL_PAGES_MAX * PAGE_BYTES}")
-        resident_pages = None
-        if resident is not None:
-            try:
-                resident_pages = min(pages, parse_bytes(resident) // PAGE_BYTES)
-            except ValueError as error:
-                raise UsageError(f"resident: {resident!r}, {error}") from error
-            if resident_pages < 1:
-                raise UsageError(f"resident: {resident}, must be at least one page of {PAGE_BYTES} bytes")
-        if name is not None and not 1 <= len(name) <= messages.NAME_MAX:
-            raise UsageError(f"name: must have 1 to {messages.NAME_MAX} characters")
-        self._open(
-            socket, messages.Create(version=messages.VERSION, pages=pages, resident_pages=resident_pages, name=name)
+        pages = arguments.region_pages("nbytes", nbytes)
+        request = messages.Create(
+            version=messages.VERSION,
+            pages=pages,
+            resident_pages=arguments.resident_pages(resident, pages),
+            name=arguments.name(name),
         )
+        self._open(socket, request)
 
     @classmethod
-    def attached(cls, socket: str | Path, name: str | int) -> Self:
+    def attached(cls, socket: str | Path, name: str | SupportsIndex) -> Self:
         """A region that another process of this user has made, by its name or its number; see Client.attach."""
-        if isinstance(name, str) and not 1 <= len(name) <= messages.NAME_MAX:
-            raise UsageError(f"name: must have 1 to {messages.NAME_MAX} characters")
         region = cls.__new__(cls)
         Mapping.__init__(region)
-        region._open(socket, messages.Join(version=messages.VERSION, region=name))
+        region._open(socket, messages.Join(version=messages.VERSION, region=arguments.which(name)))
         return region
 
     def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> None:
-        self._control = _Control(Path(socket))
+        self._control = _Control(arguments.path("socket", socket))
         try:
             made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
             self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
@@ -321,19 +325,29 @@ class Region(Mapping):
         if self.user_mode_only:
             _warn_user_mode_only()
 
-    def array(self, shape: Shape, dtype: DTypeLike = float, offset: int = 0) -> NDArray[Any]:
-        """A numpy array over the region's bytes from `offset` on, C order. It keeps the region alive.
+    def array(
+        self, shape: Shape, dtype: DTypeLike = float, offset: Size = 0, *, order: arguments.Order = "C"
+    ) -> NDArray[Any]:
+        """A numpy array over the region's bytes from `offset` on. It keeps the region alive.
+
+        shape, dtype, order ("C" or "F"): as for numpy.empty.
 
         Raises UsageError where the array does not fit in, or the type holds Python objects.
         """
         import numpy as np
 
-        kind, sides = _kind(dtype), _sides(shape)
+        sides, kind = arguments.layout(shape, dtype)
+        placed, start = arguments.order(order), arguments.size("offset", offset)
+        self._own()
         size = kind.itemsize * math.prod(sides)
-        if not 0 <= offset <= self.nbytes - size:
-            raise UsageError(f"an array of {size} bytes at byte {offset} does not fit in a region of {self.nbytes}")
+        if start + size > self.nbytes:
+            raise UsageError(
+                f"an array of {size} bytes at byte {arguments.shown(start)} does not fit in a region of {self.nbytes}"
+            )
         # frombuffer holds the buffer for as long as the array lives; ndarray(buffer=...) takes the address and lets go.
-        return np.frombuffer(memoryview(self), np.uint8)[offset : offset + size].view(kind).reshape(sides)
+        # The base has the items that the array has: libraries (scipy.sparse) take an array whose base has far more of
+        # them for a small part of a large one, and copy it.
+        return np.frombuffer(memoryview(self), kind, math.prod(sides), start).reshape(sides, order=placed)
 
     def pin(self, where: Range = None) -> Pin:
         """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest; they belong to this
@@ -408,8 +422,7 @@ class Region(Mapping):
         own (nothing changes then); NodeUnreachable, ForkedError.
         """
         first, count = self._span(where)
-        if kind not in get_args(messages.Advice):
-            raise UsageError(f"advice: {kind!r}, must be one of {', '.join(get_args(messages.Advice))}")
+        arguments.word("kind", kind, get_args(messages.Advice))
         if count:
             self._control.ask(messages.Advise(kind=kind, first=first, count=count))
 
@@ -467,21 +480,7 @@ class Region(Mapping):
     def _span(self, where: Range) -> tuple[int, int]:
         """(first page, pages) of a range, rounded outwards."""
         self._own()
-        if where is None:
-            start, stop = 0, self.nbytes
-        elif isinstance(where, slice):
-            start, stop, step = where.indices(self.nbytes)
-            if step != 1:
-                raise UsageError(f"range: a slice with step {step}, must be contiguous")
-        elif isinstance(where, tuple):
-            start, stop = where
-        else:
-            from numpy.lib.array_utils import byte_bounds
-
-            low, high = byte_bounds(where)
-            start, stop = low - self.address, high - self.address
-        if not 0 <= start <= stop <= self.nbytes:
-            raise UsageError(f"range: bytes {start} to {stop}, must lie in order within 0 to {self.nbytes}")
+        start, stop = arguments.byte_range(where, self.address, self.nbytes)
         if start == stop:
             return start // PAGE_BYTES, 0
         first = start // PAGE_BYTES
@@ -538,22 +537,6 @@ def _warn_user_mode_only() -> None:
         )
 
 
-def _kind(dtype: DTypeLike) -> np.dtype[Any]:
-    import numpy as np
-
-    kind = np.dtype(dtype)
-    if kind.hasobject or kind.itemsize == 0:
-        raise UsageError(f"dtype: {kind}, must have a size and hold no Python objects")
-    return kind
-
-
-def _sides(shape: Shape) -> tuple[int, ...]:
-    sides = tuple(int(side) for side in (shape if isinstance(shape, Sequence) else (shape,)))
-    if any(side < 0 for side in sides):
-        raise UsageError(f"shape: {shape}, must not be negative")
-    return sides
-
-
 def _chunks(first: int, count: int) -> Iterator[tuple[int, int]]:
     for at in range(first, first + count, messages.SPAN_MAX):
         yield at, min(messages.SPAN_MAX, first + count - at)
@@ -567,12 +550,14 @@ class Client:
     """
 
     def __init__(self, socket: str | Path | None = None) -> None:
-        self.socket = Path(socket or os.environ.get("RAMSTER_SOCKET") or default_run_dir() / REGION_SOCKET)
+        if socket is None:
+            socket = os.environ.get("RAMSTER_SOCKET") or default_run_dir() / REGION_SOCKET
+        self.socket = arguments.path("socket", socket)
         self.creator = os.getpid()
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
         _Control(self.socket).hang_up()
 
-    def region(self, nbytes: int, *, resident: int | str | None = None, name: str | None = None) -> Region:
+    def region(self, nbytes: Size, *, resident: Size | None = None, name: str | None = None) -> Region:
         """A new region; see Region for arguments and errors. Also raises ForkedError."""
         if self.creator != os.getpid():
             raise ForkedError("a client belongs to the process that made it; connect anew in the child")
@@ -580,7 +565,7 @@ class Client:
         self._regions.add(made)
         return made
 
-    def attach(self, name: str | int) -> Region:
+    def attach(self, name: str | SupportsIndex) -> Region:
         """A region that another process of the same user has made, by its name or its number (`Region.number`).
 
         The same memory, at another address: what one process writes the others read at once, as with any shared memory,
@@ -597,18 +582,31 @@ class Client:
         return found
 
     def empty(
-        self, shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None
+        self,
+        shape: Shape,
+        dtype: DTypeLike = float,
+        order: arguments.Order = "C",
+        *,
+        resident: Size | None = None,
+        name: str | None = None,
     ) -> NDArray[Any]:
-        """A numpy array in a region of its own, which lives as long as the array and its views. It reads as zeros."""
-        kind, sides = _kind(dtype), _sides(shape)
-        size = kind.itemsize * math.prod(sides)
-        return self.region(max(1, size), resident=resident, name=name).array(sides, kind)
+        """A numpy array in a region of its own; see ramster.empty for arguments and errors. Also raises ForkedError."""
+        sides, kind = arguments.layout(shape, dtype)
+        placed = arguments.order(order)
+        size = max(1, kind.itemsize * math.prod(sides))
+        return self.region(size, resident=resident, name=name).array(sides, kind, order=placed)
 
     def zeros(
-        self, shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None
+        self,
+        shape: Shape,
+        dtype: DTypeLike = float,
+        order: arguments.Order = "C",
+        *,
+        resident: Size | None = None,
+        name: str | None = None,
     ) -> NDArray[Any]:
         """As `empty`: fresh memory is zeros and costs nothing until touched."""
-        return self.empty(shape, dtype, resident=resident, name=name)
+        return self.empty(shape, dtype, order, resident=resident, name=name)
 
     def close(self) -> None:
         """Close every region of this client. Raises BufferError where one has arrays (the others are closed),
@@ -658,30 +656,60 @@ def _default_client() -> Client:
         return _default
 
 
-def attach(name: str | int) -> Region:
-    """`Client.attach` with the default client of this process."""
+def attach(name: str | SupportsIndex) -> Region:
+    """A region that another process of this user has made, by its name or its number: `Client.attach` with the default
+    client of this process.
+    """
     return _default_client().attach(name)
 
 
 def empty(
-    shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None
+    shape: Shape,
+    dtype: DTypeLike = float,
+    order: arguments.Order = "C",
+    *,
+    resident: Size | None = None,
+    name: str | None = None,
 ) -> NDArray[Any]:
-    """`Client.empty` with the default client of this process."""
-    return _default_client().empty(shape, dtype, resident=resident, name=name)
+    """A numpy array that may be larger than the RAM it uses, in a region of its own at this machine's node.
+
+    The region lives as long as the array and its views; `ramster.region_of(array)` is it, with `pin`, `prefetch`,
+    `evict` and `statistics`. The array reads as zeros until it is written.
+
+    shape, dtype, order ("C" or "F"): as for numpy.empty; types that hold Python objects are refused.
+    resident: RAM budget in bytes, or a size such as "64MiB"; None: the node's default.
+    name: shown by `ramster status`, and what other processes attach by.
+
+    Uses the default client of this process: $RAMSTER_SOCKET, else the default run directory.
+
+    Raises UsageError (the message names the argument), NodeUnreachable, PermissionMissing (userfaultfd is not
+    permitted), KernelUnsupported, Refused (over the node's limits), RegionFull.
+    """
+    return _default_client().empty(shape, dtype, order, resident=resident, name=name)
 
 
 def zeros(
-    shape: Shape, dtype: DTypeLike = float, *, resident: int | str | None = None, name: str | None = None
+    shape: Shape,
+    dtype: DTypeLike = float,
+    order: arguments.Order = "C",
+    *,
+    resident: Size | None = None,
+    name: str | None = None,
 ) -> NDArray[Any]:
-    """`Client.zeros` with the default client of this process."""
-    return _default_client().zeros(shape, dtype, resident=resident, name=name)
+    """As `ramster.empty`, with the same arguments and errors: fresh memory is zeros and costs nothing until touched."""
+    return _default_client().zeros(shape, dtype, order, resident=resident, name=name)
 
 
 def region_of(array: NDArray[Any] | memoryview) -> Region:
     """The region that an array or memoryview lies in. Raises UsageError where it lies in none."""
     owner: Any = array
-    while owner is not None:
+    for _ in range(_OWNERS_MAX):
+        if owner is None:
+            break
         if isinstance(owner, Region):
             return owner
-        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    raise UsageError("the array does not lie in a region")
+        try:
+            owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+        except Exception:  # a memoryview that was released, or an object of whatever kind
+            break
+    raise UsageError(f"array: {arguments.shown(array)}, does not lie in a region")
