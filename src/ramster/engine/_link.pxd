@@ -89,7 +89,7 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     Asked *asked                    # of a get channel: a queue
     uint32_t asked_head
     uint32_t asked_count
-    uint64_t received_ns
+    uint64_t received_ns            # as every stamp here: of ran_ns()
     uint64_t pinged_ns
     uint64_t bytes_sent
     uint64_t bytes_received
@@ -226,6 +226,7 @@ cdef struct Links_t:
     uint64_t give_up_ns
     uint64_t idle_ns
     uint64_t keepalive_ns
+    uint64_t skipped_first_ns       # of the store's clock when the links were made
     uint32_t bulk_in_flight
     Spilling spilling
     # gets under way

@@ -21,6 +21,9 @@ Rules of TLS under threads, each learned from somebody's failure (DESIGN.md sect
 The spill file (_spill) is one more place that a segment goes to and that pages are got from: peer SPILL_PEER. It has threads
 of its own; no thread here waits for a disk, but for the shipper where images are mirrored.
 
+Whatever counts another's silence does so in ran_ns(), time in which this node ran (_running): stamps and deadlines of gets, of
+connections, of orders. Only what bounds a wait in a system call is in now_ns().
+
 Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock or the spill file's. None of them is held
 while sleeping.
 """
@@ -47,6 +50,10 @@ from ramster.engine._c.pthread cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._histogram cimport Histogram, quantile, record
+from ramster.engine._pending cimport (
+    P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
+    pending_verdict)
+from ramster.engine._running cimport GAP_NS, ran_ns
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
@@ -112,13 +119,6 @@ cdef enum Sent:
     DOWN = 1
     AGAIN = 2
 
-cdef enum PendingState:
-    P_FREE = 0
-    P_WAITS = 1
-    P_SENT = 2
-    P_COMPLETING = 3
-    P_SPILL = 4                     # in the hands of the spill file's threads
-
 cdef enum LentState:
     LENT_FREE = 0
     LENT_RECEIVING = 1
@@ -134,6 +134,10 @@ cdef void say(uint64_t *counter, uint64_t amount) noexcept nogil:
 cdef inline Peer *peer_at(Links_t *l, uint32_t number) noexcept nogil:
     """A peer is made once and stays until the links are freed; NULL before, and for numbers beyond the table."""
     return <Peer *> <size_t> load64(<uint64_t *> &l.peers[number & 255], ACQUIRE)
+
+
+cdef inline uint64_t ran(Links_t *l) noexcept nogil:
+    return ran_ns(&l.store.running)
 
 
 cdef inline bint is_up(Channel *ch) noexcept nogil:
@@ -757,7 +761,7 @@ cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
     if peer == NULL:
         return number != SPILL_PEER or not load32(&l.spilling.ready, ACQUIRE)
     down = load64(&peer.down_ns, ACQUIRE)
-    return load32(&peer.gone, ACQUIRE) != 0 or (down != 0 and now_ns() - down > l.give_up_ns)
+    return load32(&peer.gone, ACQUIRE) != 0 or (down != 0 and ran(l) - down > l.give_up_ns)
 
 
 cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
@@ -816,7 +820,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
     p.staging = staging
     p.complete = complete
     p.context = context
-    p.started_ns = p.sent_ns = now_ns()
+    p.started_ns = p.sent_ns = ran(l)
     p.spilled = False
     if spilled and not pending_to_spill(l, i):
         store32(&p.state, P_FREE, RELAXED)
@@ -937,7 +941,7 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
     """A reply has arrived whole. 'body' is the receive buffer, or the staging memory of the request."""
     cdef Pending *p = &l.pending[f.request & (PENDING_MAX - 1)]
     cdef int status = OK
-    cdef uint64_t now = now_ns()
+    cdef uint64_t now = ran(l)
     pthread_mutex_lock(&l.pending_lock)
     if p.state != P_SENT or p.id != f.request or p.ref.peer != peer.number:
         pthread_mutex_unlock(&l.pending_lock)
@@ -981,14 +985,21 @@ cdef void pending_forget_body(Links_t *l, uint32_t i, uint32_t peer) noexcept no
 
 cdef void pending_tick(Links_t *l) noexcept nogil:
     """Deadlines: ask again after request_deadline, or the spill file where it has what is wanted too, give up after give_up, and
-    say at once when the lender's memory is gone."""
+    say at once when the lender's memory is gone. pending_verdict() decides."""
     cdef uint32_t i, peer
-    cdef uint64_t now = now_ns(), id
+    cdef uint64_t now = ran(l), id
     cdef Pending *p
     cdef int outcome
-    cdef bint resend, redirected, stopping = load32(&l.stopping, ACQUIRE) != 0
+    cdef Asking asking
+    cdef Patience patience
+    cdef Verdict verdict
     if load32(&l.pending_free_count, RELAXED) == PENDING_MAX:
         return
+    patience.give_up_ns = l.give_up_ns
+    patience.spill_ns = SPILL_S * 1000000000ull
+    patience.hedge_ns = HEDGE_MS * 1000000ull
+    patience.ask_again_ns = l.request_deadline_ns
+    asking.stopping = load32(&l.stopping, ACQUIRE) != 0
     for i in range(PENDING_MAX):
         p = &l.pending[i]
         outcome = <int> load32(&p.state, ACQUIRE)
@@ -996,36 +1007,43 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
             continue
         pthread_mutex_lock(&l.pending_lock)
         outcome = -1
-        resend = redirected = False
         id = 0
         peer = p.ref.peer               # once redirected, the request may be over before this turn is
-        if p.state == P_WAITS or p.state == P_SENT or p.state == P_SPILL:
-            if stopping or now > p.started_ns + (max(l.give_up_ns, SPILL_S * 1000000000ull) if p.spilled else l.give_up_ns):
-                outcome = UNREACHABLE
-            elif p.state == P_SPILL:
-                pass
-            elif store_slot_state(l.store, p.wanted[0].slot) != REMOTE:
-                outcome = store_slot_state(l.store, p.wanted[0].slot)       # of the segment, whichever page names it
-                outcome = BUSY if outcome == MISS else outcome
-            elif p.ref.spill and (p.state == P_WAITS or now > p.started_ns + HEDGE_MS * 1000000ull) and pending_to_spill(l, i):
-                redirected = True
-                say(&l.gets_redirected, p.pages)
-            elif p.state == P_WAITS or now > p.sent_ns + l.request_deadline_ns:
-                resend = True
-                id = next_id(l, i)
-                p.id = id
-                p.sent_ns = now
-                store32(&p.state, P_SENT, RELAXED)
-            if outcome >= 0:
-                store32(&p.state, P_COMPLETING, RELAXED)
+        asking.state = <PendingState> p.state
+        if asking.state != P_WAITS and asking.state != P_SENT and asking.state != P_SPILL:
+            pthread_mutex_unlock(&l.pending_lock)       # what it wants is its owner's again
+            continue
+        asking.started_ns = p.started_ns
+        asking.sent_ns = p.sent_ns
+        asking.spilled = p.spilled
+        asking.mirrored = p.ref.spill != 0
+        asking.remote = store_slot_state(l.store, p.wanted[0].slot) == REMOTE   # of the segment, whichever page names it
+        verdict = pending_verdict(&asking, &patience, now)
+        if verdict == V_REDIRECT and not pending_to_spill(l, i):
+            asking.mirrored = False     # too many wait for it
+            verdict = pending_verdict(&asking, &patience, now)
+        if verdict == V_GIVE_UP:
+            outcome = UNREACHABLE
+        elif verdict == V_SETTLE:
+            outcome = store_slot_state(l.store, p.wanted[0].slot)
+            outcome = LOST if outcome == LOST else BUSY
+        elif verdict == V_REDIRECT:
+            say(&l.gets_redirected, p.pages)
+        elif verdict == V_ASK:
+            id = next_id(l, i)
+            p.id = id
+            p.sent_ns = now
+            store32(&p.state, P_SENT, RELAXED)
+        if outcome >= 0:
+            store32(&p.state, P_COMPLETING, RELAXED)
         pthread_mutex_unlock(&l.pending_lock)
-        if outcome >= 0 or resend or redirected:
+        if outcome >= 0 or verdict == V_ASK or verdict == V_REDIRECT:
             pending_forget_body(l, i, peer)
         if outcome >= 0:
             if outcome == UNREACHABLE:
                 say(&l.unreachable, p.pages)
             pending_complete(l, p, outcome, NULL, l.open_ctx)
-        elif resend:
+        elif verdict == V_ASK:
             pending_send(l, i, id, True)
 
 
@@ -1063,7 +1081,7 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
     cdef Wanted wanted
     cdef Waiter w
     cdef int result
-    cdef uint64_t deadline = now_ns() + 2 * l.give_up_ns
+    cdef uint64_t deadline = ran(l) + 2 * l.give_up_ns
     while True:
         result = store_get(l.store, pool, oid, index, page, mode, &ref)
         if result != REMOTE:
@@ -1092,7 +1110,7 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
             result = BUSY           # somebody took or replaced it since the reply: no two exclusive gets return one put
         if result != BUSY:
             return result
-        if now_ns() > deadline or load32(&l.stopping, ACQUIRE):
+        if ran(l) > deadline or load32(&l.stopping, ACQUIRE):
             return UNREACHABLE
         sched_yield()
 
@@ -1150,12 +1168,12 @@ cdef void ship_done(Links_t *l, Peer *peer, uint32_t i) noexcept nogil:
     """Under ship_lock: this one is under way no more."""
     l.ships[i].id = 0
     sub32(&peer.shipping, 1, RELAXED)
-    peer.progress_ns = now_ns()
+    peer.progress_ns = ran(l)
 
 
 cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     cdef uint32_t i
-    cdef uint64_t now = now_ns()
+    cdef uint64_t now = ran(l)
     cdef Ship ship
     ship.id = 0
     pthread_mutex_lock(&l.ship_lock)
@@ -1304,7 +1322,7 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     l.ships[slot].peer = peer.number
     l.ships[slot].meta = meta
     l.ships[slot].spill = spill
-    l.ships[slot].sent_ns = now_ns()
+    l.ships[slot].sent_ns = ran(l)
     add32(&peer.shipping, 1, RELAXED)
     pthread_mutex_unlock(&l.ship_lock)
     frame = <Frame *> image
@@ -1340,7 +1358,7 @@ cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
     """Take the oldest order whose lender can have a segment now. Orders for a lender that does not get any further are
     given up one by one; those for others pass them."""
     cdef uint32_t i, k, slot = 0, kept = 0
-    cdef uint64_t now = now_ns()
+    cdef uint64_t now = ran(l)
     cdef bint found = False, expired
     cdef Peer *peer
     cdef Order *o
@@ -1689,7 +1707,7 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     ch.armed = False
     ch.start = ch.end = 0
     if ch.kind == GET:
-        store64(&peer.down_ns, now_ns(), RELEASE)
+        store64(&peer.down_ns, ran(l), RELEASE)
     pthread_mutex_unlock(&ch.lock)
     if ch.in_body and ch.body_frame != NO_FRAME:
         pthread_mutex_lock(&l.lender_lock)
@@ -1766,7 +1784,8 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
     cdef epoll_event events[32]
     cdef int n, i
     cdef uint32_t p
-    cdef uint64_t value, now, ticked = 0
+    cdef uint64_t value, now, ticked = 0, looked = now_ns()
+    cdef bint late = False
     cdef Peer *peer
     while not load32(&l.stopping, ACQUIRE):
         n = epoll_wait(l.epolls[kind], events, 32, TICK_MS)
@@ -1785,7 +1804,13 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
                 peer = peer_at(l, p)
                 if peer != NULL and swap32(&peer.channels[kind].kick, 0, ACQ_REL):
                     serve(l, peer, &peer.channels[kind])
-        now = now_ns()
+        now = ran(l)
+        late = now_ns() > looked + GAP_NS and not late
+        looked = now_ns()
+        if late:
+            if kind == GET:
+                eventfd_write(l.event_fd, 1)
+            continue                    # this thread has not run for a while: what came meanwhile is read before anything is given up
         if now - ticked > TICK_MS * 1000000ull:
             ticked = now
             for p in range(PEERS_MAX):
@@ -1990,6 +2015,8 @@ cdef class Links:
         l.keepalive_ns = keepalive_ms * 1000000
         l.bulk_in_flight = min(max(bulk_in_flight, 1), SHIPS_MAX)
         l.lent_fd = -1
+        ran(l)
+        l.skipped_first_ns = load64(&l.store.running.skipped_ns, RELAXED)
         pthread_mutex_init(&l.peers_lock, NULL)
         pthread_mutex_init(&l.pending_lock, NULL)
         pthread_mutex_init(&l.jobs_lock, NULL)
@@ -2196,7 +2223,7 @@ cdef class Links:
             pthread_mutex_lock(&ch.lock)
             ch.ssl = connection.ssl
             ch.fd = connection.fd
-            ch.received_ns = ch.pinged_ns = now_ns()
+            ch.received_ns = ch.pinged_ns = ran(l)
             ch.records = 0
             ch.reason = NULL
             store32(&ch.kick, 1, RELAXED)
@@ -2293,7 +2320,7 @@ cdef class Links:
             order.segment = segment
             order.generation = generation
             order.peer = number
-            order.ordered_ns = now_ns()
+            order.ordered_ns = ran(l)
             if peer.ordered == 0 and peer.shipping == 0:
                 peer.progress_ns = order.ordered_ns
             store32(&l.orders_count, l.orders_count + 1, RELAXED)
@@ -2408,7 +2435,7 @@ cdef class Links:
                 waiting = p.shipping + p.ordered
                 since = p.progress_ns
                 pthread_mutex_unlock(&l.ship_lock)
-                stalled_ms = (now_ns() - since) // 1000000 if waiting else 0
+                stalled_ms = (ran(l) - since) // 1000000 if waiting else 0
                 result.append((i, up, load32(&p.credit, RELAXED), waiting, stalled_ms))
         return result
 

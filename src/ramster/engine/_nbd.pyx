@@ -43,6 +43,7 @@ from ramster.engine._c.openssl cimport (
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
+from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport Links, Reply, TlsContext, get_page, links_get, reply_bytes, reply_next
 from ramster.engine._store cimport (
     BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
@@ -240,7 +241,7 @@ cdef bint wait_for(Conn *c, short events, uint64_t deadline_ns) noexcept nogil:
     p.fd = c.fd
     p.events = events
     while True:
-        left = <int64_t> deadline_ns - <int64_t> now_ns()
+        left = <int64_t> deadline_ns - <int64_t> ran_ns(&c.server.store.running)
         if left <= 0 or load32(&c.server.stopping, RELAXED):
             return False
         if poll(&p, 1, <int> min(left // 1000000 + 1, 1000)) > 0:
@@ -277,7 +278,7 @@ cdef int64_t write_some(Conn *c, const iovec *parts, int count, bint may_wait) n
         if not may_wait:
             return 0
         if deadline == 0:
-            deadline = now_ns() + <uint64_t> SEND_S * 1000000000ull
+            deadline = ran_ns(&c.server.store.running) + <uint64_t> SEND_S * 1000000000ull
         if not wait_for(c, POLLOUT if error == SSL_ERROR_WANT_WRITE else POLLIN, deadline):
             return -1
 
@@ -497,20 +498,20 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     cdef uint64_t deadline, large = 0 if pages <= SMALL_PAGES else pages * PAGE
     if not flush_out(c):            # nobody waits for an answer because of this wait
         return NULL
-    deadline = now_ns() + s.deadline_ns
+    deadline = ran_ns(&s.store.running) + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
     while s.parked_free == NULL or c.rows >= s.rows_each or (large and s.large_bytes + large > LARGE_BYTES_MAX):
-        if now_ns() > deadline or load32(&s.stopping, RELAXED):
+        if ran_ns(&s.store.running) > deadline or load32(&s.stopping, RELAXED):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
         if waits_to_be_sent(c):     # what is finished holds its row until it is sent, and nobody else may send it
             pthread_mutex_unlock(&s.free_lock)
             if not flush_out(c):
                 return NULL
-            deadline = now_ns() + s.deadline_ns
+            deadline = ran_ns(&s.store.running) + s.deadline_ns
             pthread_mutex_lock(&s.free_lock)
             continue
-        cond_wait_until(&s.freed, &s.free_lock, deadline)
+        cond_wait_until(&s.freed, &s.free_lock, now_ns() + 100000000ull)
     p = s.parked_free
     s.parked_free = p.next
     s.large_bytes += large
@@ -606,13 +607,13 @@ cdef void piece_send(Server_t *s, Piece *piece, RemoteRef *ref) noexcept nogil:
 
 cdef Piece *piece_take(Server_t *s, Parked *p, bint may_wait) noexcept nogil:
     cdef Piece *piece
-    cdef uint64_t deadline = now_ns() + s.deadline_ns
+    cdef uint64_t deadline = ran_ns(&s.store.running) + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
     while s.piece_free == NULL:
-        if not may_wait or now_ns() > deadline or load32(&s.stopping, RELAXED):
+        if not may_wait or ran_ns(&s.store.running) > deadline or load32(&s.stopping, RELAXED):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
-        cond_wait_until(&s.freed, &s.free_lock, deadline)
+        cond_wait_until(&s.freed, &s.free_lock, now_ns() + 100000000ull)
     piece = s.piece_free
     s.piece_free = piece.next
     pthread_mutex_unlock(&s.free_lock)
@@ -1286,9 +1287,9 @@ cdef class NbdServer:
         pthread_mutex_unlock(&s.free_lock)
         for connection in list(self.connections):
             connection.shutdown()
-        deadline = now_ns() + 2 * s.deadline_ns
+        deadline = ran_ns(&s.store.running) + 2 * s.deadline_ns
         while self.connections:
-            ASSERT(now_ns() < deadline, b"whatever a connection waits for has a deadline")
+            ASSERT(ran_ns(&s.store.running) < deadline, b"whatever a connection waits for has a deadline")
             with nogil:
                 poll(NULL, 0, 1)
         pthread_mutex_lock(&s.slow_lock)

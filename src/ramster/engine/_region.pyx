@@ -54,6 +54,7 @@ from ramster.engine._c.pthread cimport (
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
     pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread)
 from ramster.engine._histogram cimport quantile, record
+from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
     Links, Reply, links_flush, links_get, links_later, links_slot_lost, links_slot_reachable, reply_bytes,
     reply_next)
@@ -442,7 +443,7 @@ cdef void park(Attachment *a, uint64_t page) noexcept nogil:
         resident_leave_free(&r.set, r.reserve - r.reserve_least)
         r.reserve_changed_ns = now
     if r.parked_count == 0:
-        r.parked_since_ns = now
+        r.parked_since_ns = ran_ns(&r.store.running)
     for i in range(r.parked_count):
         if r.parked[i].page == page:
             r.parked[i].who |= bit_of(a)
@@ -470,7 +471,7 @@ cdef void unpark(Region_t *r) noexcept nogil:
     if r.parked_count == 0:
         everybody = r.parked_overflow       # those for whom there was no entry: costs what waits, not what there is
         r.parked_overflow = False
-    r.parked_since_ns = now_ns()
+    r.parked_since_ns = ran_ns(&r.store.running)
     pthread_mutex_unlock(&r.lock)
     for i in range(n):
         wake(r, woken[i].page, 1, woken[i].who)
@@ -1159,7 +1160,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         room = has_room(r)
         short = is_short(r)
         full = r.full
-        waited = now_ns() - r.parked_since_ns
+        waited = ran_ns(&r.store.running) - r.parked_since_ns
         pthread_mutex_unlock(&r.lock)
         if parked and room:
             unpark(r)
@@ -1236,14 +1237,14 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                 bring_in(r, b)
             else:
                 pthread_cond_signal(&r.work)
-                cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
+                cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
                 pthread_mutex_unlock(&r.lock)
             break
         else:
             pthread_mutex_unlock(&r.lock)
         if all_there:
             return DONE
-        if now_ns() > deadline:
+        if ran_ns(&r.store.running) > deadline:
             return GONE_FULL
 
 
@@ -1542,7 +1543,7 @@ cdef class Region:
             while page < first + count and outcome == DONE:
                 end = min(page + WINDOW_MAX, first + count)
                 outcome = make_resident(a, page, end, writable,
-                                        now_ns() + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
+                                        ran_ns(&r.store.running) + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
                 page = end
         return outcome
 
