@@ -91,6 +91,8 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     uint32_t asked_count
     uint64_t received_ns            # as every stamp here: of ran_ns()
     uint64_t pinged_ns
+    uint64_t unanswered_ns          # atomic: since when it has been asked something, and nothing came; 0: it answers
+    bint silent                     # that was said
     uint64_t bytes_sent
     uint64_t bytes_received
     const char *reason              # why it went down last

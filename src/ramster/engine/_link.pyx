@@ -77,6 +77,7 @@ cdef enum:
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
     HEDGE_MS = 100                  # a lender that has not answered by then stands still; a disk takes a tenth of it
+    SILENT_SHARE = 4                # of give_up: a connection that owes an answer for so long is dialled anew beside the old one
     SPILL_S = 30                    # what kernels give a disk for a command; many may wait for it
     ORDER_S = 2                     # an order waits so long without progress of its lender
     RECOMPRESS_NS_PER_BYTE = 10     # a link below 100 MB/s: a core recompresses 115 MB/s of sealed bytes, by 22 %
@@ -671,6 +672,17 @@ cdef void pending_release(Links_t *l, uint32_t i) noexcept nogil:
     pthread_mutex_unlock(&l.pending_lock)
 
 
+cdef inline void asked_something(Links_t *l, Channel *ch) noexcept nogil:
+    """It owes an answer from now on, if it does not already."""
+    if load64(&ch.unanswered_ns, RELAXED) == 0:
+        store64(&ch.unanswered_ns, ran(l), RELAXED)
+
+
+cdef inline bint owes_for(Links_t *l, Channel *ch, uint64_t ns) noexcept nogil:
+    cdef uint64_t since = load64(&ch.unanswered_ns, RELAXED)
+    return since != 0 and ran(l) > since + ns
+
+
 cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexcept nogil:
     """Send the request of an entry that is in state sent under this id; back to waiting when the link would not take it."""
     cdef Pending *p = &l.pending[i]
@@ -686,6 +698,7 @@ cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexc
     for k in range(p.pages):
         ordinals[k] = p.wanted[k].ordinal
     if queue_frame(l, &peer.channels[GET], &frame, ordinals) == SENT:
+        asked_something(l, &peer.channels[GET])
         if send_now:
             flush(l, &peer.channels[GET])
     else:
@@ -772,6 +785,12 @@ cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
     return not load32(&peer.gone, ACQUIRE) and load64(&peer.down_ns, ACQUIRE) == 0
 
 
+cdef bint answers(Links_t *l, uint32_t number) noexcept nogil:
+    """A lender that is up, and has not been silent for so long that what it was asked for was asked of the spill file."""
+    cdef Peer *peer = peer_at(l, number)
+    return links_peer_reachable(l, number) and (peer == NULL or not owes_for(l, &peer.channels[GET], HEDGE_MS * 1000000ull))
+
+
 cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil:
     """A page that this slot names, on this lender, cannot be had: the lender is lost, and the spill file has it not either."""
     return links_peer_lost(l, peer) and not store_is_spilled(l.store, slot)
@@ -797,7 +816,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
     cdef uint32_t i
     cdef uint64_t id
     cdef Pending *p
-    cdef bint spilled = ref.spill != 0 and not links_peer_reachable(l, ref.peer) or ref.peer == SPILL_PEER
+    cdef bint spilled = ref.spill != 0 and not answers(l, ref.peer) or ref.peer == SPILL_PEER
     ASSERT(0 < pages <= GET_PAGES_MAX and (pages == 1 or staging != NULL), b"a request asks for 1 to GET_PAGES_MAX pages")
     if links_peer_lost(l, SPILL_PEER if spilled else ref.peer):
         say(&l.unreachable, pages)
@@ -1670,7 +1689,9 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
                 return 0
             ch.reason = b"the peer closed the connection" if error == SSL_ERROR_ZERO_RETURN else b"the connection broke"
             return -1
-        ch.received_ns = now_ns()
+        ch.received_ns = ran(l)
+        store64(&ch.unanswered_ns, 0, RELAXED)
+        ch.silent = False
         say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
@@ -1706,6 +1727,8 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     ch.image_done = 0
     ch.armed = False
     ch.start = ch.end = 0
+    store64(&ch.unanswered_ns, 0, RELAXED)
+    ch.silent = False
     if ch.kind == GET:
         store64(&peer.down_ns, ran(l), RELEASE)
     pthread_mutex_unlock(&ch.lock)
@@ -1777,7 +1800,11 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
     elif now - ch.received_ns > l.keepalive_ns and now - ch.pinged_ns > l.keepalive_ns:
         ch.pinged_ns = now
         frame_init(l, &frame, T_PING, 0)
-        send_frame(l, ch, &frame, NULL)
+        if send_frame(l, ch, &frame, NULL) == SENT:
+            asked_something(l, ch)
+    if ch.kind == GET and not ch.silent and owes_for(l, ch, l.give_up_ns // SILENT_SHARE):
+        ch.silent = True
+        eventfd_write(l.event_fd, 1)    # whoever connects may find out that another connection gets through
 
 
 cdef void react(Links_t *l, int kind) noexcept nogil:
@@ -2298,6 +2325,34 @@ cdef class Links:
     def up(self, uint32_t number, uint32_t kind):
         cdef Peer *peer = peer_at(self.live(), number)
         return peer != NULL and is_up(&peer.channels[kind & 1])
+
+    def silent(self, uint32_t number):
+        """Whether the get connection to a peer is up and has owed an answer for a good part of give_up."""
+        cdef Links_t *l = self.live()
+        cdef Peer *peer = peer_at(l, number)
+        return peer != NULL and is_up(&peer.channels[GET]) and owes_for(l, &peer.channels[GET], l.give_up_ns // SILENT_SHARE)
+
+    def waited_for(self, uint32_t number):
+        """Whether gets wait for a peer."""
+        cdef Links_t *l = self.live()
+        cdef uint32_t i
+        cdef bint found = False
+        if load32(&l.pending_free_count, RELAXED) == PENDING_MAX:
+            return False
+        pthread_mutex_lock(&l.pending_lock)
+        for i in range(PENDING_MAX):
+            found |= (l.pending[i].state == P_WAITS or l.pending[i].state == P_SENT) and l.pending[i].ref.peer == number
+        pthread_mutex_unlock(&l.pending_lock)
+        return found
+
+    def ran_ms(self):
+        """Milliseconds in which this node ran, from an arbitrary moment on: what another's silence is measured in."""
+        return ran(self.live()) // 1000000
+
+    def stood_still_ms(self):
+        """Milliseconds since these links were made in which the node did not run."""
+        cdef Links_t *l = self.live()
+        return (load64(&l.store.running.skipped_ns, RELAXED) - l.skipped_first_ns) // 1000000
 
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender, or for the spill file (SPILL_PEER); False when too many wait. What fails stays

@@ -16,6 +16,8 @@ from ramster.errors import ProtocolError
 VERSION_MIN: Final = 2
 VERSION_MAX: Final = 2
 KINDS: Final = ("get", "bulk")
+#: In the refusal of a node that has the lower number: who is refused like this was heard, and will be called.
+WRONG_WAY: Final = "not the other way round"
 
 
 class Hello(msgspec.Struct, kw_only=True, frozen=True):
@@ -83,7 +85,7 @@ def objection(own: Hello, theirs: Hello, certificate_name: str, known: dict[int,
         here = f"node {theirs.number} is {wanted!r} here" if wanted else f"no [[peers]] has number {theirs.number}"
         return f"it calls itself {theirs.name!r}, number {theirs.number}, but {here}"
     if accepted and theirs.number < own.number:
-        return f"node {own.number} connects to node {theirs.number}, not the other way round"
+        return f"node {own.number} connects to node {theirs.number}, {WRONG_WAY}"
     low, high = max(theirs.versions[0], own.versions[0]), min(theirs.versions[1], own.versions[1])
     if low > high:
         return "it speaks versions {} to {}, this node {} to {}".format(*theirs.versions, *own.versions)
