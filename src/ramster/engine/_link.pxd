@@ -155,6 +155,12 @@ cdef struct Pending:
     uint64_t sent_ns
     bint spilled                    # asked of the spill file, last
 
+cdef struct Fetch:                  # a page that get_pages() is to get
+    uint32_t index
+    int status                      # of it: OK, MISS, or what it met
+    uint8_t *bytes
+    uint64_t slot                   # what named it away from here; 0: it was here
+
 cdef struct Job:
     Work work
     void *context
@@ -315,6 +321,7 @@ cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
 cdef class TlsContext:
     cdef SSL_CTX *context

@@ -1134,6 +1134,116 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
         sched_yield()
 
 
+cdef struct Fetching:
+    pthread_mutex_t lock
+    pthread_cond_t done
+    uint32_t outstanding
+    Fetch *wanted
+
+
+cdef void fetching_less(Fetching *f, uint32_t n) noexcept nogil:
+    pthread_mutex_lock(&f.lock)
+    f.outstanding -= n
+    if f.outstanding == 0:
+        pthread_cond_signal(&f.done)
+    pthread_mutex_unlock(&f.lock)
+
+
+cdef void fetching_answered(void *context, Reply *reply) noexcept nogil:
+    cdef Fetching *f = <Fetching *> context
+    cdef Fetch *page
+    cdef uint32_t i
+    for i in range(reply.pages):
+        page = &f.wanted[reply.wanted[i].place]
+        page.status = reply_next(reply, page.bytes)
+    fetching_less(f, 1)
+
+
+cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
+    """Get up to GET_PAGES_MAX pages of a dense pool wherever they are, as get_page does with one, and leave them there. Everything
+    that is away is asked for at once, pages of one segment together, so that a slow lender is waited for once. 'staging' has
+    room for n replies of one page."""
+    cdef Fetching f
+    cdef RemoteRef refs[GET_PAGES_MAX]
+    cdef uint32_t counts[GET_PAGES_MAX]
+    cdef uint8_t group[GET_PAGES_MAX]
+    cdef uint16_t ordinals[GET_PAGES_MAX]
+    cdef Wanted asked[GET_PAGES_MAX]
+    cdef uint64_t none[3]
+    cdef uint64_t deadline = ran(l) + 2 * l.give_up_ns
+    cdef uint32_t i, g, groups, at, k, busy
+    cdef int result
+    cdef RemoteRef ref
+    cdef uint8_t *place
+    ASSERT(n <= GET_PAGES_MAX, b"pages that are got together fit into one request")
+    memset(none, 0, sizeof(none))
+    f.wanted = wanted
+    for i in range(n):
+        wanted[i].status = BUSY
+    while True:
+        groups = 0
+        for i in range(n):
+            group[i] = 0
+            if wanted[i].status != BUSY:
+                continue
+            wanted[i].slot = 0
+            wanted[i].status = store_get(l.store, pool, none, wanted[i].index, wanted[i].bytes, -1, &ref)
+            if wanted[i].status != REMOTE:
+                continue
+            g = groups
+            while g > 0 and (refs[g - 1].segment != ref.segment or refs[g - 1].generation != ref.generation or refs[g - 1].peer != ref.peer):
+                g -= 1
+            if g == 0:
+                refs[groups] = ref
+                counts[groups] = 0
+                groups += 1
+                g = groups
+            counts[g - 1] += 1
+            group[i] = <uint8_t> g
+            wanted[i].slot = ref.slot
+            ordinals[i] = <uint16_t> ref.ordinal
+        if groups == 0:
+            return
+        pthread_mutex_init(&f.lock, NULL)
+        pthread_cond_init(&f.done, NULL)
+        f.outstanding = groups
+        at = 0
+        place = staging
+        for g in range(groups):
+            k = at
+            for i in range(n):
+                if group[i] == g + 1:
+                    asked[k].slot = wanted[i].slot
+                    asked[k].index = wanted[i].index
+                    asked[k].ordinal = ordinals[i]
+                    asked[k].place = <uint16_t> i
+                    k += 1
+            result = links_get(l, &refs[g], &asked[at], counts[g], place, fetching_answered, &f, True)
+            if result != OK:
+                for k in range(at, at + counts[g]):
+                    wanted[asked[k].place].status = result
+                fetching_less(&f, 1)
+            at += counts[g]
+            place += counts[g] * reply_bytes(1)
+        pthread_mutex_lock(&f.lock)
+        while f.outstanding:
+            pthread_cond_wait(&f.done, &f.lock)         # bounded: the tick completes everything in time
+        pthread_mutex_unlock(&f.lock)
+        pthread_cond_destroy(&f.done)
+        pthread_mutex_destroy(&f.lock)
+        busy = 0
+        for i in range(n):
+            busy += wanted[i].status == BUSY
+        if busy == 0:
+            return
+        if ran(l) > deadline or load32(&l.stopping, ACQUIRE):
+            for i in range(n):
+                if wanted[i].status == BUSY:
+                    wanted[i].status = UNREACHABLE
+            return
+        sched_yield()
+
+
 # --- workers -------------------------------------------------------------------------------------------------------
 
 cdef void add_job(Links_t *l, Work work, void *context) noexcept nogil:

@@ -44,7 +44,7 @@ from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
 from ramster.engine._running cimport ran_ns
-from ramster.engine._link cimport Links, Reply, TlsContext, get_page, links_get, reply_bytes, reply_next
+from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, reply_bytes, reply_next
 from ramster.engine._store cimport (
     BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
     store_short_of_frames, store_slot, store_where)
@@ -184,22 +184,30 @@ cdef void drop_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noex
     tally(e, E_PAGES_FREED, freed)
 
 
-cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noexcept nogil:
-    """Have pages that are away here, as long as there is room for them without pressing others out."""
-    cdef uint64_t scratch[512]
+cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages, uint8_t *buffer) noexcept nogil:
+    """Have pages that are away here, as long as there is room for them without pressing others out. 'buffer': a slow thread's."""
+    cdef Fetch wanted[CACHE_PAGES]
     cdef uint64_t slot
-    cdef uint32_t peer
+    cdef uint32_t peer, n, i
     while pages and not store_short_of_frames(s.store) and not load32(&s.stopping, RELAXED):
-        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE and \
-                get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK:
-            pthread_mutex_lock(lock_of(e, page))
+        n = 0
+        while pages and n < CACHE_PAGES:
+            if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE:
+                wanted[n].index = <uint32_t> page
+                wanted[n].bytes = buffer + n * PAGE
+                n += 1
+            page += 1
+            pages -= 1
+        get_pages(s.links, e.pool, wanted, n, buffer + CACHE_PAGES * PAGE)
+        for i in range(n):
+            if wanted[i].status != OK or wanted[i].slot == 0 or store_short_of_frames(s.store):
+                continue
+            pthread_mutex_lock(lock_of(e, wanted[i].index))
             # As in patch_page(). A refused put leaves the page where it is: asking for it to be near must not cost it.
-            if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) == slot and \
-                    store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, 0, True) == OK:
+            if store_slot(s.store, e.pool, NO_OBJECT, wanted[i].index) == wanted[i].slot and \
+                    store_put(s.store, e.pool, NO_OBJECT, wanted[i].index, wanted[i].bytes, 0, True) == OK:
                 tally(e, E_PAGES_REMOTE, 1)
-            pthread_mutex_unlock(lock_of(e, page))
-        page += 1
-        pages -= 1
+            pthread_mutex_unlock(lock_of(e, wanted[i].index))
 
 
 cdef uint32_t error_of(int result) noexcept nogil:
@@ -689,36 +697,40 @@ cdef void read_parked(Conn *c, const Request *r) noexcept nogil:
 
 # --- slow threads --------------------------------------------------------------------------------------------------
 
-cdef void again(Server_t *s, Job *job) noexcept nogil:
+cdef void again(Server_t *s, Job *job, uint8_t *buffer) noexcept nogil:
     cdef Piece *piece = job.piece
     cdef Parked *p = piece.request
     cdef Export *e = p.conn.export
-    cdef uint8_t *bytes
+    cdef Fetch wanted[PIECE_PAGES]
     cdef RemoteRef ref
-    cdef uint32_t i
+    cdef uint32_t i, n = piece.pages, left
     cdef int result
-    for i in range(piece.pages):
-        bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
-        result = REMOTE
-        while result == REMOTE:
-            if load32(&s.stopping, RELAXED):
-                result = UNREACHABLE
-                break
-            result = get_page(s.links, e.pool, NO_OBJECT, piece.wanted[i].index, bytes, -1)
+    for i in range(n):
+        wanted[i].index = piece.wanted[i].index
+        wanted[i].bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
+    while n:
+        get_pages(s.links, e.pool, wanted, n, buffer + CACHE_PAGES * PAGE)
+        left = 0
+        for i in range(n):
+            result = wanted[i].status
             if result == MISS:      # it was freed, or a write to it was refused; or it is stored and away again by now
-                result = load_page(s, e, piece.wanted[i].index, bytes, &ref)
-        if result != OK and result != MISS:
-            parked_fail(p, piece.wanted[i].index, result)
+                result = load_page(s, e, wanted[i].index, wanted[i].bytes, &ref)
+            if result == REMOTE and not load32(&s.stopping, RELAXED):
+                wanted[left] = wanted[i]
+                left += 1
+            elif result != OK and result != MISS:
+                parked_fail(p, wanted[i].index, UNREACHABLE if result == REMOTE else result)
+        n = left
     piece_free(s, piece)
     parked_done(p)
 
 
-cdef void work(Server_t *s, Job *job) noexcept nogil:
+cdef void work(Server_t *s, Job *job, uint8_t *buffer) noexcept nogil:
     cdef Parked *p = job.request
     cdef Export *e
     cdef int result
     if job.kind == JOB_AGAIN:
-        again(s, job)
+        again(s, job, buffer)
         return
     e = p.conn.export
     if job.kind == JOB_PATCH:
@@ -728,7 +740,7 @@ cdef void work(Server_t *s, Job *job) noexcept nogil:
     elif job.kind == JOB_FREE:
         drop_pages(s, e, job.page, job.pages)
     else:
-        bring_pages(s, e, job.page, job.pages)
+        bring_pages(s, e, job.page, job.pages, buffer)
     parked_done(p)
 
 
@@ -736,6 +748,8 @@ cdef void *slow_main(void *argument) noexcept nogil:
     """Ends when the server stops and nothing is left to do."""
     cdef Server_t *s = <Server_t *> argument
     cdef Job *job
+    cdef uint8_t *buffer = <uint8_t *> malloc(CACHE_PAGES * (PAGE + <size_t> reply_bytes(1)))     # address space until it is used
+    ASSERT(buffer != NULL, b"no memory for a slow thread's buffer")
     while True:
         pthread_mutex_lock(&s.slow_lock)
         while s.slow_first == NULL and not s.slow_stopping:
@@ -743,12 +757,13 @@ cdef void *slow_main(void *argument) noexcept nogil:
         job = s.slow_first
         if job == NULL:
             pthread_mutex_unlock(&s.slow_lock)
+            free(buffer)
             return NULL
         s.slow_first = job.next
         if job.next == NULL:
             s.slow_last = NULL
         pthread_mutex_unlock(&s.slow_lock)
-        work(s, job)
+        work(s, job, buffer)
 
 
 # --- requests ------------------------------------------------------------------------------------------------------
