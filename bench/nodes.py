@@ -14,7 +14,7 @@ _AS_SHIPPED: Sections = {
         "idle_timeout": "5s",
         "keepalive": "1s",
         "reconnect_min": "100ms",
-        "reconnect_max": "5s",
+        "reconnect_max": "1s",
     },
     "remotify": {"cold_after": "30s", "tick": "50ms"},
     "region": {"full_wait": "2s", "node_wait": "2s"},

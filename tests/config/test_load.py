@@ -109,6 +109,8 @@ def test_a_mistake_is_named_with_line_key_value_and_what_is_allowed(text: str, e
         ("[arena]\nsize = 5000000\n", "5: arena.size = 5000000: allowed are multiples of segment, such as 4864KiB"),
         ('[arena]\nsegment = "1MiB"\n', '5: arena.segment = "1MiB": allowed is 64KiB to 256KiB'),
         ('[links]\ngive_up = "1s"\n', "4: links.request_deadline: allowed is give_up, 1s, or less"),
+        ('[links]\ngive_up = "2s"\nreconnect_max = "1100ms"\n', "6: links.reconnect_max = "),
+        ('[links]\nreconnect_max = "5s"\n', 'reconnect_max = "5s": allowed is half of give_up, 2500ms, or less'),
         ("[remotify]\nlow = 0.8\n", "5: remotify.low = 0.8: allowed is high, 0.75, or less"),
         ('[nbd]\nlisten = "10.0.0.1:1"\n', '5: nbd.listen = "10.0.0.1:1": 10.0.0.1:1 is served with TLS only'),
         ('[nbd]\nlisten = "127.0.0.1:1"\ntls = "require"\n', "5: nbd.listen = "),

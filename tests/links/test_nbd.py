@@ -372,6 +372,19 @@ def test_a_page_that_is_brought_near_can_be_written_meanwhile(serve: Serve, pair
     assert client.read(0, 2 * PAGE_BYTES) == content(7, PAGE_BYTES) + bytes(PAGE_BYTES)
 
 
+def test_cache_asks_for_all_pages_at_once(serve: Serve, pair: Pair) -> None:
+    export = serve(pair)
+    client = export.connect()
+    client.write(0, content(1, 64 * PAGE_BYTES))
+    away(pair, export, range(64))
+    with pair.get.down.held():
+        near = client.send(Command.CACHE, 0, 64 * PAGE_BYTES)
+        wait_until(lambda: pair.pending() > 1, "several segments are asked for at once")
+    assert client.wait(near).error == 0
+    assert export.statistics()["pages_remote"] == 64
+    assert client.read(0, 64 * PAGE_BYTES) == content(1, 64 * PAGE_BYTES)
+
+
 def test_a_page_that_is_brought_near_never_takes_the_place_of_a_later_one(serve: Serve, pair: Pair) -> None:
     export = serve(pair)
     client, other = export.connect(), export.connect()

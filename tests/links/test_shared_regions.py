@@ -61,11 +61,9 @@ def test_pages_that_come_back_come_back_in_every_process(serve: Callable[..., Se
         assert other.ask("[errno_of(page) != 0 for page in (5, 6)]") == [True, True]
         service.pair.connect()
         assert application.ask("check", 0, PAGES) == []
-        assert other.ask("errno_of(5)") != 0, "nobody has asked for it again"
-        assert application.ask("prefetch", 5, 1) == 1
+        # What check() does not name a touch gets, also where it was SIGBUS before.
         assert other.ask("a[5].tobytes().hex()") == content(5, 0).hex(), "poison is what the other sees still"
-        assert other.ask("errno_of(6)") != 0
-        other.run("region.prefetch(a[6])")
+        assert other.ask("[errno_of(page) for page in (5, 6)]") == [0, 0]
         assert other.ask("a[6].tobytes().hex()") == content(6, 0).hex()
         assert application.ask("wrong", 0, PAGES) == []
         other.end()

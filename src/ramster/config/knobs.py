@@ -283,7 +283,12 @@ class Links:
     )
     keepalive_ms: int = _time(1000, at_least=10, at_most=60_000, help="Silence after which a probe is sent.")
     reconnect_min_ms: int = _time(100, at_least=10, at_most=60_000, help="First wait before connecting again.")
-    reconnect_max_ms: int = _time(5000, at_least=10, at_most=600_000, help="Longest wait before connecting again.")
+    reconnect_max_ms: int = _time(
+        1000,
+        at_least=10,
+        at_most=600_000,
+        help="Longest wait before connecting again; while pages are waited for, a tenth of give_up is.",
+    )
     bulk_in_flight_segments: int = _count(
         8, unit="segments", at_least=1, at_most=64, help="Segments sent to a peer and not yet acknowledged."
     )
@@ -503,6 +508,10 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield ("links", "keepalive"), f"allowed is less than idle_timeout, {format_ms(links.idle_timeout_ms)}"
     if links.reconnect_min_ms > links.reconnect_max_ms:
         yield ("links", "reconnect_min"), f"allowed is reconnect_max, {format_ms(links.reconnect_max_ms)}, or less"
+    if 2 * links.reconnect_max_ms > links.give_up_ms:
+        # A fault that is over must not go on because of the pause that it caused.
+        most = format_ms(links.give_up_ms // 2)
+        yield ("links", "reconnect_max"), f"allowed is half of give_up, {most}, or less"
     if config.remotify.low > config.remotify.high:
         yield ("remotify", "low"), f"allowed is high, {config.remotify.high}, or less"
     spill = config.spill

@@ -89,8 +89,10 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     Asked *asked                    # of a get channel: a queue
     uint32_t asked_head
     uint32_t asked_count
-    uint64_t received_ns
+    uint64_t received_ns            # as every stamp here: of ran_ns()
     uint64_t pinged_ns
+    uint64_t unanswered_ns          # atomic: since when it has been asked something, and nothing came; 0: it answers
+    bint silent                     # that was said
     uint64_t bytes_sent
     uint64_t bytes_received
     const char *reason              # why it went down last
@@ -152,6 +154,12 @@ cdef struct Pending:
     uint64_t started_ns
     uint64_t sent_ns
     bint spilled                    # asked of the spill file, last
+
+cdef struct Fetch:                  # a page that get_pages() is to get
+    uint32_t index
+    int status                      # of it: OK, MISS, or what it met
+    uint8_t *bytes
+    uint64_t slot                   # what named it away from here; 0: it was here
 
 cdef struct Job:
     Work work
@@ -226,6 +234,7 @@ cdef struct Links_t:
     uint64_t give_up_ns
     uint64_t idle_ns
     uint64_t keepalive_ns
+    uint64_t skipped_first_ns       # of the store's clock when the links were made
     uint32_t bulk_in_flight
     Spilling spilling
     # gets under way
@@ -312,6 +321,7 @@ cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
 cdef class TlsContext:
     cdef SSL_CTX *context

@@ -21,6 +21,9 @@ Rules of TLS under threads, each learned from somebody's failure (DESIGN.md sect
 The spill file (_spill) is one more place that a segment goes to and that pages are got from: peer SPILL_PEER. It has threads
 of its own; no thread here waits for a disk, but for the shipper where images are mirrored.
 
+Whatever counts another's silence does so in ran_ns(), time in which this node ran (_running): stamps and deadlines of gets, of
+connections, of orders. Only what bounds a wait in a system call is in now_ns().
+
 Lock order: lender_lock or pending_lock or ship_lock, then a connection's lock or the spill file's. None of them is held
 while sleeping.
 """
@@ -47,6 +50,10 @@ from ramster.engine._c.pthread cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._histogram cimport Histogram, quantile, record
+from ramster.engine._pending cimport (
+    P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
+    pending_verdict)
+from ramster.engine._running cimport GAP_NS, ran_ns
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
@@ -70,6 +77,7 @@ cdef enum:
     RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
     HEDGE_MS = 100                  # a lender that has not answered by then stands still; a disk takes a tenth of it
+    SILENT_SHARE = 4                # of give_up: a connection that owes an answer for so long is dialled anew beside the old one
     SPILL_S = 30                    # what kernels give a disk for a command; many may wait for it
     ORDER_S = 2                     # an order waits so long without progress of its lender
     RECOMPRESS_NS_PER_BYTE = 10     # a link below 100 MB/s: a core recompresses 115 MB/s of sealed bytes, by 22 %
@@ -112,13 +120,6 @@ cdef enum Sent:
     DOWN = 1
     AGAIN = 2
 
-cdef enum PendingState:
-    P_FREE = 0
-    P_WAITS = 1
-    P_SENT = 2
-    P_COMPLETING = 3
-    P_SPILL = 4                     # in the hands of the spill file's threads
-
 cdef enum LentState:
     LENT_FREE = 0
     LENT_RECEIVING = 1
@@ -134,6 +135,10 @@ cdef void say(uint64_t *counter, uint64_t amount) noexcept nogil:
 cdef inline Peer *peer_at(Links_t *l, uint32_t number) noexcept nogil:
     """A peer is made once and stays until the links are freed; NULL before, and for numbers beyond the table."""
     return <Peer *> <size_t> load64(<uint64_t *> &l.peers[number & 255], ACQUIRE)
+
+
+cdef inline uint64_t ran(Links_t *l) noexcept nogil:
+    return ran_ns(&l.store.running)
 
 
 cdef inline bint is_up(Channel *ch) noexcept nogil:
@@ -667,6 +672,17 @@ cdef void pending_release(Links_t *l, uint32_t i) noexcept nogil:
     pthread_mutex_unlock(&l.pending_lock)
 
 
+cdef inline void asked_something(Links_t *l, Channel *ch) noexcept nogil:
+    """It owes an answer from now on, if it does not already."""
+    if load64(&ch.unanswered_ns, RELAXED) == 0:
+        store64(&ch.unanswered_ns, ran(l), RELAXED)
+
+
+cdef inline bint owes_for(Links_t *l, Channel *ch, uint64_t ns) noexcept nogil:
+    cdef uint64_t since = load64(&ch.unanswered_ns, RELAXED)
+    return since != 0 and ran(l) > since + ns
+
+
 cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexcept nogil:
     """Send the request of an entry that is in state sent under this id; back to waiting when the link would not take it."""
     cdef Pending *p = &l.pending[i]
@@ -682,6 +698,7 @@ cdef void pending_send(Links_t *l, uint32_t i, uint64_t id, bint send_now) noexc
     for k in range(p.pages):
         ordinals[k] = p.wanted[k].ordinal
     if queue_frame(l, &peer.channels[GET], &frame, ordinals) == SENT:
+        asked_something(l, &peer.channels[GET])
         if send_now:
             flush(l, &peer.channels[GET])
     else:
@@ -757,7 +774,7 @@ cdef bint links_peer_lost(Links_t *l, uint32_t number) noexcept nogil:
     if peer == NULL:
         return number != SPILL_PEER or not load32(&l.spilling.ready, ACQUIRE)
     down = load64(&peer.down_ns, ACQUIRE)
-    return load32(&peer.gone, ACQUIRE) != 0 or (down != 0 and now_ns() - down > l.give_up_ns)
+    return load32(&peer.gone, ACQUIRE) != 0 or (down != 0 and ran(l) - down > l.give_up_ns)
 
 
 cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
@@ -766,6 +783,12 @@ cdef bint links_peer_reachable(Links_t *l, uint32_t number) noexcept nogil:
     if peer == NULL:
         return number == SPILL_PEER and load32(&l.spilling.ready, ACQUIRE)
     return not load32(&peer.gone, ACQUIRE) and load64(&peer.down_ns, ACQUIRE) == 0
+
+
+cdef bint answers(Links_t *l, uint32_t number) noexcept nogil:
+    """A lender that is up, and has not been silent for so long that what it was asked for was asked of the spill file."""
+    cdef Peer *peer = peer_at(l, number)
+    return links_peer_reachable(l, number) and (peer == NULL or not owes_for(l, &peer.channels[GET], HEDGE_MS * 1000000ull))
 
 
 cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil:
@@ -793,7 +816,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
     cdef uint32_t i
     cdef uint64_t id
     cdef Pending *p
-    cdef bint spilled = ref.spill != 0 and not links_peer_reachable(l, ref.peer) or ref.peer == SPILL_PEER
+    cdef bint spilled = ref.spill != 0 and not answers(l, ref.peer) or ref.peer == SPILL_PEER
     ASSERT(0 < pages <= GET_PAGES_MAX and (pages == 1 or staging != NULL), b"a request asks for 1 to GET_PAGES_MAX pages")
     if links_peer_lost(l, SPILL_PEER if spilled else ref.peer):
         say(&l.unreachable, pages)
@@ -816,7 +839,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
     p.staging = staging
     p.complete = complete
     p.context = context
-    p.started_ns = p.sent_ns = now_ns()
+    p.started_ns = p.sent_ns = ran(l)
     p.spilled = False
     if spilled and not pending_to_spill(l, i):
         store32(&p.state, P_FREE, RELAXED)
@@ -937,7 +960,7 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
     """A reply has arrived whole. 'body' is the receive buffer, or the staging memory of the request."""
     cdef Pending *p = &l.pending[f.request & (PENDING_MAX - 1)]
     cdef int status = OK
-    cdef uint64_t now = now_ns()
+    cdef uint64_t now = ran(l)
     pthread_mutex_lock(&l.pending_lock)
     if p.state != P_SENT or p.id != f.request or p.ref.peer != peer.number:
         pthread_mutex_unlock(&l.pending_lock)
@@ -981,14 +1004,21 @@ cdef void pending_forget_body(Links_t *l, uint32_t i, uint32_t peer) noexcept no
 
 cdef void pending_tick(Links_t *l) noexcept nogil:
     """Deadlines: ask again after request_deadline, or the spill file where it has what is wanted too, give up after give_up, and
-    say at once when the lender's memory is gone."""
+    say at once when the lender's memory is gone. pending_verdict() decides."""
     cdef uint32_t i, peer
-    cdef uint64_t now = now_ns(), id
+    cdef uint64_t now = ran(l), id
     cdef Pending *p
     cdef int outcome
-    cdef bint resend, redirected, stopping = load32(&l.stopping, ACQUIRE) != 0
+    cdef Asking asking
+    cdef Patience patience
+    cdef Verdict verdict
     if load32(&l.pending_free_count, RELAXED) == PENDING_MAX:
         return
+    patience.give_up_ns = l.give_up_ns
+    patience.spill_ns = SPILL_S * 1000000000ull
+    patience.hedge_ns = HEDGE_MS * 1000000ull
+    patience.ask_again_ns = l.request_deadline_ns
+    asking.stopping = load32(&l.stopping, ACQUIRE) != 0
     for i in range(PENDING_MAX):
         p = &l.pending[i]
         outcome = <int> load32(&p.state, ACQUIRE)
@@ -996,36 +1026,43 @@ cdef void pending_tick(Links_t *l) noexcept nogil:
             continue
         pthread_mutex_lock(&l.pending_lock)
         outcome = -1
-        resend = redirected = False
         id = 0
         peer = p.ref.peer               # once redirected, the request may be over before this turn is
-        if p.state == P_WAITS or p.state == P_SENT or p.state == P_SPILL:
-            if stopping or now > p.started_ns + (max(l.give_up_ns, SPILL_S * 1000000000ull) if p.spilled else l.give_up_ns):
-                outcome = UNREACHABLE
-            elif p.state == P_SPILL:
-                pass
-            elif store_slot_state(l.store, p.wanted[0].slot) != REMOTE:
-                outcome = store_slot_state(l.store, p.wanted[0].slot)       # of the segment, whichever page names it
-                outcome = BUSY if outcome == MISS else outcome
-            elif p.ref.spill and (p.state == P_WAITS or now > p.started_ns + HEDGE_MS * 1000000ull) and pending_to_spill(l, i):
-                redirected = True
-                say(&l.gets_redirected, p.pages)
-            elif p.state == P_WAITS or now > p.sent_ns + l.request_deadline_ns:
-                resend = True
-                id = next_id(l, i)
-                p.id = id
-                p.sent_ns = now
-                store32(&p.state, P_SENT, RELAXED)
-            if outcome >= 0:
-                store32(&p.state, P_COMPLETING, RELAXED)
+        asking.state = <PendingState> p.state
+        if asking.state != P_WAITS and asking.state != P_SENT and asking.state != P_SPILL:
+            pthread_mutex_unlock(&l.pending_lock)       # what it wants is its owner's again
+            continue
+        asking.started_ns = p.started_ns
+        asking.sent_ns = p.sent_ns
+        asking.spilled = p.spilled
+        asking.mirrored = p.ref.spill != 0
+        asking.remote = store_slot_state(l.store, p.wanted[0].slot) == REMOTE   # of the segment, whichever page names it
+        verdict = pending_verdict(&asking, &patience, now)
+        if verdict == V_REDIRECT and not pending_to_spill(l, i):
+            asking.mirrored = False     # too many wait for it
+            verdict = pending_verdict(&asking, &patience, now)
+        if verdict == V_GIVE_UP:
+            outcome = UNREACHABLE
+        elif verdict == V_SETTLE:
+            outcome = store_slot_state(l.store, p.wanted[0].slot)
+            outcome = LOST if outcome == LOST else BUSY
+        elif verdict == V_REDIRECT:
+            say(&l.gets_redirected, p.pages)
+        elif verdict == V_ASK:
+            id = next_id(l, i)
+            p.id = id
+            p.sent_ns = now
+            store32(&p.state, P_SENT, RELAXED)
+        if outcome >= 0:
+            store32(&p.state, P_COMPLETING, RELAXED)
         pthread_mutex_unlock(&l.pending_lock)
-        if outcome >= 0 or resend or redirected:
+        if outcome >= 0 or verdict == V_ASK or verdict == V_REDIRECT:
             pending_forget_body(l, i, peer)
         if outcome >= 0:
             if outcome == UNREACHABLE:
                 say(&l.unreachable, p.pages)
             pending_complete(l, p, outcome, NULL, l.open_ctx)
-        elif resend:
+        elif verdict == V_ASK:
             pending_send(l, i, id, True)
 
 
@@ -1063,7 +1100,7 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
     cdef Wanted wanted
     cdef Waiter w
     cdef int result
-    cdef uint64_t deadline = now_ns() + 2 * l.give_up_ns
+    cdef uint64_t deadline = ran(l) + 2 * l.give_up_ns
     while True:
         result = store_get(l.store, pool, oid, index, page, mode, &ref)
         if result != REMOTE:
@@ -1092,8 +1129,118 @@ cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index
             result = BUSY           # somebody took or replaced it since the reply: no two exclusive gets return one put
         if result != BUSY:
             return result
-        if now_ns() > deadline or load32(&l.stopping, ACQUIRE):
+        if ran(l) > deadline or load32(&l.stopping, ACQUIRE):
             return UNREACHABLE
+        sched_yield()
+
+
+cdef struct Fetching:
+    pthread_mutex_t lock
+    pthread_cond_t done
+    uint32_t outstanding
+    Fetch *wanted
+
+
+cdef void fetching_less(Fetching *f, uint32_t n) noexcept nogil:
+    pthread_mutex_lock(&f.lock)
+    f.outstanding -= n
+    if f.outstanding == 0:
+        pthread_cond_signal(&f.done)
+    pthread_mutex_unlock(&f.lock)
+
+
+cdef void fetching_answered(void *context, Reply *reply) noexcept nogil:
+    cdef Fetching *f = <Fetching *> context
+    cdef Fetch *page
+    cdef uint32_t i
+    for i in range(reply.pages):
+        page = &f.wanted[reply.wanted[i].place]
+        page.status = reply_next(reply, page.bytes)
+    fetching_less(f, 1)
+
+
+cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
+    """Get up to GET_PAGES_MAX pages of a dense pool wherever they are, as get_page does with one, and leave them there. Everything
+    that is away is asked for at once, pages of one segment together, so that a slow lender is waited for once. 'staging' has
+    room for n replies of one page."""
+    cdef Fetching f
+    cdef RemoteRef refs[GET_PAGES_MAX]
+    cdef uint32_t counts[GET_PAGES_MAX]
+    cdef uint8_t group[GET_PAGES_MAX]
+    cdef uint16_t ordinals[GET_PAGES_MAX]
+    cdef Wanted asked[GET_PAGES_MAX]
+    cdef uint64_t none[3]
+    cdef uint64_t deadline = ran(l) + 2 * l.give_up_ns
+    cdef uint32_t i, g, groups, at, k, busy
+    cdef int result
+    cdef RemoteRef ref
+    cdef uint8_t *place
+    ASSERT(n <= GET_PAGES_MAX, b"pages that are got together fit into one request")
+    memset(none, 0, sizeof(none))
+    f.wanted = wanted
+    for i in range(n):
+        wanted[i].status = BUSY
+    while True:
+        groups = 0
+        for i in range(n):
+            group[i] = 0
+            if wanted[i].status != BUSY:
+                continue
+            wanted[i].slot = 0
+            wanted[i].status = store_get(l.store, pool, none, wanted[i].index, wanted[i].bytes, -1, &ref)
+            if wanted[i].status != REMOTE:
+                continue
+            g = groups
+            while g > 0 and (refs[g - 1].segment != ref.segment or refs[g - 1].generation != ref.generation or refs[g - 1].peer != ref.peer):
+                g -= 1
+            if g == 0:
+                refs[groups] = ref
+                counts[groups] = 0
+                groups += 1
+                g = groups
+            counts[g - 1] += 1
+            group[i] = <uint8_t> g
+            wanted[i].slot = ref.slot
+            ordinals[i] = <uint16_t> ref.ordinal
+        if groups == 0:
+            return
+        pthread_mutex_init(&f.lock, NULL)
+        pthread_cond_init(&f.done, NULL)
+        f.outstanding = groups
+        at = 0
+        place = staging
+        for g in range(groups):
+            k = at
+            for i in range(n):
+                if group[i] == g + 1:
+                    asked[k].slot = wanted[i].slot
+                    asked[k].index = wanted[i].index
+                    asked[k].ordinal = ordinals[i]
+                    asked[k].place = <uint16_t> i
+                    k += 1
+            result = links_get(l, &refs[g], &asked[at], counts[g], place, fetching_answered, &f, True)
+            if result != OK:
+                for k in range(at, at + counts[g]):
+                    wanted[asked[k].place].status = result
+                fetching_less(&f, 1)
+            at += counts[g]
+            place += counts[g] * reply_bytes(1)
+        pthread_mutex_lock(&f.lock)
+        while f.outstanding:
+            pthread_cond_wait(&f.done, &f.lock)         # bounded: the tick completes everything in time
+        pthread_mutex_unlock(&f.lock)
+        pthread_cond_destroy(&f.done)
+        pthread_mutex_destroy(&f.lock)
+        busy = 0
+        for i in range(n):
+            busy += wanted[i].status == BUSY
+        if busy == 0:
+            return
+        if ran(l) > deadline or load32(&l.stopping, ACQUIRE):
+            for i in range(n):
+                if wanted[i].status == BUSY:
+                    wanted[i].status = UNREACHABLE
+            return
         sched_yield()
 
 
@@ -1150,12 +1297,12 @@ cdef void ship_done(Links_t *l, Peer *peer, uint32_t i) noexcept nogil:
     """Under ship_lock: this one is under way no more."""
     l.ships[i].id = 0
     sub32(&peer.shipping, 1, RELAXED)
-    peer.progress_ns = now_ns()
+    peer.progress_ns = ran(l)
 
 
 cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     cdef uint32_t i
-    cdef uint64_t now = now_ns()
+    cdef uint64_t now = ran(l)
     cdef Ship ship
     ship.id = 0
     pthread_mutex_lock(&l.ship_lock)
@@ -1304,7 +1451,7 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     l.ships[slot].peer = peer.number
     l.ships[slot].meta = meta
     l.ships[slot].spill = spill
-    l.ships[slot].sent_ns = now_ns()
+    l.ships[slot].sent_ns = ran(l)
     add32(&peer.shipping, 1, RELAXED)
     pthread_mutex_unlock(&l.ship_lock)
     frame = <Frame *> image
@@ -1340,7 +1487,7 @@ cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
     """Take the oldest order whose lender can have a segment now. Orders for a lender that does not get any further are
     given up one by one; those for others pass them."""
     cdef uint32_t i, k, slot = 0, kept = 0
-    cdef uint64_t now = now_ns()
+    cdef uint64_t now = ran(l)
     cdef bint found = False, expired
     cdef Peer *peer
     cdef Order *o
@@ -1652,7 +1799,9 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
                 return 0
             ch.reason = b"the peer closed the connection" if error == SSL_ERROR_ZERO_RETURN else b"the connection broke"
             return -1
-        ch.received_ns = now_ns()
+        ch.received_ns = ran(l)
+        store64(&ch.unanswered_ns, 0, RELAXED)
+        ch.silent = False
         say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
@@ -1688,8 +1837,10 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     ch.image_done = 0
     ch.armed = False
     ch.start = ch.end = 0
+    store64(&ch.unanswered_ns, 0, RELAXED)
+    ch.silent = False
     if ch.kind == GET:
-        store64(&peer.down_ns, now_ns(), RELEASE)
+        store64(&peer.down_ns, ran(l), RELEASE)
     pthread_mutex_unlock(&ch.lock)
     if ch.in_body and ch.body_frame != NO_FRAME:
         pthread_mutex_lock(&l.lender_lock)
@@ -1759,14 +1910,19 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
     elif now - ch.received_ns > l.keepalive_ns and now - ch.pinged_ns > l.keepalive_ns:
         ch.pinged_ns = now
         frame_init(l, &frame, T_PING, 0)
-        send_frame(l, ch, &frame, NULL)
+        if send_frame(l, ch, &frame, NULL) == SENT:
+            asked_something(l, ch)
+    if ch.kind == GET and not ch.silent and owes_for(l, ch, l.give_up_ns // SILENT_SHARE):
+        ch.silent = True
+        eventfd_write(l.event_fd, 1)    # whoever connects may find out that another connection gets through
 
 
 cdef void react(Links_t *l, int kind) noexcept nogil:
     cdef epoll_event events[32]
     cdef int n, i
     cdef uint32_t p
-    cdef uint64_t value, now, ticked = 0
+    cdef uint64_t value, now, ticked = 0, looked = now_ns()
+    cdef bint late = False
     cdef Peer *peer
     while not load32(&l.stopping, ACQUIRE):
         n = epoll_wait(l.epolls[kind], events, 32, TICK_MS)
@@ -1785,7 +1941,13 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
                 peer = peer_at(l, p)
                 if peer != NULL and swap32(&peer.channels[kind].kick, 0, ACQ_REL):
                     serve(l, peer, &peer.channels[kind])
-        now = now_ns()
+        now = ran(l)
+        late = now_ns() > looked + GAP_NS and not late
+        looked = now_ns()
+        if late:
+            if kind == GET:
+                eventfd_write(l.event_fd, 1)
+            continue                    # this thread has not run for a while: what came meanwhile is read before anything is given up
         if now - ticked > TICK_MS * 1000000ull:
             ticked = now
             for p in range(PEERS_MAX):
@@ -1990,6 +2152,8 @@ cdef class Links:
         l.keepalive_ns = keepalive_ms * 1000000
         l.bulk_in_flight = min(max(bulk_in_flight, 1), SHIPS_MAX)
         l.lent_fd = -1
+        ran(l)
+        l.skipped_first_ns = load64(&l.store.running.skipped_ns, RELAXED)
         pthread_mutex_init(&l.peers_lock, NULL)
         pthread_mutex_init(&l.pending_lock, NULL)
         pthread_mutex_init(&l.jobs_lock, NULL)
@@ -2196,7 +2360,7 @@ cdef class Links:
             pthread_mutex_lock(&ch.lock)
             ch.ssl = connection.ssl
             ch.fd = connection.fd
-            ch.received_ns = ch.pinged_ns = now_ns()
+            ch.received_ns = ch.pinged_ns = ran(l)
             ch.records = 0
             ch.reason = NULL
             store32(&ch.kick, 1, RELAXED)
@@ -2272,6 +2436,34 @@ cdef class Links:
         cdef Peer *peer = peer_at(self.live(), number)
         return peer != NULL and is_up(&peer.channels[kind & 1])
 
+    def silent(self, uint32_t number):
+        """Whether the get connection to a peer is up and has owed an answer for a good part of give_up."""
+        cdef Links_t *l = self.live()
+        cdef Peer *peer = peer_at(l, number)
+        return peer != NULL and is_up(&peer.channels[GET]) and owes_for(l, &peer.channels[GET], l.give_up_ns // SILENT_SHARE)
+
+    def waited_for(self, uint32_t number):
+        """Whether gets wait for a peer."""
+        cdef Links_t *l = self.live()
+        cdef uint32_t i
+        cdef bint found = False
+        if load32(&l.pending_free_count, RELAXED) == PENDING_MAX:
+            return False
+        pthread_mutex_lock(&l.pending_lock)
+        for i in range(PENDING_MAX):
+            found |= (l.pending[i].state == P_WAITS or l.pending[i].state == P_SENT) and l.pending[i].ref.peer == number
+        pthread_mutex_unlock(&l.pending_lock)
+        return found
+
+    def ran_ms(self):
+        """Milliseconds in which this node ran, from an arbitrary moment on: what another's silence is measured in."""
+        return ran(self.live()) // 1000000
+
+    def stood_still_ms(self):
+        """Milliseconds since these links were made in which the node did not run."""
+        cdef Links_t *l = self.live()
+        return (load64(&l.store.running.skipped_ns, RELAXED) - l.skipped_first_ns) // 1000000
+
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender, or for the spill file (SPILL_PEER); False when too many wait. What fails stays
         here, whole."""
@@ -2293,7 +2485,7 @@ cdef class Links:
             order.segment = segment
             order.generation = generation
             order.peer = number
-            order.ordered_ns = now_ns()
+            order.ordered_ns = ran(l)
             if peer.ordered == 0 and peer.shipping == 0:
                 peer.progress_ns = order.ordered_ns
             store32(&l.orders_count, l.orders_count + 1, RELAXED)
@@ -2408,7 +2600,7 @@ cdef class Links:
                 waiting = p.shipping + p.ordered
                 since = p.progress_ns
                 pthread_mutex_unlock(&l.ship_lock)
-                stalled_ms = (now_ns() - since) // 1000000 if waiting else 0
+                stalled_ms = (ran(l) - since) // 1000000 if waiting else 0
                 result.append((i, up, load32(&p.credit, RELAXED), waiting, stalled_ms))
         return result
 
@@ -2431,7 +2623,7 @@ cdef class Links:
                 since = p.channels[k].received_ns if p.channels[k].ssl != NULL else 0
                 pthread_mutex_unlock(&p.channels[k].lock)
                 if since:
-                    silent = max(silent, now_ns() - min(since, now_ns()))
+                    silent = max(silent, ran(l) - min(since, ran(l)))
                 if words != NULL:
                     reason = words
                 sent += load64(&p.channels[k].bytes_sent, RELAXED)

@@ -24,6 +24,7 @@ cdef enum:
     FLUSH_BYTES = 65536             # of replies worth a system call while further requests are there
     OUT_BYTES = 393216              # FLUSH_BYTES, a direct read, its edges and headers
     PIECE_PAGES = 32                # asked for in one message: a segment holds about 120
+    CACHE_PAGES = 64                # that CACHE asks for at a time, as a piece that moved asks for its own
     OPEN_PIECES = 8                 # segments that one read collects pages of at a time
     PAGE_LOCKS = 256                # per export
     EVENTS_MAX = 256

@@ -47,7 +47,8 @@ from ramster.engine._c.openssl cimport (
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
-from ramster.engine._link cimport Links, Reply, TlsContext, get_page, links_get, reply_bytes, reply_next
+from ramster.engine._running cimport ran_ns
+from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, reply_bytes, reply_next
 from ramster.engine._store cimport (
     BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
     store_short_of_frames, store_slot, store_where)
@@ -187,22 +188,30 @@ cdef void drop_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noex
     tally(e, E_PAGES_FREED, freed)
 
 
-cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noexcept nogil:
-    """Have pages that are away here, as long as there is room for them without pressing others out."""
-    cdef uint64_t scratch[512]
+cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages, uint8_t *buffer) noexcept nogil:
+    """Have pages that are away here, as long as there is room for them without pressing others out. 'buffer': a slow thread's."""
+    cdef Fetch wanted[CACHE_PAGES]
     cdef uint64_t slot
-    cdef uint32_t peer
+    cdef uint32_t peer, n, i
     while pages and not store_short_of_frames(s.store) and not load32(&s.stopping, RELAXED):
-        if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE and \
-                get_page(s.links, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, -1) == OK:
-            pthread_mutex_lock(lock_of(e, page))
+        n = 0
+        while pages and n < CACHE_PAGES:
+            if store_where(s.store, e.pool, <uint32_t> page, &peer, &slot) == REMOTE:
+                wanted[n].index = <uint32_t> page
+                wanted[n].bytes = buffer + n * PAGE
+                n += 1
+            page += 1
+            pages -= 1
+        get_pages(s.links, e.pool, wanted, n, buffer + CACHE_PAGES * PAGE)
+        for i in range(n):
+            if wanted[i].status != OK or wanted[i].slot == 0 or store_short_of_frames(s.store):
+                continue
+            pthread_mutex_lock(lock_of(e, wanted[i].index))
             # As in patch_page(). A refused put leaves the page where it is: asking for it to be near must not cost it.
-            if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) == slot and \
-                    store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, <uint8_t *> scratch, 0, True) == OK:
+            if store_slot(s.store, e.pool, NO_OBJECT, wanted[i].index) == wanted[i].slot and \
+                    store_put(s.store, e.pool, NO_OBJECT, wanted[i].index, wanted[i].bytes, 0, True) == OK:
                 tally(e, E_PAGES_REMOTE, 1)
-            pthread_mutex_unlock(lock_of(e, page))
-        page += 1
-        pages -= 1
+            pthread_mutex_unlock(lock_of(e, wanted[i].index))
 
 
 cdef uint32_t error_of(int result) noexcept nogil:
@@ -248,7 +257,7 @@ cdef bint wait_for(Conn *c, short events, uint64_t deadline_ns) noexcept nogil:
     p.fd = c.fd
     p.events = events
     while True:
-        left = <int64_t> deadline_ns - <int64_t> now_ns()
+        left = <int64_t> deadline_ns - <int64_t> ran_ns(&c.server.store.running)
         if left <= 0 or load32(&c.server.stopping, RELAXED):
             return False
         if poll(&p, 1, <int> min(left // 1000000 + 1, 1000)) > 0:
@@ -285,7 +294,7 @@ cdef int64_t write_some(Conn *c, const iovec *parts, int count, bint may_wait) n
         if not may_wait:
             return 0
         if deadline == 0:
-            deadline = now_ns() + <uint64_t> SEND_S * 1000000000ull
+            deadline = ran_ns(&c.server.store.running) + <uint64_t> SEND_S * 1000000000ull
         if not wait_for(c, POLLOUT if error == SSL_ERROR_WANT_WRITE else POLLIN, deadline):
             return -1
 
@@ -575,20 +584,20 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     cdef bint wanted_by_it = r.type == CMD_READ or r.type == CMD_CACHE
     if not flush_out(c):            # nobody waits for an answer because of this wait
         return NULL
-    deadline = now_ns() + s.deadline_ns
+    deadline = ran_ns(&s.store.running) + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
     while not row_is_free(c, large):
-        if now_ns() > deadline or load32(&s.stopping, RELAXED) or (wanted_by_it and load32(&c.gone, RELAXED)):
+        if ran_ns(&s.store.running) > deadline or load32(&s.stopping, RELAXED) or (wanted_by_it and load32(&c.gone, RELAXED)):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
         if waits_to_be_sent(c):     # what is finished holds its row until it is sent, and nobody else may send it
             pthread_mutex_unlock(&s.free_lock)
             if not flush_out(c):
                 return NULL
-            deadline = now_ns() + s.deadline_ns
+            deadline = ran_ns(&s.store.running) + s.deadline_ns
             pthread_mutex_lock(&s.free_lock)
             continue
-        wait_for_others(c, deadline)
+        wait_for_others(c)
     p = s.parked_free
     s.parked_free = p.next
     s.large_bytes += large
@@ -616,10 +625,10 @@ cdef Parked *parked_take(Conn *c, const Request *r, uint64_t pages) noexcept nog
     return p
 
 
-cdef void wait_for_others(Conn *c, uint64_t deadline) noexcept nogil:
+cdef void wait_for_others(Conn *c) noexcept nogil:
     """With free_lock held: until somebody has finished something, or it is time to look at the client again."""
     cdef Server_t *s = c.server
-    cond_wait_until(&s.freed, &s.free_lock, min(deadline, now_ns() + <uint64_t> LEAVE_MS * 1000000))
+    cond_wait_until(&s.freed, &s.free_lock, now_ns() + <uint64_t> LEAVE_MS * 1000000)
     pthread_mutex_unlock(&s.free_lock)
     look(c)
     pthread_mutex_lock(&s.free_lock)
@@ -727,13 +736,13 @@ cdef void piece_send(Server_t *s, Piece *piece, RemoteRef *ref) noexcept nogil:
 cdef Piece *piece_take(Server_t *s, Parked *p, bint may_wait) noexcept nogil:
     cdef Conn *c = p.conn
     cdef Piece *piece
-    cdef uint64_t deadline = now_ns() + s.deadline_ns
+    cdef uint64_t deadline = ran_ns(&s.store.running) + s.deadline_ns
     pthread_mutex_lock(&s.free_lock)
     while s.piece_free == NULL or c.asked_pages >= ASKED_PAGES_EACH:
-        if not may_wait or now_ns() > deadline or load32(&s.stopping, RELAXED) or load32(&c.gone, RELAXED):
+        if not may_wait or ran_ns(&s.store.running) > deadline or load32(&s.stopping, RELAXED) or load32(&c.gone, RELAXED):
             pthread_mutex_unlock(&s.free_lock)
             return NULL
-        wait_for_others(c, deadline)
+        wait_for_others(c)
     piece = s.piece_free
     s.piece_free = piece.next
     pthread_mutex_unlock(&s.free_lock)
@@ -818,39 +827,41 @@ cdef void read_parked(Conn *c, const Request *r) noexcept nogil:
 
 # --- slow threads --------------------------------------------------------------------------------------------------
 
-cdef void again(Server_t *s, Job *job) noexcept nogil:
+cdef void again(Server_t *s, Job *job, uint8_t *buffer) noexcept nogil:
     cdef Piece *piece = job.piece
     cdef Parked *p = piece.request
     cdef Export *e = p.conn.export
-    cdef uint8_t *bytes
+    cdef Fetch wanted[PIECE_PAGES]
     cdef RemoteRef ref
-    cdef uint32_t i
+    cdef uint32_t i, n = piece.pages, left
     cdef int result
-    for i in range(piece.pages):
-        bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
-        result = REMOTE
-        if load32(&p.conn.gone, RELAXED):
-            break
-        while result == REMOTE:
-            if load32(&s.stopping, RELAXED):
-                result = UNREACHABLE
-                break
-            result = get_page(s.links, e.pool, NO_OBJECT, piece.wanted[i].index, bytes, -1)
+    for i in range(n):
+        wanted[i].index = piece.wanted[i].index
+        wanted[i].bytes = p.data + <uint64_t> piece.wanted[i].place * PAGE
+    while n and not load32(&p.conn.gone, RELAXED):
+        get_pages(s.links, e.pool, wanted, n, buffer + CACHE_PAGES * PAGE)
+        left = 0
+        for i in range(n):
+            result = wanted[i].status
             if result == MISS:      # it was freed, or a write to it was refused; or it is stored and away again by now
-                result = load_page(s, e, piece.wanted[i].index, bytes, &ref)
-        if result != OK and result != MISS:
-            parked_fail(p, piece.wanted[i].index, result)
+                result = load_page(s, e, wanted[i].index, wanted[i].bytes, &ref)
+            if result == REMOTE and not load32(&s.stopping, RELAXED):
+                wanted[left] = wanted[i]
+                left += 1
+            elif result != OK and result != MISS:
+                parked_fail(p, wanted[i].index, UNREACHABLE if result == REMOTE else result)
+        n = left
     piece_free(s, piece)
     parked_done(p)
 
 
-cdef void work(Server_t *s, Job *job) noexcept nogil:
+cdef void work(Server_t *s, Job *job, uint8_t *buffer) noexcept nogil:
     cdef Parked *p = job.request
     cdef Export *e
     cdef uint64_t pages
     cdef int result
     if job.kind == JOB_AGAIN:
-        again(s, job)
+        again(s, job, buffer)
         return
     e = p.conn.export
     if job.kind == JOB_PATCH:
@@ -864,7 +875,7 @@ cdef void work(Server_t *s, Job *job) noexcept nogil:
         elif load32(&p.conn.gone, RELAXED) or store_short_of_frames(s.store):
             pages = job.pages
         else:
-            bring_pages(s, e, job.page, pages)
+            bring_pages(s, e, job.page, pages, buffer)
         job.page += pages
         job.pages -= pages
         if job.pages:
@@ -878,6 +889,8 @@ cdef void *slow_main(void *argument) noexcept nogil:
     cdef Server_t *s = <Server_t *> argument
     cdef Conn *c
     cdef Job *job
+    cdef uint8_t *buffer = <uint8_t *> malloc(CACHE_PAGES * (PAGE + <size_t> reply_bytes(1)))     # address space until it is used
+    ASSERT(buffer != NULL, b"no memory for a slow thread's buffer")
     while True:
         pthread_mutex_lock(&s.slow_lock)
         while s.turns_first == NULL and not s.slow_stopping:
@@ -885,6 +898,7 @@ cdef void *slow_main(void *argument) noexcept nogil:
         c = s.turns_first
         if c == NULL:
             pthread_mutex_unlock(&s.slow_lock)
+            free(buffer)
             return NULL
         s.turns_first = c.next_turn
         if c.next_turn == NULL:
@@ -896,7 +910,7 @@ cdef void *slow_main(void *argument) noexcept nogil:
         else:
             turn_wanted(s, c)
         pthread_mutex_unlock(&s.slow_lock)
-        work(s, job)
+        work(s, job, buffer)
 
 
 # --- requests ------------------------------------------------------------------------------------------------------
@@ -1436,9 +1450,9 @@ cdef class NbdServer:
         pthread_mutex_unlock(&s.free_lock)
         for connection in list(self.connections):
             connection.shutdown()
-        deadline = now_ns() + 2 * s.deadline_ns
+        deadline = ran_ns(&s.store.running) + 2 * s.deadline_ns
         while self.connections:
-            ASSERT(now_ns() < deadline, b"whatever a connection waits for has a deadline")
+            ASSERT(ran_ns(&s.store.running) < deadline, b"whatever a connection waits for has a deadline")
             with nogil:
                 poll(NULL, 0, 1)
         pthread_mutex_lock(&s.slow_lock)

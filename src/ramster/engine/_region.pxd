@@ -102,6 +102,9 @@ cdef struct Region_t:
     Batch batches[32]
     uint32_t batches_used
     uint64_t lost
+    uint64_t revive_at              # where the search for pages that can be had again goes on ...
+    uint64_t revive_after_ns        # ... and when
+    bint reviving                   # soon: more are waiting
     uint64_t users                  # threads inside prefetch, pin, evict
     bint full
     uint64_t full_wait_ns
@@ -144,4 +147,4 @@ cdef class Region:
     cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1
     cdef int drop_pins(self, Attachment *a, uint64_t first, uint64_t count) except -1
     cdef object fail(self, int outcome, uint64_t first, uint64_t count)
-    cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count)
+    cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count, bint by_touch, bint at_once, uint64_t *undecided)

@@ -55,6 +55,7 @@ from ramster.engine._c.pthread cimport (
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
     pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread)
 from ramster.engine._histogram cimport quantile, record
+from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
     Links, Reply, links_flush, links_get, links_later, links_slot_lost, links_slot_reachable, reply_bytes,
     reply_next)
@@ -77,7 +78,13 @@ cdef enum:
     RESIDENT_PAGES_MAX = 1 << 30
     RESERVE_GROWS_NS = 1000000      # at most once in so long, while faults have to wait for room ...
     RESERVE_SHRINKS_NS = 500000000  # ... and by an eighth after so long without one
+    REVIVE_NS = 200000000           # between two looks for pages that can be had again
+    REVIVE_AGAIN_NS = 10000000      # ... while there are more than can come in at once
+    REVIVE_PAGES = 262144           # looked at each time
+    CHECK_NS = 50000000             # between two looks of check() at a lender that is out of reach ...
+    CHECK_MAX_NS = 20000000000      # ... which ends well before the application's patience does
     FOLLOW_READS = 64               # between two looks where the application runs; one costs half a microsecond
+    AHEAD_WINDOWS = 8               # that pin and prefetch have under way while they wait for the first of them
     OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     GUARD_LOST = 1
@@ -462,7 +469,7 @@ cdef void park(Attachment *a, uint64_t page) noexcept nogil:
         resident_leave_free(&r.set, r.reserve - r.reserve_least)
         r.reserve_changed_ns = now
     if r.parked_count == 0:
-        r.parked_since_ns = now
+        r.parked_since_ns = ran_ns(&r.store.running)
     for i in range(r.parked_count):
         if r.parked[i].page == page:
             r.parked[i].who |= bit_of(a)
@@ -490,7 +497,7 @@ cdef void unpark(Region_t *r) noexcept nogil:
     if r.parked_count == 0:
         everybody = r.parked_overflow       # those for whom there was no entry: costs what waits, not what there is
         r.parked_overflow = False
-    r.parked_since_ns = now_ns()
+    r.parked_since_ns = ran_ns(&r.store.running)
     pthread_mutex_unlock(&r.lock)
     for i in range(n):
         wake(r, woken[i].page, 1, woken[i].who)
@@ -1135,6 +1142,84 @@ cdef void refuse(Region_t *r) noexcept nogil:
     pthread_mutex_unlock(&r.lock)
 
 
+cdef bint is_condemned_anywhere(Region_t *r, uint64_t page, Attachment **where) noexcept nogil:
+    """Under the lock: a touch of this page is SIGBUS in one of the processes, whatever its state."""
+    cdef uint32_t i
+    for i in range(r.attachments_used if r.condemned else 0):
+        if is_condemned(&r.attachments[i], page):
+            where[0] = &r.attachments[i]
+            return True
+    return False
+
+
+cdef bint had_again(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a page that is lost, and was only out of reach, is away again once its lender, or room, is there."""
+    cdef int state = state_of(r, page)
+    if state == PAGE_LOST and r.can_poison and stored_copy_at_hand(r, page):
+        if not r.states[page] & FLAG_REFUSED:
+            r.lost -= 1
+        set_state(r, page, PAGE_AWAY)
+        state = PAGE_AWAY
+    return state == PAGE_AWAY
+
+
+cdef Batch *revive_some(Region_t *r, uint64_t *page, uint64_t end, bint *crowded) noexcept nogil:
+    """Under the lock: the next run of pages whose poison is to go, claimed; a page that nobody has touched just is away again."""
+    cdef Attachment *a = NULL
+    cdef Attachment *ignored = NULL
+    cdef Batch *b
+    cdef uint64_t at, high, room = 0
+    while page[0] < end:
+        at = page[0]
+        page[0] += 1
+        if not had_again(r, at) or not is_condemned_anywhere(r, at, &a) or not stored_copy_at_hand(r, at):
+            continue
+        if r.resident + r.reserve // 4 < r.budget:
+            room = r.budget - r.resident - r.reserve // 4
+        b = take_batch(a) if room and r.batches_used < BATCHES_MAX // 2 else NULL
+        if b == NULL:
+            crowded[0] = True
+            page[0] = at
+            return NULL
+        high = at + 1
+        while high < min(end, at + WINDOW_MAX) and had_again(r, high) and is_condemned_anywhere(r, high, &ignored):
+            high += 1
+        b.fault = False
+        claim(r, at, at, high, False, b)
+        page[0] = high
+        return b
+    return NULL
+
+
+cdef void revive(Region_t *r) noexcept nogil:
+    """By an evictor: pages that could not be had and now can, with the same lender's memory or with room, stop being lost by
+    themselves. Poison goes only when a page is mapped, so where a touch was SIGBUS it is brought in. A part of the region each
+    time, and only while evictors keep up."""
+    cdef uint64_t page, end, now = now_ns()
+    cdef bint crowded = False, came = False, more
+    cdef Batch *b
+    pthread_mutex_lock(&r.lock)
+    more = now >= r.revive_after_ns and r.lost + r.condemned != 0
+    page = r.revive_at
+    r.revive_after_ns = now + REVIVE_NS if more else r.revive_after_ns
+    pthread_mutex_unlock(&r.lock)
+    end = min(r.pages, page + REVIVE_PAGES)
+    while more and not crowded and page < end and not load32(&r.stopping, ACQUIRE):
+        pthread_mutex_lock(&r.lock)
+        b = revive_some(r, &page, min(end, page + CENSUS), &crowded)
+        pthread_mutex_unlock(&r.lock)
+        came = came or b != NULL
+        if b != NULL and not links_later(r.links, bring_in_later, b):
+            bring_in(r, b)
+    if more:
+        pthread_mutex_lock(&r.lock)
+        r.revive_at = page if page < r.pages else 0
+        r.reviving = came and (crowded or r.revive_at)
+        if r.reviving:
+            r.revive_after_ns = now_ns() + REVIVE_AGAIN_NS
+        pthread_mutex_unlock(&r.lock)
+
+
 cdef void *evictor_main(void *argument) noexcept nogil:
     cdef Region_t *r = <Region_t *> argument
     cdef uint32_t pages[BATCH]
@@ -1150,7 +1235,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     while not load32(&r.stopping, ACQUIRE):
         pthread_mutex_lock(&r.lock)
         if not is_short(r):
-            cond_wait_until(&r.work, &r.lock, now_ns() + 200000000ull)
+            cond_wait_until(&r.work, &r.lock, now_ns() + (REVIVE_AGAIN_NS if r.reviving else 200000000ull))
         if r.reserve > r.reserve_least and now_ns() > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
             r.reserve = max(r.reserve_least, r.reserve - r.reserve // 8)
             resident_leave_free(&r.set, r.reserve - r.reserve_least)
@@ -1178,12 +1263,13 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
         if n:
             evict(r, pages, n, clean, buffer)
+        revive(r)
         pthread_mutex_lock(&r.lock)
         parked = r.parked_count != 0
         room = has_room(r)
         short = is_short(r)
         full = r.full
-        waited = now_ns() - r.parked_since_ns
+        waited = ran_ns(&r.store.running) - r.parked_since_ns
         pthread_mutex_unlock(&r.lock)
         if parked and room:
             unpark(r)
@@ -1260,15 +1346,39 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                 bring_in(r, b)
             else:
                 pthread_cond_signal(&r.work)
-                cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
+                cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
                 pthread_mutex_unlock(&r.lock)
             break
         else:
             pthread_mutex_unlock(&r.lock)
         if all_there:
             return DONE
-        if now_ns() > deadline:
+        if ran_ns(&r.store.running) > deadline:
             return GONE_FULL
+
+
+cdef void ask_ahead(Attachment *a, uint64_t page, uint64_t end, bint writable) noexcept nogil:
+    """What somebody will wait for next is under way meanwhile, as far as there is room: a slow lender is waited for once."""
+    cdef Region_t *r = a.region
+    cdef Batch *b = NULL
+    cdef uint64_t room
+    while page < end:
+        pthread_mutex_lock(&r.lock)
+        while page < end and not is_away(r, page):
+            page += 1
+        room = r.budget - min(r.budget, r.resident + r.reserve // 4)
+        b = take_batch(a) if page < end and room and r.batches_used < BATCHES_MAX // 2 else NULL
+        if b != NULL:
+            b.fault = False
+            b.write_all = writable
+            claim(r, page, page, min(page + min(room, <uint64_t> WINDOW_MAX), end), False, b)
+            page += b.count
+            b.wanted = WINDOW_MAX       # nobody waits yet: what cannot be had is asked for again, and its loss is said then
+        pthread_mutex_unlock(&r.lock)
+        if b == NULL:
+            return
+        if not links_later(r.links, bring_in_later, b):
+            bring_in(r, b)
 
 
 cdef void await_others(Region_t *r, uint64_t first, uint64_t end, int state, uint64_t wait_ns) noexcept nogil:
@@ -1567,8 +1677,10 @@ cdef class Region:
         with nogil:
             while page < first + count and outcome == DONE:
                 end = min(page + WINDOW_MAX, first + count)
+                if end < first + count:
+                    ask_ahead(a, page, min(page + AHEAD_WINDOWS * WINDOW_MAX, first + count), writable)
                 outcome = make_resident(a, page, end, writable,
-                                        now_ns() + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
+                                        ran_ns(&r.store.running) + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
                 page = end
         return outcome
 
@@ -1628,7 +1740,7 @@ cdef class Region:
 
     cdef object fail(self, int outcome, uint64_t first, uint64_t count):
         if outcome == GONE_LOST:
-            runs = self.lost_runs(self.r, first, count)
+            runs = self.lost_runs(self.r, first, count, False, False, NULL)
             raise errors.RegionLost(f"{sum(n for _, n in runs)} of {count} pages from page {first} on are lost", runs=runs)
         if outcome == GONE_FULL:
             raise errors.RegionFull(f"no room for pages {first} to {first + count} within the bounded wait")
@@ -1648,7 +1760,7 @@ cdef class Region:
         cdef uint64_t pinned
         cdef int outcome
         try:
-            runs = self.lost_runs(r, first, count)
+            runs = self.lost_runs(r, first, count, False, False, NULL)
             if runs:
                 self.fail(GONE_LOST, first, count)
             pthread_mutex_lock(&r.lock)
@@ -1722,8 +1834,11 @@ cdef class Region:
         finally:
             self.end(r, NULL)
 
-    cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count):
-        """Runs of pages whose only copy is gone or out of reach."""
+    cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count, bint by_touch, bint at_once, uint64_t *undecided):
+        """Runs of pages whose only copy is gone or out of reach; by_touch: of pages that a touch would not get; at_once: nor have to
+        wait for. 'undecided' counts those whose lender may come back, or that are about to be had again."""
+        cdef Attachment *ignored = NULL
+        cdef bint condemned, good
         cdef uint64_t page = first, end = first + count, start = 0, until
         cdef bint open_run = False
         cdef uint8_t bad[256]
@@ -1736,8 +1851,18 @@ cdef class Region:
                 pthread_mutex_lock(&r.lock)
                 for i in range(<uint32_t> (until - page)):
                     state = state_of(r, page + i)
-                    bad[i] = state == PAGE_DAMAGED or \
-                        ((state == PAGE_LOST or state == PAGE_AWAY) and not stored_copy_good(r, page + i))
+                    bad[i] = state == PAGE_DAMAGED
+                    if state != PAGE_LOST and state != PAGE_AWAY:
+                        continue
+                    good = stored_copy_good(r, page + i) and (state == PAGE_AWAY or r.can_poison)
+                    bad[i] = not good
+                    if not by_touch:
+                        continue
+                    condemned = state == PAGE_LOST or is_condemned_anywhere(r, page + i, &ignored)
+                    bad[i] |= condemned
+                    if good and not r.states[page + i] & FLAG_REFUSED and (condemned or not stored_copy_at_hand(r, page + i)):
+                        undecided[0] += 1
+                        bad[i] |= at_once
                 pthread_mutex_unlock(&r.lock)
             for i in range(<uint32_t> (until - page)):
                 if bad[i] and not open_run:
@@ -1753,8 +1878,20 @@ cdef class Region:
 
     def check(self, uint64_t first, uint64_t count):
         cdef Region_t *r = self.begin(NULL, first, count)
+        cdef uint64_t undecided, until = ran_ns(&r.store.running) + min(r.links.give_up_ns + REVIVE_NS, <uint64_t> CHECK_MAX_NS)
+        cdef bint late = False
         try:
-            return self.lost_runs(r, first, count)
+            while True:
+                # A lender that is out of reach now is back, or counts as lost, within give_up: only then is there an answer.
+                undecided = 0
+                runs = self.lost_runs(r, first, count, True, late, &undecided)
+                if undecided == 0 or late or load32(&r.stopping, ACQUIRE):
+                    return runs
+                with nogil:
+                    pthread_mutex_lock(&r.lock)
+                    cond_wait_until(&r.changed, &r.lock, now_ns() + CHECK_NS)
+                    pthread_mutex_unlock(&r.lock)
+                late = ran_ns(&r.store.running) > until
         finally:
             self.end(r, NULL)
 

@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from ramster.engine._running cimport Running
 
 cdef enum:
     PAGE = 4096
@@ -308,6 +309,7 @@ cdef struct Store_t:
     pthread_t cleaner
     bint cleaner_running
     uint32_t stopping
+    Running running                 # the node's; deadlines for others are in its time
     uint64_t counters[8][32]
 
 

@@ -42,6 +42,7 @@ from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
 
+from ramster.engine._running cimport ran_ns
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_compressCCtx, ZSTD_isError, zstd_decompress
 
 import fcntl
@@ -1269,9 +1270,9 @@ cdef int drop_ephemeral(Store_t *s) noexcept nogil:
 
 
 cdef bint wait_for_room(Store_t *s, uint64_t deadline_ns) noexcept nogil:
-    """Sleep until a frame may have become free; False once the deadline has passed. Never inside an epoch."""
-    cdef uint64_t now = now_ns(), until
-    if now >= deadline_ns:
+    """Sleep until a frame may have become free; False once the deadline, in time of ran_ns(), has passed. Never inside an
+    epoch."""
+    if ran_ns(&s.running) >= deadline_ns:
         return False
     pthread_mutex_lock(&s.frame_lock)
     reclaim_retired(s)
@@ -1279,8 +1280,7 @@ cdef bint wait_for_room(Store_t *s, uint64_t deadline_ns) noexcept nogil:
         s.waiting += 1
         pthread_cond_signal(&s.clean_wanted)
         # A retired frame becomes free when a reader leaves, which signals nobody: look again soon.
-        until = now + 2000000
-        cond_wait_until(&s.room, &s.frame_lock, until if until < deadline_ns else deadline_ns)
+        cond_wait_until(&s.room, &s.frame_lock, now_ns() + 2000000)
         s.waiting -= 1
         reclaim_retired(s)
     pthread_mutex_unlock(&s.frame_lock)
@@ -1373,7 +1373,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         leave(reader)
         short_of_frames = True
         if deadline == 0:
-            deadline = now_ns() + wait_ns
+            deadline = ran_ns(&s.running) + wait_ns
         if drop_ephemeral(s) != 0 and not wait_for_room(s, deadline):
             result = FULL
         reader = enter(s)

@@ -41,7 +41,7 @@ class Region(_region.Region):
         the rest stays.
     advise: how a run will be used, "normal", "sequential", "random" or "cyclic" (docs/regions.md); replaces what was
         said of it before. UsageError for another word and for more than 64 ranges with an advice of their own.
-    check: runs of pages whose only copy is gone or out of reach; moves nothing.
     troubles: (pages lost now that somebody touched, faults refused for want of room so far); cheap, for every second.
+    check: runs of pages that a touch would not get; where a lender is out of reach it waits until that is decided.
     close: detaches every process, ends the threads, forgets every page here and away. Neither poisons nor unregisters.
     """

@@ -427,7 +427,8 @@ class Region(Mapping):
             self._control.ask(messages.Advise(kind=kind, first=first, count=count))
 
     def check(self, where: Range = None) -> None:
-        """Return if every page of a range can still be had; moves nothing.
+        """Return if a touch of any page of a range would get it; moves nothing. Where a page's lender is out of reach
+        it waits until that is decided, for the node's `give_up` at most.
 
         Raises RegionLost with `runs`, (first page, pages) each, NodeUnreachable, ForkedError.
         """

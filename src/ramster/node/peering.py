@@ -1,6 +1,8 @@
 """Who connects to whom, and who is let in: the asyncio shell around the handshake. Bytes of pages never come here.
 
-The node with the higher number connects, twice to each peer (get, bulk); the other accepts. What arrives on the port
+The node with the higher number connects, twice to each peer (get, bulk); the other accepts. When the other misses a
+connection, it asks to be called: it says HELLO at the peer's port, is refused as it always was, and the peer, which
+knows by its certificate who it is, connects at once. What arrives on the port
 gets one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is closed and counted.
 Whatever a peer says ends that connection at most, never a task of this node.
 """
@@ -26,11 +28,11 @@ from ramster.errors import CertificateError, ProtocolError, RamsterError, Refuse
 from ramster.frontswap.sockets import listen_tcp
 from ramster.node.credentials import Credentials
 from ramster.node.door import Caller, Door
+from ramster.node.redial import HANDSHAKE_S, Redial
 from ramster.wire import frames, hello
 
 log = logging.getLogger(__name__)
 
-HANDSHAKE_S = 5.0
 # Our own handshakes at a time, in threads of their own: they never queue behind those of strangers.
 DIALS_MAX = 64
 _ACCEPT_PAUSE_S = 0.1
@@ -52,6 +54,17 @@ class _PeerState:
     peer: Peer
     reason: str = ""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    called: dict[str, asyncio.Event] = field(default_factory=lambda: {kind: asyncio.Event() for kind in _KINDS})
+    connected: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
+
+
+class _Call(ProtocolError):
+    """Who is refused here is a peer that this node connects to, and misses the connection."""
+
+    def __init__(self, message: str, number: int, kind: str) -> None:
+        super().__init__(message)
+        self.number = number
+        self.kind = kind
 
 
 class Peering:
@@ -73,6 +86,9 @@ class Peering:
         self.make_hello = make_hello
         self.settings = settings
         self.number = number
+        self.redial = Redial(
+            settings.reconnect_min_ms / 1000, settings.reconnect_max_ms / 1000, settings.give_up_ms / 1000
+        )
         self.foreign_grace_s = foreign_grace_ms / 1000
         self.counters = PeeringCounters()
         self._on_change = on_change
@@ -85,6 +101,7 @@ class Peering:
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         self._grace: dict[int, asyncio.TimerHandle] = {}
+        self._stood_still_ms = 0
 
     async def start(self) -> None:
         """Listen and begin to connect. PortTaken when somebody else listens there."""
@@ -94,9 +111,10 @@ class Peering:
         loop.add_reader(self.links.event_fd, self._changed)
         self._spawn(self._accept_all())
         for number, state in self._peers.items():
-            if number < self.number:
-                for kind in _KINDS:
-                    self._spawn(self._keep_connected(state, kind))
+            for kind in _KINDS:
+                self._spawn(
+                    self._keep_connected(state, kind) if number < self.number else self._ask_to_be_called(state, kind)
+                )
 
     async def close(self) -> None:
         """Stop listening and connecting; established connections belong to the engine and stay."""
@@ -125,7 +143,10 @@ class Peering:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.links.event_fd)
         self._on_change()
-        loop = asyncio.get_running_loop()
+        stood_ms = self.links.stood_still_ms() - self._stood_still_ms
+        self._stood_still_ms += stood_ms
+        if stood_ms >= 1000:
+            log.warning("this node did not run for %.1f s; what waits for other nodes goes on waiting", stood_ms / 1000)
         for row in self.links.peers():
             number = row["number"]
             if number in self._peers:
@@ -134,10 +155,18 @@ class Peering:
                 if timer := self._grace.pop(number, None):
                     timer.cancel()
             elif number not in self._grace:
-                self._grace[number] = loop.call_later(self.foreign_grace_s, self._grace_over, number)
+                self._begin_grace(number, self.links.ran_ms() / 1000 + self.foreign_grace_s)
 
-    def _grace_over(self, number: int) -> None:
+    def _begin_grace(self, number: int, until: float) -> None:
+        """Until a time of the clock that stands still while this node does, which would not have heard the peer."""
+        left = max(until - self.links.ran_ms() / 1000, 0.0)
+        self._grace[number] = asyncio.get_running_loop().call_later(left, self._grace_over, number, until)
+
+    def _grace_over(self, number: int, until: float) -> None:
         self._grace.pop(number, None)
+        if self.links.ran_ms() / 1000 < until:
+            self._begin_grace(number, until)
+            return
         if self.links.up(number, GET) or self.links.up(number, BULK):
             return  # it is coming back at this very moment
         dropped = self.links.drop_foreign(number)
@@ -159,53 +188,119 @@ class Peering:
 
     # --- connecting -----------------------------------------------------------------------------------------------
 
+    def _stands(self, state: _PeerState, kind: str) -> bool:
+        """Whether a connection is up, as far as both ends know: one that owes an answer may be broken."""
+        number = state.peer.number
+        return (
+            self.links.up(number, _KINDS[kind])
+            and not state.called[kind].is_set()
+            and not (kind == "get" and self.links.silent(number))
+        )
+
+    async def _while_it_stands(self, state: _PeerState, kind: str) -> bool:
+        """False at once when it does not; else True after a while, or when something may have changed."""
+        if not self._stands(state, kind):
+            return False
+        state.wake.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await state.wake.wait()
+        return True
+
     async def _keep_connected(self, state: _PeerState, kind: str) -> None:
-        low, high = self.settings.reconnect_min_ms / 1000, self.settings.reconnect_max_ms / 1000
-        pause = low
+        """Connect, and again whenever the connection is down, or may be: a silent one stays until another is there."""
+        tries = 0
         while True:
-            if self.links.up(state.peer.number, _KINDS[kind]):
-                pause = low
-                state.wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1.0):
-                        await state.wake.wait()
+            if await self._while_it_stands(state, kind):
+                tries = 0
                 continue
             try:
-                await self._connect(state, kind)
+                await self._connect(state, kind, self.redial.patience(tries))
                 state.reason = ""
+                state.called[kind].clear()
+                state.connected[kind] = asyncio.get_running_loop().time()
                 log.info("connected to node %s (%s)", state.peer.name, kind)
             except Exception as error:  # whatever it says, there is a next time
-                reason = _words(error)
-                if reason != state.reason:
-                    log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
-                state.reason = reason
-                # Full jitter, so that nodes that lost one lender together do not come back together.
-                await asyncio.sleep(random.uniform(low, pause))
-                pause = min(pause * 2, high)
+                self._cannot_connect(state, error)
+                tries += 1
+                await self._pause(state, kind, tries)
 
-    async def _connect(self, state: _PeerState, kind: str) -> None:
+    async def _pause(self, state: _PeerState, kind: str, tries: int) -> None:
+        """Ends early when gets begin to wait, or the peer asks to be called."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        share = random.random()
+        state.called[kind].clear()
+        while True:
+            low, high = self.redial.pause(tries, self.links.waited_for(state.peer.number))
+            left = began + low + share * (high - low) - loop.time()
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, self.redial.look)):
+                    await state.called[kind].wait()
+                    return  # the network is there: whoever asks got through
+
+    async def _ask_to_be_called(self, state: _PeerState, kind: str) -> None:
+        """By the node that does not connect: it may be the one whose gets wait, and the other may not know that the
+        connection is broken, or be in the middle of a long pause.
+        """
+        tries = 0
+        while True:
+            if await self._while_it_stands(state, kind):
+                tries = 0
+                continue
+            await asyncio.sleep(self.redial.look * random.uniform(0.5, 1.0))
+            if self._stands(state, kind):
+                continue
+            try:
+                await self._connect(state, kind, self.redial.patience(tries))
+            except Exception as error:  # as above
+                if hello.WRONG_WAY in str(error):
+                    state.reason = ""  # it is there, and was told
+                else:
+                    self._cannot_connect(state, error)
+            tries += 1
+            await self._pause(state, kind, tries)
+
+    def _cannot_connect(self, state: _PeerState, error: Exception) -> None:
+        reason = _words(error)
+        if reason != state.reason:
+            log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
+        state.reason = reason
+
+    def _call(self, number: int, kind: str) -> None:
+        """A peer asks to be called. One that asked just before it was is not called twice."""
+        state = self._peers[number]
+        if asyncio.get_running_loop().time() > state.connected[kind] + self.redial.look:
+            state.called[kind].set()
+            state.wake.set()
+
+    async def _connect(self, state: _PeerState, kind: str, patience: float) -> None:
         loop = asyncio.get_running_loop()
         address = state.peer.address
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             _tune(sock)
-            async with asyncio.timeout(HANDSHAKE_S):
+            async with asyncio.timeout(patience):
                 await loop.sock_connect(sock, (address.host, address.port))
         except BaseException:
             sock.close()
             raise
         connection = Connection(self.credentials.context(), sock.detach(), False)
-        await loop.run_in_executor(self._diallers, self._greet, connection, state, kind)
-        self.counters.connected += 1
+        if await loop.run_in_executor(self._diallers, self._greet, connection, state, kind, patience):
+            self.counters.connected += 1
 
-    def _greet(self, connection: Connection, state: _PeerState, kind: str) -> None:
-        """In a thread: our side of the handshake as the one who connects."""
+    def _greet(self, connection: Connection, state: _PeerState, kind: str, patience: float) -> bool:
+        """In a thread: our side of the handshake as the one who connects. False: there was no need any more."""
         own = self.make_hello(kind)
         try:
-            certificate = identity.describe_der(connection.handshake(HANDSHAKE_S))
-            connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
-            kind_of_frame, body = _read_frame(connection)
+            certificate = identity.describe_der(connection.handshake(patience))
+            if self._stands(state, kind):
+                return False
+            connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), patience)
+            kind_of_frame, body = _read_frame(connection, patience)
             if kind_of_frame == frames.FrameType.REFUSE:
                 raise ProtocolError(f"it refused: {hello.decode_refusal(body)}")
             if kind_of_frame != frames.FrameType.HELLO:
@@ -219,6 +314,7 @@ class Peering:
                     self.counters.refused_connections += 1
                     raise ProtocolError(reason)
             self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
+            return True
         finally:
             connection.close()
 
@@ -256,6 +352,8 @@ class Peering:
             connection = Connection(self.credentials.context(), os.dup(caller.sock.fileno()), True)
             await asyncio.get_running_loop().run_in_executor(self._greeters, self._admit, connection, caller)
             self.counters.accepted += 1
+        except _Call as call:
+            self._call(call.number, call.kind)
         except CertificateError as error:
             # TLS did not come about: a stranger with another cluster's certificate, or no TLS at all.
             if caller.dropped:
@@ -301,6 +399,10 @@ class Peering:
                 own = self.make_hello(theirs.kind)
                 reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=True)
                 if reason is not None:
+                    if theirs.number < self.number and not hello.objection(
+                        own, theirs, certificate.subject, self._known, accepted=False
+                    ):
+                        raise _Call(reason, theirs.number, theirs.kind)
                     raise ProtocolError(reason)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
             # From here on the connection is the engine's: nobody at the door may end it any more.
@@ -314,9 +416,9 @@ class Peering:
             connection.close()
 
 
-def _read_frame(connection: Connection) -> tuple[int, bytes]:
-    kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, HANDSHAKE_S))
-    return kind, connection.receive(length, HANDSHAKE_S) if length else b""
+def _read_frame(connection: Connection, patience: float = HANDSHAKE_S) -> tuple[int, bytes]:
+    kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, patience))
+    return kind, connection.receive(length, patience) if length else b""
 
 
 def _tune(sock: socket.socket) -> None:
@@ -325,7 +427,7 @@ def _tune(sock: socket.socket) -> None:
 
 def _words(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
-        return f"no answer within {HANDSHAKE_S:g} s"
+        return "no answer in time"
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if isinstance(error, RamsterError):

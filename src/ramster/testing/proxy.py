@@ -67,7 +67,7 @@ class Direction:
         if pause and link.cut.wait(pause):
             return False
         with self._changed:
-            while self._held and not link.cut.is_set():
+            while (self._held or link.frozen) and not link.cut.is_set():
                 self._changed.wait()
             if self._corrupt_after is not None:
                 if self._corrupt_after < len(data):
@@ -89,6 +89,7 @@ class _Link:
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.sockets = (client, server)
         self.cut = threading.Event()
+        self.frozen = False
         self.threads: list[threading.Thread] = []
 
     def shut(self) -> None:
@@ -130,6 +131,12 @@ class Proxy:
         for link in links:
             for thread in link.threads:
                 thread.join()
+
+    def freeze(self) -> None:
+        """Nothing passes any more on the connections that there are now, nor closes them; new ones are served."""
+        with self._lock:
+            for link in self._links:
+                link.frozen = True
 
     def refuse(self, refusing: bool = True) -> None:
         """Close new connections at once, until told otherwise. Those that exist stay."""

@@ -26,6 +26,8 @@ Name = Annotated[str, msgspec.Meta(pattern=rf"^(?:{NAME_PATTERN.pattern})\Z", ma
 Feature = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 Number16 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 16) - 1)]
 Number32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+#: In the refusal of a node that has the lower number: who is refused like this was heard, and will be called.
+WRONG_WAY: Final = "not the other way round"
 
 
 class Hello(msgspec.Struct, kw_only=True, frozen=True):
@@ -96,7 +98,7 @@ def objection(own: Hello, theirs: Hello, certificate_name: str, known: dict[int,
         here = f"node {theirs.number} is {wanted!r} here" if wanted else f"no [[peers]] has number {theirs.number}"
         return f"it calls itself {theirs.name!r}, number {theirs.number}, but {here}"
     if accepted and theirs.number < own.number:
-        return f"node {own.number} connects to node {theirs.number}, not the other way round"
+        return f"node {own.number} connects to node {theirs.number}, {WRONG_WAY}"
     low, high = max(theirs.versions[0], own.versions[0]), min(theirs.versions[1], own.versions[1])
     if low > high:
         return "it speaks versions {} to {}, this node {} to {}".format(*theirs.versions, *own.versions)
