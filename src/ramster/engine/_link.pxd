@@ -85,6 +85,7 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     uint8_t *body                   # the staging memory of a reply
     uint32_t body_got
     uint32_t body_frame             # the lender's row for a segment. Neither: the body is thrown away
+    uint32_t body_refusal           # and why
     bint in_body
     Asked *asked                    # of a get channel: a queue
     uint32_t asked_head
@@ -272,6 +273,8 @@ cdef struct Links_t:
     uint64_t lent_bytes             # of the images held
     uint32_t owner_blocks[256]      # atomic
     uint32_t owner_blocks_max
+    uint32_t owner_rows[256]        # atomic: images held or being received
+    uint32_t owner_rows_max
     bint lent_locked
     # counters
     uint64_t remote_gets

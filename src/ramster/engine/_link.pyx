@@ -106,6 +106,7 @@ cdef enum Status:
     S_ABSENT = 1
     S_FULL = 2
     S_BAD = 3
+    S_SHARE = 4                     # there is room, but this owner has its share
 
 cdef enum Sent:
     SENT = 0
@@ -403,23 +404,30 @@ cdef uint32_t lent_find(Links_t *l, uint32_t owner, uint32_t segment, uint32_t g
 
 cdef uint32_t lent_credit(Links_t *l, uint32_t owner) noexcept nogil:
     """Segments that this owner may still bring, one by one."""
-    cdef uint32_t held = load32(&l.owner_blocks[owner & 255], RELAXED)
+    cdef uint32_t held = load32(&l.owner_blocks[owner & 255], RELAXED), images = load32(&l.owner_rows[owner & 255], RELAXED)
     cdef uint32_t blocks = min(load32(&l.lent_free_count, RELAXED), l.owner_blocks_max - min(held, l.owner_blocks_max))
-    return min(blocks // (l.segment_bytes // BLOCK_BYTES), load32(&l.rows_free_count, RELAXED))
+    cdef uint32_t rows = min(load32(&l.rows_free_count, RELAXED), l.owner_rows_max - min(images, l.owner_rows_max))
+    return min(blocks // (l.segment_bytes // BLOCK_BYTES), rows)
 
 
-cdef uint32_t lent_take(Links_t *l, uint32_t owner, uint32_t bytes) noexcept nogil:
-    """A row with granted blocks to receive an image into, or NO_FRAME: receiving never allocates."""
+cdef uint32_t lent_take(Links_t *l, uint32_t owner, uint32_t bytes, uint32_t *refusal) noexcept nogil:
+    """A row with granted blocks to receive an image into, or NO_FRAME and why not: receiving never allocates. Images are
+    counted beside their bytes: as many small ones as there are rows would leave others no room either."""
     cdef uint32_t i = NO_FRAME, k, need = (bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
     cdef Lent *row
     pthread_mutex_lock(&l.lender_lock)
-    if need <= l.lent_free_count and l.rows_free_count and l.owner_blocks[owner] + need <= l.owner_blocks_max:
+    if need > l.lent_free_count or l.rows_free_count == 0:
+        refusal[0] = S_FULL
+    elif l.owner_blocks[owner] + need > l.owner_blocks_max or l.owner_rows[owner] >= l.owner_rows_max:
+        refusal[0] = S_SHARE
+    else:
         i = l.rows_free
         row = &l.rows[i]
         l.rows_free = row.next
         store32(&l.rows_free_count, l.rows_free_count - 1, RELAXED)
         store32(&l.lent_free_count, l.lent_free_count - need, RELAXED)
         store32(&l.owner_blocks[owner], l.owner_blocks[owner] + need, RELAXED)
+        store32(&l.owner_rows[owner], l.owner_rows[owner] + 1, RELAXED)
         for k in range(need):       # from the top: freed in descending order, so that neighbours stay neighbours
             row.blocks[k] = l.lent_free[l.lent_free_count + need - 1 - k]
         row.block_count = need
@@ -453,6 +461,7 @@ cdef void lent_release(Links_t *l, uint32_t i) noexcept nogil:
         store32(&l.lent_images, l.lent_images - 1, RELAXED)
         store64(&l.lent_bytes, l.lent_bytes - row.bytes, RELAXED)
     lent_give_back(l, row, 0)
+    store32(&l.owner_rows[row.owner], l.owner_rows[row.owner] - 1, RELAXED)
     row.state = LENT_FREE
     row.next = l.rows_free
     l.rows_free = i
@@ -1567,7 +1576,7 @@ cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     reply.generation = ch.frame.generation
     reply.handle = ch.body_frame
     if ch.body_frame == NO_FRAME:
-        reply.status = S_FULL
+        reply.status = <uint16_t> ch.body_refusal
     else:
         reply.status = lent_commit(l, peer, ch.body_frame, &ch.frame)
     queue_frame(l, ch, &reply, NULL)
@@ -1601,7 +1610,7 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         if f.type == T_SHIP:
             ch.frame = f[0]
             ch.start += FRAME_BYTES
-            ch.body_frame = lent_take(l, peer.number, f.length)
+            ch.body_frame = lent_take(l, peer.number, f.length, &ch.body_refusal)
             ch.body = NULL
             ch.body_got = 0
             ch.in_body = True
@@ -2065,6 +2074,7 @@ cdef class Links:
             l.lent_free[i] = l.lent_blocks - 1 - i
         l.lent_free_count = l.lent_blocks
         l.owner_blocks_max = max(<uint32_t> (borrower_share * l.lent_blocks), l.segment_bytes // BLOCK_BYTES)
+        l.owner_rows_max = max(<uint32_t> (borrower_share * l.lent_rows), 1)
         memset(l.lent_buckets, 0xff, 4 * (<size_t> l.lent_mask + 1))
         for i in range(l.lent_rows):
             l.rows[i].next = i + 1
