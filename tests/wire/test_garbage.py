@@ -8,9 +8,10 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -44,13 +45,23 @@ def header(**changed: int) -> bytes:
 
 
 class Served:
-    """A lender (number 1) with its peering on a loop of its own, and the certificates of the peers that may come."""
+    """A lender (number 1) with its peering on a loop of its own, and the certificates of the peers that may come.
 
-    def __init__(self, directory: Path) -> None:
+    A peer that is cut off may come back at once, unless `shut_out_ms` says otherwise; other options are those of Links.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shut_out_ms: Callable[[int, int], int] = lambda faults, since_ms: 0,
+        **options: Any,
+    ) -> None:
         lender, *others = identity.create_cluster(directory, "wire", ["lender", "good", "bad"])
         self.contexts = [TlsContext(str(f.ca), str(f.cert), str(f.key)) for f in others]
         self.store = Store(8 * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False)
-        self.links = Links(self.store, 1, lend_bytes=8 * SEGMENT, lock=False, idle_ms=60_000, keepalive_ms=20_000)
+        self.links = Links(
+            self.store, 1, lend_bytes=8 * SEGMENT, lock=False, idle_ms=60_000, keepalive_ms=20_000, **options
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -63,6 +74,7 @@ class Served:
             LinkSettings(listen=Address("127.0.0.1", 0)),
             1,
             60_000,
+            shut_out_ms=shut_out_ms,
         )
         asyncio.run_coroutine_threadsafe(self.peering.start(), self._loop).result(TIMEOUT_S)
         assert self.peering.address is not None

@@ -259,8 +259,9 @@ class Lend:
         1.0,
         at_least=0.0,
         at_most=1.0,
-        help="Part of it that one borrower may fill, at least one segment. A single borrower may have all by default: "
-        "RAM that idles helps nobody; set 1/n where n borrowers must not crowd each other out.",
+        help="Part of it that one borrower may fill, at least one segment, and of the number of segments that can be "
+        "held. A single borrower may have all by default: RAM that idles helps nobody; set 1/n where n borrowers must "
+        "not crowd each other out.",
     )
     foreign_grace_ms: int = _time(
         600_000, at_least=1000, at_most=7 * 86_400_000, help="How long pages of a node that is silent are kept."

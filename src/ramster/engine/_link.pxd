@@ -5,6 +5,7 @@ from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.openssl cimport SSL, SSL_CTX
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from ramster.engine._c.zstd cimport ZSTD_CCtx
+from ramster.engine._conduct cimport Conduct
 from ramster.engine._histogram cimport Histogram
 from ramster.engine._store cimport ENTRY_BYTES_MAX, RemoteMeta, RemoteRef, Store, Store_t
 
@@ -85,10 +86,16 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     uint8_t *body                   # the staging memory of a reply
     uint32_t body_got
     uint32_t body_frame             # the lender's row for a segment. Neither: the body is thrown away
+    uint32_t body_refusal           # and why
     bint in_body
     Asked *asked                    # of a get channel: a queue
     uint32_t asked_head
     uint32_t asked_count
+    uint64_t work                   # of the present turn
+    uint32_t pings                  # sent and not answered
+    Conduct conduct
+    Conduct handshakes              # TLS messages after the handshake
+    bint rekeyed                    # there were too many
     uint64_t received_ns            # as every stamp here: of ran_ns()
     uint64_t pinged_ns
     uint64_t unanswered_ns          # atomic: since when it has been asked something, and nothing came; 0: it answers
@@ -111,6 +118,10 @@ cdef struct Peer:
     uint64_t down_ns                # since when its get channel is down; 0 while up or never seen
     bint seen
     uint32_t gone                   # atomic: it said goodbye
+    bint lends                      # it took a segment of ours in this life
+    uint32_t told                   # atomic: FREE and COMPACT on this connection, not answered yet
+    uint32_t faults                 # atomic: how often it was cut off for what it sent
+    uint64_t fault_ns               # when last
     Channel channels[2]
     uint64_t gets
     uint64_t segments_sent
@@ -189,6 +200,8 @@ cdef struct Lent:                   # one image that the lender holds or receive
     uint32_t bytes                  # of the image
     uint32_t next                   # in its bucket, or among the free rows
     uint32_t block_count
+    uint32_t owner_before           # among the rows of its owner
+    uint32_t owner_after
     uint64_t owner_generation
     uint32_t blocks[32]
 
@@ -277,10 +290,15 @@ cdef struct Links_t:
     uint32_t rows_free_count        # atomic
     uint32_t *lent_buckets          # rows by (owner, segment, generation)
     uint32_t lent_mask
+    uint64_t lent_secrets[4]
+    uint32_t owner_first[256]       # the images of each owner, the last that came first
+    uint32_t owner_images[256]      # atomic: how many
     uint32_t lent_images
     uint64_t lent_bytes             # of the images held
     uint32_t owner_blocks[256]      # atomic
     uint32_t owner_blocks_max
+    uint32_t owner_rows[256]        # atomic: images held or being received
+    uint32_t owner_rows_max
     bint lent_locked
     # counters
     uint64_t remote_gets
@@ -297,6 +315,8 @@ cdef struct Links_t:
     uint64_t compacts_sent
     uint64_t segments_compacted     # of others, here
     uint64_t orders_withdrawn
+    uint64_t floods                 # connections closed for frames that mean nothing
+    uint64_t turn_work_max[2]       # the longest turn of a connection, of each kind
     uint64_t gets_redirected        # to the spill file, since a lender is down or does not answer
 
 

@@ -49,6 +49,7 @@ from ramster.engine._c.pthread cimport (
     pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
+from ramster.engine._conduct cimport BUCKET, COSTLY, IDLE, NONSENSE, USEFUL, conduct_charge
 from ramster.engine._histogram cimport Histogram, quantile, record
 from ramster.engine._pending cimport (
     P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
@@ -74,7 +75,15 @@ cdef enum:
     SEND_BYTES = 65536              # encrypted bytes worth a system call
     WIRE_BYTES = 65536 + 20480 + 4096   # one record more, and what a key update or an alert takes
     RECORDS_PER_SEND_TURN = 4
-    RECORDS_PER_TURN = 64           # then another connection of this reactor has its turn
+    # One turn of a connection, then another of this reactor has its own. Work is counted and not measured: about a unit for
+    # each ns. A turn ends with the frame that brings it over this: nobody else waits for more than a ms because of one peer.
+    WORK_PER_TURN = 500000
+    WORK_READ = 2000                # a record; what it brings is a unit a byte, and so is what is sent for it
+    WORK_FRAME = 1000
+    WORK_ENTRY = 50                 # looked up in an image
+    WORK_ROW = 200                  # of the lender's, freed
+    LENT_BATCH = 64                 # rows freed before somebody else may have the lender's lock
+    FORGIVE_S = 600                 # a peer that was cut off counts as new after so long
     KEY_UPDATE_RECORDS = 8388608    # 2^23, half of what AES-GCM allows one key (RFC 8446, 5.5)
     HEDGE_MS = 100                  # a lender that has not answered by then stands still; a disk takes a tenth of it
     SILENT_SHARE = 4                # of give_up: a connection that owes an answer for so long is dialled anew beside the old one
@@ -114,6 +123,7 @@ cdef enum Status:
     S_ABSENT = 1
     S_FULL = 2
     S_BAD = 3
+    S_SHARE = 4                     # there is room, but this owner has its share
 
 cdef enum Sent:
     SENT = 0
@@ -391,7 +401,9 @@ cdef void lent_move_down(Links_t *l, const Lent *row, uint32_t to, uint32_t offs
 
 
 cdef inline uint32_t *lent_bucket(Links_t *l, uint32_t owner, uint32_t segment, uint32_t generation) noexcept nogil:
-    cdef uint64_t h = (<uint64_t> owner << 46 ^ <uint64_t> generation << 32 ^ segment) * 0x9e3779b97f4a7c15ull
+    # Owners choose the names: without a secret they could choose those that meet in one bucket.
+    cdef uint64_t h = ((<uint64_t> owner << 46 ^ <uint64_t> generation << 32 ^ segment) ^ l.lent_secrets[0]) * (l.lent_secrets[1] | 1)
+    h = (h ^ h >> 32 ^ l.lent_secrets[2]) * (l.lent_secrets[3] | 1)
     return &l.lent_buckets[(h >> 32) & l.lent_mask]
 
 
@@ -408,23 +420,30 @@ cdef uint32_t lent_find(Links_t *l, uint32_t owner, uint32_t segment, uint32_t g
 
 cdef uint32_t lent_credit(Links_t *l, uint32_t owner) noexcept nogil:
     """Segments that this owner may still bring, one by one."""
-    cdef uint32_t held = load32(&l.owner_blocks[owner & 255], RELAXED)
+    cdef uint32_t held = load32(&l.owner_blocks[owner & 255], RELAXED), images = load32(&l.owner_rows[owner & 255], RELAXED)
     cdef uint32_t blocks = min(load32(&l.lent_free_count, RELAXED), l.owner_blocks_max - min(held, l.owner_blocks_max))
-    return min(blocks // (l.segment_bytes // BLOCK_BYTES), load32(&l.rows_free_count, RELAXED))
+    cdef uint32_t rows = min(load32(&l.rows_free_count, RELAXED), l.owner_rows_max - min(images, l.owner_rows_max))
+    return min(blocks // (l.segment_bytes // BLOCK_BYTES), rows)
 
 
-cdef uint32_t lent_take(Links_t *l, uint32_t owner, uint32_t bytes) noexcept nogil:
-    """A row with granted blocks to receive an image into, or NO_FRAME: receiving never allocates."""
+cdef uint32_t lent_take(Links_t *l, uint32_t owner, uint32_t bytes, uint32_t *refusal) noexcept nogil:
+    """A row with granted blocks to receive an image into, or NO_FRAME and why not: receiving never allocates. Images are
+    counted beside their bytes: as many small ones as there are rows would leave others no room either."""
     cdef uint32_t i = NO_FRAME, k, need = (bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
     cdef Lent *row
     pthread_mutex_lock(&l.lender_lock)
-    if need <= l.lent_free_count and l.rows_free_count and l.owner_blocks[owner] + need <= l.owner_blocks_max:
+    if need > l.lent_free_count or l.rows_free_count == 0:
+        refusal[0] = S_FULL
+    elif l.owner_blocks[owner] + need > l.owner_blocks_max or l.owner_rows[owner] >= l.owner_rows_max:
+        refusal[0] = S_SHARE
+    else:
         i = l.rows_free
         row = &l.rows[i]
         l.rows_free = row.next
         store32(&l.rows_free_count, l.rows_free_count - 1, RELAXED)
         store32(&l.lent_free_count, l.lent_free_count - need, RELAXED)
         store32(&l.owner_blocks[owner], l.owner_blocks[owner] + need, RELAXED)
+        store32(&l.owner_rows[owner], l.owner_rows[owner] + 1, RELAXED)
         for k in range(need):       # from the top: freed in descending order, so that neighbours stay neighbours
             row.blocks[k] = l.lent_free[l.lent_free_count + need - 1 - k]
         row.block_count = need
@@ -455,9 +474,17 @@ cdef void lent_release(Links_t *l, uint32_t i) noexcept nogil:
         while link[0] != i:
             link = &l.rows[link[0]].next
         link[0] = row.next
+        if row.owner_before == NO_FRAME:
+            l.owner_first[row.owner] = row.owner_after
+        else:
+            l.rows[row.owner_before].owner_after = row.owner_after
+        if row.owner_after != NO_FRAME:
+            l.rows[row.owner_after].owner_before = row.owner_before
+        store32(&l.owner_images[row.owner], l.owner_images[row.owner] - 1, RELAXED)
         store32(&l.lent_images, l.lent_images - 1, RELAXED)
         store64(&l.lent_bytes, l.lent_bytes - row.bytes, RELAXED)
     lent_give_back(l, row, 0)
+    store32(&l.owner_rows[row.owner], l.owner_rows[row.owner] - 1, RELAXED)
     row.state = LENT_FREE
     row.next = l.rows_free
     l.rows_free = i
@@ -489,6 +516,12 @@ cdef int lent_commit(Links_t *l, Peer *peer, uint32_t i, const Frame *f) noexcep
     bucket = lent_bucket(l, row.owner, row.segment, row.generation)
     row.next = bucket[0]
     bucket[0] = i
+    row.owner_before = NO_FRAME
+    row.owner_after = l.owner_first[row.owner]
+    if row.owner_after != NO_FRAME:
+        l.rows[row.owner_after].owner_before = i
+    l.owner_first[row.owner] = i
+    store32(&l.owner_images[row.owner], l.owner_images[row.owner] + 1, RELAXED)
     store32(&l.lent_images, l.lent_images + 1, RELAXED)
     store64(&l.lent_bytes, l.lent_bytes + row.bytes, RELAXED)
     pthread_mutex_unlock(&l.lender_lock)
@@ -496,27 +529,36 @@ cdef int lent_commit(Links_t *l, Peer *peer, uint32_t i, const Frame *f) noexcep
     return S_OK
 
 
-cdef void lent_forget(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
-    """Free what the owner no longer needs; freeing what is not there is fine, so an owner may say it twice."""
+cdef bint lent_forget(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+    """Free what the owner no longer needs; freeing what is not there is fine, so an owner may say it twice. True: it was there."""
     cdef uint32_t i
     pthread_mutex_lock(&l.lender_lock)
     i = lent_find(l, peer.number, f.segment, f.generation)
     if i != NO_FRAME:
         lent_release(l, i)
     pthread_mutex_unlock(&l.lender_lock)
+    return i != NO_FRAME
 
 
 cdef uint32_t lent_drop(Links_t *l, uint32_t owner, uint64_t keep_generation) noexcept nogil:
-    """Forget everything held for an owner, except what it shipped in its present life."""
-    cdef uint32_t i, dropped = 0
-    cdef Lent *row
-    pthread_mutex_lock(&l.lender_lock)
-    for i in range(l.lent_rows):
-        row = &l.rows[i]
-        if row.state == LENT_HELD and row.owner == owner and row.owner_generation != keep_generation:
-            lent_release(l, i)
-            dropped += 1
-    pthread_mutex_unlock(&l.lender_lock)
+    """Forget everything held for an owner, except what it shipped in its present life: all or nothing, since it ships in no new
+    life before this was done. It costs what it frees, and gets of others come in between."""
+    cdef uint32_t i, after, batch = LENT_BATCH, dropped = 0
+    if l.lent_rows == 0:
+        return 0
+    while batch == LENT_BATCH:
+        batch = 0
+        pthread_mutex_lock(&l.lender_lock)
+        i = l.owner_first[owner & 255]
+        while i != NO_FRAME and batch < LENT_BATCH:
+            after = l.rows[i].owner_after
+            if l.rows[i].owner_generation != keep_generation:
+                lent_release(l, i)
+                batch += 1
+            i = after
+        pthread_mutex_unlock(&l.lender_lock)
+        dropped += batch
+        sched_yield()
     return dropped
 
 
@@ -552,8 +594,9 @@ cdef bint lent_pack(Links_t *l, Lent *row, const uint8_t *live, bint moving) noe
     return True
 
 
-cdef int lent_compact(Links_t *l, Peer *peer, const Frame *f, const uint8_t *live, uint32_t *left) noexcept nogil:
-    """Drop what is not live in the owner's bitmap; gets are answered before or after it, never meanwhile. Twice is fine."""
+cdef int lent_compact(Links_t *l, Peer *peer, const Frame *f, const uint8_t *live, uint32_t *left, uint32_t *dropped) noexcept nogil:
+    """Drop what is not live in the owner's bitmap; gets are answered before or after it, never meanwhile. Twice is fine: then
+    nothing is 'dropped'."""
     cdef Lent *row
     cdef uint32_t i
     cdef int status = S_ABSENT
@@ -563,8 +606,10 @@ cdef int lent_compact(Links_t *l, Peer *peer, const Frame *f, const uint8_t *liv
         row = &l.rows[i]
         status = S_BAD
         if f.length == (row.entries + 7) >> 3 and lent_pack(l, row, live, False):
+            dropped[0] = row.bytes
             lent_pack(l, row, live, True)
             left[0] = row.bytes
+            dropped[0] -= row.bytes
             status = S_OK
     pthread_mutex_unlock(&l.lender_lock)
     if status == S_OK:
@@ -596,7 +641,7 @@ cdef void ring_append_lent(Links_t *l, Channel *ch, const Lent *row, uint32_t at
         bytes -= n
 
 
-cdef int lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals) noexcept nogil:
+cdef int lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals, bint *found) noexcept nogil:
     """Answer a get with the sealed entries; AGAIN when the ring has no room for them now. Only the owner's own certificate
     gets here with its number."""
     cdef Frame reply
@@ -631,35 +676,45 @@ cdef int lent_answer(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const 
             for i in range(pages):
                 if sizes[i]:
                     ring_append_lent(l, ch, row, places[i], (<uint32_t> sizes[i] + 7) & ~<uint32_t> 7)
+        ch.work += reply.length
     pthread_mutex_unlock(&ch.lock)
     pthread_mutex_unlock(&l.lender_lock)
+    ch.work += WORK_FRAME + pages * WORK_ENTRY
+    found[0] = reply.status == S_OK
     if result == SENT:
         say(&l.gets_served, pages)
     return result
 
 
-cdef void asked(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals) noexcept nogil:
-    """Answer a get now, or once the ring has room. One that finds the queue full, too, is asked again after its deadline."""
+cdef uint32_t asked(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint16_t *ordinals) noexcept nogil:
+    """Answer a get now, or once the ring has room. One that finds the queue full, too, is asked again after its deadline. Returns
+    its weight."""
     cdef Asked *later
-    if ch.asked_count == 0 and lent_answer(l, peer, ch, f, ordinals) != AGAIN:
-        return
+    cdef bint found = True
+    if ch.asked_count == 0 and lent_answer(l, peer, ch, f, ordinals, &found) != AGAIN:
+        return USEFUL if found else IDLE
     if ch.asked_count < ASKED_MAX:
         later = &ch.asked[(ch.asked_head + ch.asked_count) % ASKED_MAX]
         later.frame = f[0]
         memcpy(later.ordinals, ordinals, f.length)
         ch.asked_count += 1
+    return USEFUL
 
 
-cdef void answer_asked(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """By the reactor, after the ring has been written from: what waited for room in it."""
+cdef bint answer_asked(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """By the reactor, after the ring has been written from: what waited for room in it. True: some is left for another turn."""
     cdef Asked *first
+    cdef bint found
     while ch.asked_count:
+        if ch.work >= WORK_PER_TURN:
+            return True
         first = &ch.asked[ch.asked_head]
-        if lent_answer(l, peer, ch, &first.frame, first.ordinals) == AGAIN:
-            return                      # the ring is not empty, so the reactor will be here again
+        if lent_answer(l, peer, ch, &first.frame, first.ordinals, &found) == AGAIN:
+            return False                # the ring is not empty, so the reactor will be here again
         ch.asked_head = (ch.asked_head + 1) % ASKED_MAX
         ch.asked_count -= 1
         flush(l, ch)
+    return False
 
 
 # --- gets under way ------------------------------------------------------------------------------------------------
@@ -956,8 +1011,8 @@ cdef uint8_t *pending_staging(Links_t *l, Peer *peer, const Frame *f) noexcept n
     return staging
 
 
-cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t *body) noexcept nogil:
-    """A reply has arrived whole. 'body' is the receive buffer, or the staging memory of the request."""
+cdef bint pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t *body) noexcept nogil:
+    """A reply has arrived whole. 'body' is the receive buffer, or the staging memory of the request. False: nobody waits for it."""
     cdef Pending *p = &l.pending[f.request & (PENDING_MAX - 1)]
     cdef int status = OK
     cdef uint64_t now = ran(l)
@@ -965,7 +1020,7 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
     if p.state != P_SENT or p.id != f.request or p.ref.peer != peer.number:
         pthread_mutex_unlock(&l.pending_lock)
         say(&l.late_replies, 1)
-        return
+        return False
     store32(&p.state, P_COMPLETING, RELAXED)
     pthread_mutex_unlock(&l.pending_lock)
     record(&peer.round_trip, now - p.sent_ns)
@@ -978,12 +1033,13 @@ cdef void pending_answered(Links_t *l, Peer *peer, const Frame *f, const uint8_t
         status = CORRUPT
     if p.pages == 1 or status != OK:
         pending_complete(l, p, status, body, l.open_ctx)
-        return
+        return True
     if body != p.staging:
         memcpy(p.staging, body, f.length)
     pthread_mutex_lock(&l.jobs_lock)
     add_job(l, pending_open, p)
     pthread_mutex_unlock(&l.jobs_lock)
+    return True
 
 
 cdef void pending_open(void *context, EVP_CIPHER_CTX *ctx) noexcept nogil:
@@ -1300,7 +1356,8 @@ cdef void ship_done(Links_t *l, Peer *peer, uint32_t i) noexcept nogil:
     peer.progress_ns = ran(l)
 
 
-cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+cdef bint ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
+    """False: nothing like that was sent on this connection."""
     cdef uint32_t i
     cdef uint64_t now = ran(l)
     cdef Ship ship
@@ -1320,12 +1377,14 @@ cdef void ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     if ship.id == 0:
         say(&l.late_replies, 1)
     elif f.status == S_OK and not peer.gone:    # it said goodbye: what it holds goes, so the segment stays here
+        peer.lends = True
         store_ship_commit(l.store, ship.segment, peer.number, f.handle, ship.spill, ship.meta)
         say(&peer.segments_sent, 1)
     else:
         say(&l.ships_refused, 1)
         say(&peer.refused, 1)
         ship_failed(l, &ship)
+    return ship.id != 0
 
 
 cdef void ship_failed(Links_t *l, const Ship *ship) noexcept nogil:
@@ -1520,6 +1579,24 @@ cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
     return found
 
 
+cdef int tell(Links_t *l, Peer *peer, Frame *frame, const void *body) noexcept nogil:
+    """Send what is to be answered by FREED or COMPACTED, once."""
+    cdef int sent
+    add32(&peer.told, 1, RELAXED)
+    sent = send_frame(l, &peer.channels[BULK], frame, body)
+    if sent != SENT:
+        sub32(&peer.told, 1, RELAXED)
+    return sent
+
+
+cdef bint was_told(Peer *peer) noexcept nogil:
+    """By the bulk reactor: an answer to something that was said on this connection."""
+    if <int> load32(&peer.told, RELAXED) <= 0:
+        return False
+    sub32(&peer.told, 1, RELAXED)
+    return True
+
+
 cdef void tell_freed(Links_t *l) noexcept nogil:
     """Tell lenders what they may forget. Without a connection, or room in it, it is told later."""
     cdef uint32_t segment = 0, generation = 0, number = 0, handle = 0, spill = 0, i
@@ -1548,7 +1625,7 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
             frame.segment = segment
             frame.generation = generation
             frame.handle = NO_FRAME
-            if send_frame(l, &peer.channels[BULK], &frame, NULL) != SENT:
+            if tell(l, peer, &frame, NULL) != SENT:
                 pthread_mutex_lock(&l.ship_lock)
                 peer.orphans_told = 0
                 pthread_mutex_unlock(&l.ship_lock)
@@ -1566,7 +1643,7 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
         frame.segment = segment
         frame.generation = generation
         frame.handle = handle
-        sent = send_frame(l, &peer.channels[BULK], &frame, NULL)
+        sent = tell(l, peer, &frame, NULL)
         if sent == SENT:
             say(&l.frees_sent, 1)
         elif sent == AGAIN:
@@ -1592,7 +1669,7 @@ cdef void tell_compact(Links_t *l) noexcept nogil:
         frame.segment = segment
         frame.generation = generation
         frame.length = bytes
-        sent = send_frame(l, &peer.channels[BULK], &frame, live)
+        sent = tell(l, peer, &frame, live)
         if sent == SENT:
             say(&l.compacts_sent, 1)
         elif sent == AGAIN:
@@ -1642,24 +1719,61 @@ cdef bint frame_allowed(Links_t *l, const Frame *f, uint32_t kind) noexcept nogi
     return f.length == 0 and (f.type == T_COMPACTED or f.type == T_SHIPPED or f.type == T_FREE or f.type == T_FREED or f.type == T_GOODBYE)
 
 
-cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint8_t *body) noexcept nogil:
+cdef void peer_at_fault(Peer *peer, Channel *ch, const char *reason) noexcept nogil:
+    """It is cut off for what it sent, and not let in again at once."""
+    cdef uint64_t now = now_ns()
+    cdef uint32_t faults = load32(&peer.faults, RELAXED)
+    if now - load64(&peer.fault_ns, RELAXED) > FORGIVE_S * 1000000000ull:
+        faults = 0
+    store64(&peer.fault_ns, now, RELAXED)
+    store32(&peer.faults, faults + 1, RELEASE)
+    ch.reason = reason
+
+
+cdef bint tolerated(Links_t *l, Peer *peer, Channel *ch, uint32_t weight) noexcept nogil:
+    """What a loss can cause between honest nodes is bounded by what they may share: the rows of the one, the segments of the other."""
+    if weight == USEFUL:
+        return True
+    if conduct_charge(&ch.conduct, weight, ch.received_ns // 1000000,
+                      BUCKET + 2 * (<uint64_t> l.lent_rows + load32(&l.store.segments_used, RELAXED))):
+        return True
+    ch.conduct.filled = 0
+    say(&l.floods, 1)
+    peer_at_fault(peer, ch, b"the peer sent far more that means nothing than an honest one could")
+    return False
+
+
+cdef void on_message(int sent, int version, int type, const void *bytes, size_t length, SSL *ssl, void *argument) noexcept nogil:
+    """By OpenSSL, under the connection's lock. TLS 1.3 has messages after the handshake, which SSL_read swallows as long as there
+    are any; each costs a key derivation, and an honest peer sends one in 2^23 records."""
+    cdef Channel *ch = <Channel *> argument
+    if not sent and type == SSL3_RT_HANDSHAKE and not conduct_charge(&ch.handshakes, NONSENSE, now_ns() // 1000000, BUCKET):
+        ch.rekeyed = True
+        shutdown(ch.fd, SHUT_RDWR)
+
+
+cdef uint32_t dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint8_t *body) noexcept nogil:
+    """Carry out one small frame. Returns its weight: see _conduct.pxd."""
     cdef Frame reply
-    cdef uint32_t left = 0
+    cdef uint32_t left = 0, dropped = 0
+    cdef bint expected = True
     if f.type == T_PAGE:
-        pending_answered(l, peer, f, body)
+        return USEFUL if pending_answered(l, peer, f, body) else IDLE
     elif f.type == T_GET:
-        asked(l, peer, ch, f, <const uint16_t *> body)
+        return asked(l, peer, ch, f, <const uint16_t *> body)
     elif f.type == T_SHIPPED:
         store32(&peer.credit, f.credit, RELAXED)
-        ship_answered(l, peer, f)
+        expected = ship_answered(l, peer, f)
     elif f.type == T_FREE:
-        lent_forget(l, peer, f)
+        expected = lent_forget(l, peer, f)
         frame_init(l, &reply, T_FREED, f.request)
         reply.segment = f.segment
         reply.generation = f.generation
         queue_frame(l, ch, &reply, NULL)
+        return USEFUL if expected else IDLE
     elif f.type == T_FREED:
         store32(&peer.credit, f.credit, RELAXED)
+        expected = was_told(peer)
         if f.request == 0:
             orphan_freed(l, peer, f)
         elif f.request == <uint64_t> f.segment + 1 and f.segment < load32(&l.store.segments_used, ACQUIRE):
@@ -1668,22 +1782,38 @@ cdef void dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const ui
         frame_init(l, &reply, T_COMPACTED, f.request)
         reply.segment = f.segment
         reply.generation = f.generation
-        reply.status = lent_compact(l, peer, f, body, &left)
+        reply.status = lent_compact(l, peer, f, body, &left, &dropped)
         reply.left = left
         queue_frame(l, ch, &reply, NULL)
+        ch.work += left + 2 * 8 * f.length * WORK_ENTRY
+        return IDLE if reply.status == S_ABSENT else NONSENSE if reply.status == S_BAD else USEFUL if dropped else COSTLY
     elif f.type == T_COMPACTED:
         store32(&peer.credit, f.credit, RELAXED)
+        expected = was_told(peer)
         store_compacted(l.store, f.segment, f.generation, peer.number, f.left if f.status == S_OK else 0)
     elif f.type == T_PING:
         frame_init(l, &reply, T_PONG, f.request)
         queue_frame(l, ch, &reply, NULL)
+        return COSTLY
     elif f.type == T_PONG:
         store32(&peer.credit, f.credit, RELAXED)
+        expected = ch.pings != 0
+        ch.pings -= expected
     elif f.type == T_GOODBYE:
-        store32(&peer.gone, 1, RELEASE)
+        expected = not load32(&peer.gone, RELAXED)
+        if expected:
+            store32(&peer.gone, 1, RELEASE)
+            peer_lends_no_more(l, peer)
+            eventfd_write(l.event_fd, 1)
+        ch.work += <uint64_t> lent_drop(l, peer.number, 0) * WORK_ROW
+    return USEFUL if expected else NONSENSE
+
+
+cdef void peer_lends_no_more(Links_t *l, Peer *peer) noexcept nogil:
+    """Nothing is under way to it: what it holds of ours is lost. One that never took anything costs no look at the segments."""
+    if peer.lends:
+        peer.lends = False
         store_peer_lost(l.store, peer.number)
-        lent_drop(l, peer.number, 0)
-        eventfd_write(l.event_fd, 1)
 
 
 cdef uint8_t *body_place(Links_t *l, Channel *ch, uint32_t *room) noexcept nogil:
@@ -1702,30 +1832,30 @@ cdef uint8_t *body_place(Links_t *l, Channel *ch, uint32_t *room) noexcept nogil
     return lent_at(l, row, ch.body_got)
 
 
-cdef void body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """A reply has arrived whole in its staging memory, or a segment in granted blocks, or either in nothing."""
+cdef uint32_t body_done(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """A reply has arrived whole in its staging memory, or a segment in granted blocks, or either in nothing. Returns its weight."""
     cdef Frame reply
     ch.in_body = False
     if ch.frame.type == T_PAGE:
-        pending_answered(l, peer, &ch.frame, ch.body)
-        return
+        return USEFUL if pending_answered(l, peer, &ch.frame, ch.body) else IDLE
     frame_init(l, &reply, T_SHIPPED, ch.frame.request)
     reply.segment = ch.frame.segment
     reply.generation = ch.frame.generation
     reply.handle = ch.body_frame
     if ch.body_frame == NO_FRAME:
-        reply.status = S_FULL
+        reply.status = <uint16_t> ch.body_refusal
     else:
         reply.status = lent_commit(l, peer, ch.body_frame, &ch.frame)
     queue_frame(l, ch, &reply, NULL)
+    return USEFUL if reply.status == S_OK else NONSENSE if reply.status == S_BAD else COSTLY
 
 
 cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """Handle every whole frame in the receive buffer; -1 when the peer broke the protocol."""
+    """Handle the whole frames in the receive buffer, until the turn is over; -1 when the peer is to be cut off."""
     cdef Frame *f
     cdef uint8_t *place
     cdef uint32_t n, room = 0
-    while True:
+    while ch.work < WORK_PER_TURN:
         if ch.in_body:
             n = min(ch.end - ch.start, ch.frame.length - ch.body_got)
             place = body_place(l, ch, &room)
@@ -1735,7 +1865,8 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
             ch.start += n
             ch.body_got += n
             if ch.body_got == ch.frame.length:
-                body_done(l, peer, ch)
+                if not tolerated(l, peer, ch, body_done(l, peer, ch)):
+                    return -1
             elif ch.start == ch.end:
                 break
             continue
@@ -1744,11 +1875,13 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         f = <Frame *> (ch.received + ch.start)
         if not frame_allowed(l, f, ch.kind):
             say(&l.protocol_errors, 1)
+            peer_at_fault(peer, ch, b"the peer broke the protocol")
             return -1
+        ch.work += WORK_FRAME
         if f.type == T_SHIP:
             ch.frame = f[0]
             ch.start += FRAME_BYTES
-            ch.body_frame = lent_take(l, peer.number, f.length)
+            ch.body_frame = lent_take(l, peer.number, f.length, &ch.body_refusal)
             ch.body = NULL
             ch.body_got = 0
             ch.in_body = True
@@ -1763,7 +1896,8 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
             continue
         if ch.end - ch.start < FRAME_BYTES + f.length:
             break
-        dispatch(l, peer, ch, f, <uint8_t *> f + FRAME_BYTES)
+        if not tolerated(l, peer, ch, dispatch(l, peer, ch, f, <uint8_t *> f + FRAME_BYTES)):
+            return -1
         ch.start += FRAME_BYTES + f.length
     if ch.start == ch.end:
         ch.start = ch.end = 0
@@ -1775,12 +1909,16 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
 
 
 cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """Read and handle up to RECORDS_PER_TURN records. 0: nothing more now, 1: more waits, -1: the connection is done for."""
-    cdef int turn, n, error
+    """Read and handle WORK_PER_TURN. 0: nothing more now, 1: more waits, -1: the connection is done for."""
+    cdef int n, error
     cdef uint8_t *target
     cdef uint32_t room = 0
     cdef bint direct
-    for turn in range(RECORDS_PER_TURN):
+    while True:
+        if ch.start != ch.end and parse(l, peer, ch) != 0:
+            return -1
+        if ch.work >= WORK_PER_TURN:
+            return 1
         target = body_place(l, ch, &room) if ch.in_body and ch.start == ch.end else NULL
         direct = target != NULL
         if not direct:
@@ -1798,21 +1936,21 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
             if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE:
                 return 0
             ch.reason = b"the peer closed the connection" if error == SSL_ERROR_ZERO_RETURN else b"the connection broke"
+            if ch.rekeyed:
+                say(&l.floods, 1)
+                peer_at_fault(peer, ch, b"the peer changed its keys again and again")
             return -1
+        ch.work += WORK_READ + <uint64_t> n
         ch.received_ns = ran(l)
         store64(&ch.unanswered_ns, 0, RELAXED)
         ch.silent = False
         say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
-            if ch.body_got == ch.frame.length:
-                body_done(l, peer, ch)
+            if ch.body_got == ch.frame.length and not tolerated(l, peer, ch, body_done(l, peer, ch)):
+                return -1
         else:
             ch.end += <uint32_t> n
-            if parse(l, peer, ch) != 0:
-                ch.reason = b"the peer broke the protocol"
-                return -1
-    return 1
 
 
 cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
@@ -1848,6 +1986,10 @@ cdef void channel_down(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         pthread_mutex_unlock(&l.lender_lock)
     ch.in_body = False
     ch.asked_count = 0
+    ch.pings = 0
+    ch.rekeyed = False
+    if ch.kind == BULK:
+        store32(&peer.told, 0, RELAXED)
     if ch.kind == GET:
         pending_unsent(l, peer.number)
     else:
@@ -1874,14 +2016,18 @@ cdef bint channel_close(Channel *ch, uint64_t deadline_ns) noexcept nogil:
 
 cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef int result
+    store32(&ch.kick, 0, RELAXED)
     if not is_up(ch):
         return
+    ch.work = 0
     result = receive(l, peer, ch)
     if result < 0:
         channel_down(l, peer, ch)
         return
     flush(l, ch)
-    answer_asked(l, peer, ch)
+    if answer_asked(l, peer, ch):
+        result = 1
+    store64(&l.turn_work_max[ch.kind], max(l.turn_work_max[ch.kind], ch.work), RELAXED)
     if result > 0:
         store32(&ch.kick, 1, RELEASE)
         eventfd_write(l.wakes[ch.kind], 1)
@@ -1911,6 +2057,7 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
         ch.pinged_ns = now
         frame_init(l, &frame, T_PING, 0)
         if send_frame(l, ch, &frame, NULL) == SENT:
+            ch.pings += 1
             asked_something(l, ch)
     if ch.kind == GET and not ch.silent and owes_for(l, ch, l.give_up_ns // SILENT_SHARE):
         ch.silent = True
@@ -2228,7 +2375,11 @@ cdef class Links:
         for i in range(l.lent_blocks):
             l.lent_free[i] = l.lent_blocks - 1 - i
         l.lent_free_count = l.lent_blocks
+        memset(l.owner_first, 0xff, sizeof(l.owner_first))
+        secrets = os.urandom(sizeof(l.lent_secrets))
+        memcpy(l.lent_secrets, PyBytes_AS_STRING(secrets), sizeof(l.lent_secrets))
         l.owner_blocks_max = max(<uint32_t> (borrower_share * l.lent_blocks), l.segment_bytes // BLOCK_BYTES)
+        l.owner_rows_max = max(<uint32_t> (borrower_share * l.lent_rows), 1)
         memset(l.lent_buckets, 0xff, 4 * (<size_t> l.lent_mask + 1))
         for i in range(l.lent_rows):
             l.rows[i].next = i + 1
@@ -2345,8 +2496,7 @@ cdef class Links:
         with nogil:
             pthread_mutex_lock(&l.peers_lock)
             if peer.generation != generation or peer.gone:
-                if peer.seen:
-                    store_peer_lost(l.store, number)
+                peer_lends_no_more(l, peer)
                 lent_drop(l, number, generation)
                 pthread_mutex_lock(&l.ship_lock)
                 store32(&peer.orphan_count, 0, RELAXED)
@@ -2358,6 +2508,8 @@ cdef class Links:
             store32(&peer.credit, credit, RELAXED)
             pthread_mutex_unlock(&l.peers_lock)
             pthread_mutex_lock(&ch.lock)
+            SSL_set_msg_callback_arg(connection.ssl, ch)
+            SSL_set_msg_callback(connection.ssl, on_message)
             ch.ssl = connection.ssl
             ch.fd = connection.fd
             ch.received_ns = ch.pinged_ns = ran(l)
@@ -2568,14 +2720,15 @@ cdef class Links:
         """Segments held, by owner's number."""
         cdef Links_t *l = self.live()
         cdef uint32_t i
-        cdef uint32_t held[256]
-        memset(held, 0, sizeof(held))
-        pthread_mutex_lock(&l.lender_lock)      # no Python below: the GIL must not come between a get and this lock
-        for i in range(l.lent_rows):
-            if l.rows[i].state == LENT_HELD:
-                held[l.rows[i].owner & 255] += 1
-        pthread_mutex_unlock(&l.lender_lock)
-        return {i: held[i] for i in range(256) if held[i]}
+        held = [load32(&l.owner_images[i], RELAXED) for i in range(256)]
+        return {i: n for i, n in enumerate(held) if n}
+
+    def faults(self, uint32_t number):
+        """(how often a peer was cut off for what it sent, ms since the last time)."""
+        cdef Peer *peer = peer_at(self.live(), number)
+        if peer == NULL or load32(&peer.faults, ACQUIRE) == 0:
+            return 0, 0
+        return load32(&peer.faults, ACQUIRE), (now_ns() - load64(&peer.fault_ns, RELAXED)) // 1000000
 
     def tamper(self, uint32_t handle, uint32_t offset):
         """Flip a byte of an image that is held: how tests play the hostile lender."""
@@ -2655,4 +2808,6 @@ cdef class Links:
             lent_frames=l.lent_blocks // blocks, lent_free=load32(&l.lent_free_count, RELAXED) // blocks,
             lent_bytes_free=<uint64_t> load32(&l.lent_free_count, RELAXED) * BLOCK_BYTES,
             lent_bytes=load64(&l.lent_bytes, RELAXED), lent_images=load32(&l.lent_images, RELAXED),
+            floods=load64(&l.floods, RELAXED), turn_work_max_get=load64(&l.turn_work_max[GET], RELAXED),
+            turn_work_max_bulk=load64(&l.turn_work_max[BULK], RELAXED),
             lent_locked=bool(l.lent_locked), gets_pending=PENDING_MAX - load32(&l.pending_free_count, RELAXED))

@@ -31,7 +31,7 @@ class Links(_link.Links):
         give_up_ms: after this time it fails, and so does at once every get to a lender that has been away for longer.
         idle_ms, keepalive_ms: a connection that was silent for so long is closed, or asked for a sign of life.
         bulk_in_flight: segments on their way to one lender at a time.
-        borrower_share: part of lend_bytes that one borrower may fill; at least one segment.
+        borrower_share: part of lend_bytes, and of the images that can be held, for one borrower; at least one.
         compact_below: live share of what a lender holds of a segment below which it is told to compact it; 0 never.
         recompress: whether pages leave as zstd: "off", "always", or "auto": while orders wait for
             a lender that takes less than 100 MB/s, and puts have room.

@@ -29,7 +29,7 @@ from ramster.frontswap.sockets import listen_tcp
 from ramster.node.credentials import Credentials
 from ramster.node.door import Caller, Door
 from ramster.node.redial import HANDSHAKE_S, Redial
-from ramster.wire import frames, hello
+from ramster.wire import conduct, frames, hello
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class Peering:
         number: int,
         foreign_grace_ms: int,
         on_change: Callable[[], None] = lambda: None,
+        shut_out_ms: Callable[[int, int], int] = conduct.shut_out_ms,
     ) -> None:
         self.links = links
         self.credentials = credentials
@@ -90,6 +91,7 @@ class Peering:
             settings.reconnect_min_ms / 1000, settings.reconnect_max_ms / 1000, settings.give_up_ms / 1000
         )
         self.foreign_grace_s = foreign_grace_ms / 1000
+        self._shut_out_ms = shut_out_ms
         self.counters = PeeringCounters()
         self._on_change = on_change
         self.address: tuple[str, int] | None = None
@@ -132,6 +134,12 @@ class Peering:
     def reasons(self) -> dict[int, str]:
         """Why a peer is not connected, as far as known."""
         return {number: state.reason for number, state in self._peers.items()}
+
+    def shut_out(self, number: int) -> str:
+        """Why a peer may not come now, "" if it may: it was cut off for what it sent, not long ago."""
+        faults, since_ms = self.links.faults(number)
+        left_ms = self._shut_out_ms(faults, since_ms)
+        return conduct.shut_out(left_ms, faults) if left_ms else ""
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -279,6 +287,8 @@ class Peering:
     async def _connect(self, state: _PeerState, kind: str, patience: float) -> None:
         loop = asyncio.get_running_loop()
         address = state.peer.address
+        if reason := self.shut_out(state.peer.number):
+            raise ProtocolError(reason)
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -398,6 +408,7 @@ class Peering:
                 theirs = hello.decode_hello(body)
                 own = self.make_hello(theirs.kind)
                 reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=True)
+                reason = reason or self.shut_out(theirs.number) or None
                 if reason is not None:
                     if theirs.number < self.number and not hello.objection(
                         own, theirs, certificate.subject, self._known, accepted=False

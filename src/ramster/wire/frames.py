@@ -31,7 +31,7 @@ HEADER: Final = (
     Field(0, 4, "magic", "0x54534D52: the bytes RMST"),
     Field(4, 1, "version", "2"),
     Field(5, 1, "type", "see the table of types"),
-    Field(6, 2, "status", "of a reply: 0 done, 1 absent, 2 full, 3 bad"),
+    Field(6, 2, "status", "of a reply: 0 done, 1 absent, 2 full, 3 bad, 4 share"),
     Field(8, 8, "request", "chosen by whoever asks, repeated in the reply"),
     Field(16, 4, "length", "bytes of body that follow"),
     Field(20, 4, "credit", "segments that the sender has room for"),

@@ -55,6 +55,9 @@ cdef extern from "<openssl/ssl.h>" nogil:
     X509 *SSL_get1_peer_certificate(const SSL *) noexcept
     const char *SSL_get_version(const SSL *) noexcept
     void SSL_set0_wbio(SSL *, BIO *) noexcept
+    void SSL_set_msg_callback(SSL *, void (*)(int, int, int, const void *, size_t, SSL *, void *) noexcept nogil) noexcept
+    void SSL_set_msg_callback_arg(SSL *, void *) noexcept
+    int SSL3_RT_HANDSHAKE
     int OPENSSL_init_ssl(unsigned long long, const OPENSSL_INIT_SETTINGS *) noexcept
     int TLS1_3_VERSION
     long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
