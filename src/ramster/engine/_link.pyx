@@ -1652,7 +1652,7 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
                 return 0
             ch.reason = b"the peer closed the connection" if error == SSL_ERROR_ZERO_RETURN else b"the connection broke"
             return -1
-        ch.received_ns = now_ns()
+        store64(&ch.received_ns, now_ns(), RELAXED)
         say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
@@ -1831,6 +1831,19 @@ cdef str tls_reason(SSL *ssl):
     return reason
 
 
+cdef bytes peer_certificate(SSL *ssl):
+    """What the other side has shown in the handshake, as DER."""
+    cdef X509 *certificate = SSL_get1_peer_certificate(ssl)
+    cdef unsigned char *out
+    if certificate == NULL:
+        raise errors.CertificateError("the peer showed no certificate")
+    der = PyBytes_FromStringAndSize(NULL, i2d_X509(certificate, NULL))
+    out = <unsigned char *> PyBytes_AS_STRING(der)
+    i2d_X509(certificate, &out)
+    X509_free(certificate)
+    return der
+
+
 cdef class TlsContext:
     """The node's certificate, its key and the cluster's CA: TLS 1.3 only, both sides must show a certificate."""
 
@@ -1913,24 +1926,13 @@ cdef class Connection:
         """TLS 1.3 with certificates checked on both sides; returns the peer's certificate (DER)."""
         cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
         cdef int result
-        cdef X509 *certificate
-        cdef unsigned char *out
         while True:
             ERR_clear_error()
             with nogil:
                 result = SSL_do_handshake(self.ssl)
             if result == 1:
-                break
+                return peer_certificate(self.ssl)
             self.wait(SSL_get_error(self.ssl, result), deadline)
-        certificate = SSL_get1_peer_certificate(self.ssl)
-        if certificate == NULL:
-            raise errors.CertificateError("the peer showed no certificate")
-        n = i2d_X509(certificate, NULL)
-        der = PyBytes_FromStringAndSize(NULL, n)
-        out = <unsigned char *> PyBytes_AS_STRING(der)
-        i2d_X509(certificate, &out)
-        X509_free(certificate)
-        return der
 
     def send(self, bytes data, double timeout_s):
         cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
@@ -2271,6 +2273,25 @@ cdef class Links:
     def up(self, uint32_t number, uint32_t kind):
         cdef Peer *peer = peer_at(self.live(), number)
         return peer != NULL and is_up(&peer.channels[kind & 1])
+
+    def probe(self, uint32_t number, bint ask):
+        """Of a link that lives: (generation of the peer's process, when something came from it last, in ns of the monotonic clock).
+        None where no connection is up, or the peer said goodbye. ask: send a PING on each connection."""
+        cdef Links_t *l = self.live()
+        cdef Peer *peer = peer_at(l, number)
+        cdef Frame frame
+        cdef uint64_t heard_ns = 0
+        cdef int k
+        if peer == NULL or load32(&peer.gone, ACQUIRE):
+            return None
+        with nogil:
+            for k in range(2):
+                if is_up(&peer.channels[k]):
+                    heard_ns = max(heard_ns, load64(&peer.channels[k].received_ns, RELAXED))
+                    if ask:
+                        frame_init(l, &frame, T_PING, 0)
+                        send_frame(l, &peer.channels[k], &frame, NULL)
+        return (load64(&peer.generation, RELAXED), heard_ns) if heard_ns else None
 
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender, or for the spill file (SPILL_PEER); False when too many wait. What fails stays
