@@ -16,7 +16,7 @@ from ramster.config import load
 
 COMMANDS = [
     *("", "demo", "node", "status", "stop", "doctor", "run"),
-    *("cluster", "cluster init", "cluster renew", "config", "config check", "config list"),
+    *("cluster", "cluster init", "cluster client", "cluster renew", "config", "config check", "config list"),
     *("export", "export create", "export ls", "export rm", "export set"),
     *("swap", "swap on", "swap off", "swap status"),
 ]
@@ -77,6 +77,9 @@ def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[s
         ("export set a --read-only --wait 0 --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("stop --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("cluster init", 2, "--directory"),
+        ("cluster client", 2, "NAME"),
+        ("cluster client web", 2, "--directory"),
+        ("cluster client web --directory /nonexistent", 11, "/nonexistent/ca.crt"),
         ("cluster renew", 2, "NODE"),
         ("cluster renew alpha", 2, "--directory"),
         ("cluster renew alpha --directory /nonexistent", 11, "/nonexistent/ca.crt"),
@@ -197,6 +200,18 @@ def test_cluster_init_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFix
     assert init(tmp_path / "lab", nodes) == 2
     assert "not empty" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "lab").iterdir()} == before
+
+
+def test_cluster_client_makes_a_folder_to_be_handed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(tmp_path, "alpha=127.0.0.1:7001,beta=127.0.0.1:7002") == 0
+    capsys.readouterr()
+    command = ["cluster", "client", "web", "--directory", str(tmp_path)]
+    assert main(command) == 0
+    folder = tmp_path / "clients" / "web"
+    assert f"made {folder} for client web; valid until 20" in capsys.readouterr().out
+    assert (folder / "client-key.pem").stat().st_mode & 0o077 == 0
+    assert main(command) == 11
+    assert "exists and is not overwritten" in capsys.readouterr().err
 
 
 def test_cluster_renew_says_what_the_certificate_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

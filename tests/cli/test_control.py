@@ -7,7 +7,7 @@ import json
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,11 @@ class View:
         return exports
 
     async def create_export(
-        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool
+        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool, allow: Sequence[str]
     ) -> dict[str, Any]:
         if any(each["name"] == name for each in self.data["exports"]):
             raise Refused(f"there is an export {name} already")
-        self.ordered.append(("create", name, size_bytes, max_bytes, read_only, swap))
+        self.ordered.append(("create", name, size_bytes, max_bytes, read_only, swap, *allow))
         return {"name": name, "notes": []}
 
     async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
@@ -207,6 +207,7 @@ def test_orders_about_exports_reach_the_node(node: Node) -> None:
     assert node.client.exports() == STATUS["exports"]
     assert node.client.create_export("vm", 5000, max_bytes=1 << 40, swap=True)["name"] == "vm"
     node.client.create_export("old", 1, read_only=True)
+    node.client.create_export("for", 1, allow=["web", "backup"])
     assert node.client.change_export("vm", size_bytes=1 << 20)["size_bytes"] == 1 << 20
     node.client.change_export("vm", read_only=False)
     node.client.remove_export("vm")
@@ -214,6 +215,7 @@ def test_orders_about_exports_reach_the_node(node: Node) -> None:
     assert node.view.ordered == [
         ("create", "vm", 5000, 1 << 40, False, True),
         ("create", "old", 1, None, True, False),
+        ("create", "for", 1, None, False, False, "web", "backup"),
         ("change", "vm", 1 << 20, None),
         ("change", "vm", None, False),
         ("remove", "vm", False),

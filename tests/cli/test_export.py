@@ -48,6 +48,15 @@ def test_ls_shows_each(export: Any) -> None:
         assert json.loads(export("rm", name, "--json")[1]) == {"removed": name}
 
 
+def test_an_allow_list_is_kept(export: Any) -> None:
+    made = json.loads(export("create", "w", "--size", "1MiB", "--allow", "web", "--allow", "backup", "--json")[1])
+    assert made["allow"] == ["web", "backup"]
+    assert json.loads(export("ls", "--json")[1])["exports"][0]["allow"] == ["web", "backup"]
+    export("rm", "w")
+    code, out, err = export("create", "w", "--size", "1MiB", "--allow", "We b")
+    assert (code, out) == (2, "") and "'We b' is no name of a certificate" in err
+
+
 def test_it_grows_up_to_its_limit(export: Any) -> None:
     made = json.loads(export("create", "g", "--size", "1MiB", "--max-size", "2MiB", "--read-only", "--json")[1])
     assert (made["size_bytes"], made["max_bytes"], made["read_only"]) == (1 << 20, 2 << 20, True)

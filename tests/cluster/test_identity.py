@@ -1,20 +1,25 @@
 """A cluster's certificates: what they say, that OpenSSL accepts them, and every refusal."""
 
+import os
 import ssl
 import stat
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from ramster.cluster.identity import (
     CA_KEY,
     NodeFiles,
+    add_client,
     add_node,
+    client_files,
     create_cluster,
     describe,
     node_files,
+    objection,
     renew_node,
     verify,
 )
@@ -126,6 +131,7 @@ def test_verify_says_which_file_is_wrong_and_why(tmp_path: Path) -> None:
     alpha, beta = create_cluster(tmp_path / "lab", "lab", ["alpha", "beta"])
     (twin,) = create_cluster(tmp_path / "twin", "lab", ["alpha"])
     (tmp_path / "junk").write_bytes(b"\0junk")
+    (tmp_path / "junk").chmod(0o600)
     cases: list[tuple[NodeFiles, str, str, datetime, str]] = [
         (alpha, "farm", "alpha", now, r"ca\.crt: belongs to cluster lab, not to farm"),
         (alpha, "lab", "beta", now, r"alpha\.crt: is for alpha, not for node beta"),
@@ -253,3 +259,98 @@ def test_what_the_authority_did_not_sign_for_the_node_is_not_renewed(tmp_path: P
     with pytest.raises(CertificateError, match=r"ca\.key: No such file"):
         renew_node(tmp_path / "lab", "alpha", ["192.0.2.1"])
     assert alpha.cert.read_bytes() == data
+
+
+# --- clients, secrets -------------------------------------------------------------------------------------------------
+
+
+def test_a_client_opens_connections_and_is_no_server(tmp_path: Path) -> None:
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"])
+    web = add_client(tmp_path, "web")
+    assert web == client_files(tmp_path, "web") and web.cert.parent == tmp_path / "clients" / "web"
+    assert sorted(path.name for path in web.cert.parent.iterdir()) == [
+        "ca-cert.pem",
+        "client-cert.pem",
+        "client-key.pem",
+    ]
+    assert stat.S_IMODE(web.key.stat().st_mode) == 0o600
+    said = describe(web.cert)
+    assert (said.subject, said.cluster_id, said.client, said.hosts) == ("web", "lab", True, ())
+    assert not describe(alpha.cert).client and not describe(alpha.ca).client
+    handshake(web, alpha, "alpha")
+    with pytest.raises(ssl.SSLError):
+        handshake(alpha, web, "web")
+
+
+def test_a_clients_certificate_starts_no_node(tmp_path: Path) -> None:
+    create_cluster(tmp_path, "lab", ["alpha"])
+    with pytest.raises(CertificateError, match="is for a client"):
+        verify(add_client(tmp_path, "web"), "lab", "web")
+
+
+@pytest.mark.parametrize(
+    ("who", "cluster_id", "to", "says"),
+    [
+        ("alpha", "lab", "node", None),
+        ("alpha", "lab", "client", None),
+        ("web", "lab", "client", None),
+        ("web", "lab", "node", "for the client 'web'"),
+        ("alpha", "farm", "node", "for cluster 'lab', not for 'farm'"),
+        ("web", "farm", "client", "for cluster 'lab', not for 'farm'"),
+        ("ca", "lab", "node", "the authority's own"),
+        ("ca", "lab", "client", "the authority's own"),
+    ],
+)
+def test_what_a_proved_certificate_is_good_for(
+    tmp_path: Path, who: str, cluster_id: str, to: Literal["node", "client"], says: str | None
+) -> None:
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"])
+    path = {"alpha": alpha.cert, "web": add_client(tmp_path, "web").cert, "ca": alpha.ca}[who]
+    found = objection(describe(path), cluster_id, to=to)
+    assert found is None if says is None else found is not None and says in found
+
+
+def test_a_clients_name_is_its_own(tmp_path: Path) -> None:
+    create_cluster(tmp_path, "lab", ["alpha"])
+    for name, says in (("alpha", "is a node's name"), ("We b", "client name"), ("../x", "client name")):
+        with pytest.raises(CertificateError, match=says):
+            add_client(tmp_path, name)
+    assert not (tmp_path / "clients").exists()
+    made = add_client(tmp_path, "web")
+    data = made.key.read_bytes()
+    with pytest.raises(CertificateError, match="exists and is not overwritten"):
+        add_client(tmp_path, "web")
+    assert made.key.read_bytes() == data
+
+
+@pytest.mark.parametrize(("mode", "who"), [(0o644, "every user"), (0o604, "every user"), (0o660, "its group")])
+def test_a_key_that_others_may_have_is_refused(tmp_path: Path, mode: int, who: str) -> None:
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"])
+    alpha.key.chmod(mode)
+    with pytest.raises(CertificateError, match=rf"mode {mode:04o}, which lets {who} .*: chmod 600 {alpha.key}$"):
+        verify(alpha, "lab", "alpha")
+    alpha.key.chmod(0o600)
+    verify(alpha, "lab", "alpha")
+    (tmp_path / CA_KEY).chmod(mode)
+    with pytest.raises(CertificateError, match=f"chmod 600 {tmp_path / CA_KEY}"):
+        add_client(tmp_path, "web")
+
+
+@pytest.mark.parametrize("owner", [0, 1000])
+def test_a_key_of_roots_may_be_a_groups_to_read(tmp_path: Path, owner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a service is given its secrets."""
+    (alpha,) = create_cluster(tmp_path, "lab", ["alpha"])
+    alpha.key.chmod(0o440)
+    real = os.fstat
+
+    def owned(descriptor: int) -> os.stat_result:
+        values = list(real(descriptor))
+        values[stat.ST_UID] = owner
+        return os.stat_result(values)
+
+    monkeypatch.setattr(os, "fstat", owned)
+    if owner == 0:
+        assert verify(alpha, "lab", "alpha").subject == "alpha"
+    else:
+        with pytest.raises(CertificateError, match="lets its group have"):
+            verify(alpha, "lab", "alpha")

@@ -118,6 +118,14 @@ def test_a_mistake_is_named_with_line_key_value_and_what_is_allowed(text: str, e
             '[[exports]]\nname = "a"\nsize = 8192\nmax_size = 4096\n',
             "7: exports[0].max_size = 4096: allowed is size, 8KiB",
         ),
+        (
+            '[[exports]]\nname = "a"\nsize = 1\nallow = "web"\n',
+            '7: exports[0].allow = "web": allowed with a [cluster] section',
+        ),
+        (
+            CLUSTER + '[[exports]]\nname = "a"\nsize = 1\nallow = ["web", "We b"]\n',
+            'exports[0].allow = ["web", "We b"]: allowed are names, each 1 to 63',
+        ),
         (2 * '[[exports]]\nname = "a"\nsize = 1\n', '8: exports[1].name = "a": another export has this name too'),
         ('[lend]\nsize = "1GiB"\n', "4: lend: needs a [cluster] section"),
         (

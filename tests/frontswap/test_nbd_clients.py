@@ -456,10 +456,8 @@ class Farm:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.node = cluster["alpha"]
         self.folder = folder
-        client = identity.add_node(self.node.config.parent, "client")
-        self.folder.mkdir()
-        for source, name in ((client.ca, "ca-cert"), (client.cert, "client-cert"), (client.key, "client-key")):
-            shutil.copy(source, self.folder / f"{name}.pem")
+        client = identity.add_client(self.node.config.parent, "client")
+        shutil.copytree(client.cert.parent, self.folder)
         self.serve()
 
     def serve(self) -> None:

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import socket
 import ssl
 import stat
@@ -30,8 +31,8 @@ from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
 from ramster.engine.links import Links, TlsContext
 from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
-from ramster.errors import PortTaken, Refused, UsageError
-from ramster.frontswap.nbd import EXPORTS_MAX, HANDSHAKES_MAX, ExportService
+from ramster.errors import CertificateError, PortTaken, Refused, UsageError
+from ramster.frontswap.nbd import EXPORTS_MAX, HANDSHAKES_MAX, ExportService, objection
 from ramster.testing.nbd import NbdClient
 from ramster.testing.nbd_handshake import Dialled
 from ramster.testing.proxy import wait_until
@@ -51,6 +52,12 @@ class Certificate:
 
     def context(self) -> TlsContext:
         return self._context
+
+    def client(self, certificate: bytes) -> str:
+        described = identity.describe_der(certificate)
+        if (reason := identity.objection(described, "farm", to="client")) is not None:
+            raise CertificateError(reason)
+        return described.subject
 
     def hosts(self) -> tuple[str, ...]:
         return self._hosts
@@ -661,6 +668,108 @@ def test_without_certificates_only_loopback_is_served(tmp_path: Path) -> None:
     served = Served(tmp_path / "run", NbdKnobs(), None)
     with served.dial() as client:
         assert [kind for kind, _ in client.option(Option.STARTTLS)] == [OptionReply.ERR_POLICY]
+    served.close()
+
+
+# --- who may use an export --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allow", "name", "local", "refused"),
+    [
+        ((), None, False, None),
+        ((), "web", False, None),
+        (("web",), "web", False, None),
+        (("web",), None, True, None),
+        (("web",), "backup", True, None),
+        (("web", "backup"), "backup", False, None),
+        (("web",), "backup", False, OptionReply.ERR_POLICY),
+        (("web",), "web2", False, OptionReply.ERR_POLICY),
+        (("web",), None, False, OptionReply.ERR_TLS_REQD),
+    ],
+)
+def test_an_allow_list(allow: tuple[str, ...], name: str | None, local: bool, refused: OptionReply | None) -> None:
+    found = objection(allow, name, local=local)
+    assert (None if found is None else found.reply) == refused
+
+
+@pytest.fixture(scope="module")
+def clients(farm: list[identity.NodeFiles]) -> dict[str, identity.NodeFiles]:
+    return {name: identity.add_client(farm[0].ca.parent, name) for name in ("web", "backup")}
+
+
+def listed(client: Dialled) -> set[bytes]:
+    return {data[4:8] for kind, data in client.option(Option.LIST) if kind == OptionReply.SERVER}
+
+
+def test_each_client_finds_and_uses_what_is_for_it(
+    encrypted: Served, farm: list[identity.NodeFiles], clients: dict[str, identity.NodeFiles]
+) -> None:
+    encrypted.create("webs", allow=["web"])
+    assert encrypted.described("webs")["allow"] == ["web"] and encrypted.described("swap")["allow"] == []
+    with tcp(encrypted) as dialled:
+        dialled.start_tls(client_context(clients["web"]), "localhost")
+        assert listed(dialled) == {b"swap", b"webs"}
+        client = dialled.go("webs")
+        client.write(0, page(1))
+        assert client.read(0, PAGE_BYTES) == page(1)
+    for files in (clients["backup"], farm[1]):  # a node's name is not on the list either
+        with tcp(encrypted) as dialled:
+            dialled.start_tls(client_context(files), "localhost")
+            assert listed(dialled) == {b"swap"}
+            for option in (Option.INFO, Option.GO):
+                kinds = [kind for kind, _ in dialled.option(option, nbd.pack_info("webs"))]
+                assert kinds == [OptionReply.ERR_POLICY]
+            dialled.go("swap")
+    with encrypted.dial() as dialled:
+        assert listed(dialled) == {b"swap", b"webs"}
+        dialled.go("webs")
+
+
+def test_in_the_clear_nobody_is_anybody(tmp_path: Path, farm: list[identity.NodeFiles]) -> None:
+    """On a loopback address, which every user of the machine reaches."""
+    context = TlsContext(*map(str, (farm[0].ca, farm[0].cert, farm[0].key)))
+    served = Served(tmp_path / "run", NbdKnobs(listen=(LOOPBACK,)), context)
+    served.create("webs", allow=["web"])
+    with tcp(served) as client:
+        assert listed(client) == set()
+        assert [kind for kind, _ in client.option(Option.GO, nbd.pack_info("webs"))] == [OptionReply.ERR_TLS_REQD]
+    with tcp(served) as client:
+        client.socket.sendall(nbd.pack_option(Option.EXPORT_NAME, b"webs"))
+        assert client.closed() == b""
+    served.close()
+
+
+def test_a_certificate_for_another_cluster_of_the_same_authority_is_refused(
+    encrypted: Served, farm: list[identity.NodeFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (identity.CA_CERTIFICATE, identity.CA_KEY):
+        shutil.copy(farm[0].ca.parent / name, tmp_path / name)
+    made = identity._name
+    monkeypatch.setattr(identity, "_name", lambda common, _: made(common, "other"))
+    other = identity.add_client(tmp_path, "web")
+    before = encrypted.service.counters.refused
+    with tcp(encrypted) as client:
+        client.start_tls(client_context(other), "localhost")
+        client.socket.sendall(nbd.pack_option(Option.LIST))
+        assert client.closed() == b""
+    wait_until(lambda: encrypted.service.counters.refused == before + 1, "counted")
+
+
+@pytest.mark.parametrize(
+    ("allow", "says"),
+    [(["We b"], "'We b' is no name"), (["web"] * 65, "65 names, at most 64"), ([""], "'' is no name")],
+)
+def test_an_allow_list_that_makes_no_sense(served: Served, allow: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        served.create("webs", allow=allow)
+    assert served.call(served.service.describe()) == []
+
+
+def test_an_allow_list_needs_certificates(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(), None)
+    with pytest.raises(UsageError, match=r"only a node with a \[cluster\] section can check"):
+        served.create("webs", allow=["web"])
     served.close()
 
 

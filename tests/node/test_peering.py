@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -58,9 +59,17 @@ class Cluster:
 class Running:
     """A node's links and peering on an event loop of their own."""
 
-    def __init__(self, cluster: Cluster, name: str, addresses: dict[str, tuple[str, int]], **links: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        name: str,
+        addresses: dict[str, tuple[str, int]],
+        generation: int = 1000,
+        idle_timeout_ms: int = 5000,
+        **links: int,
+    ) -> None:
         self.name, self.number = name, cluster.names.index(name) + 1
-        self.generation = 1000 + self.number
+        self.generation = generation
         self.store = Store(8 * SEGMENT, segment_bytes=SEGMENT, lock=False, cleaner=False)
         times = {"idle_ms": 60_000, "keepalive_ms": 20_000} | links
         self.links = Links(self.store, self.number, lend_bytes=8 * SEGMENT, lock=False, **times)  # type: ignore[arg-type]
@@ -75,7 +84,12 @@ class Running:
                 Peer(name=peer, number=cluster.names.index(peer) + 1, address=Address(*address))
                 for peer, address in addresses.items()
             ),
-            LinkSettings(listen=Address("127.0.0.1", 0), reconnect_min_ms=10, reconnect_max_ms=50),
+            LinkSettings(
+                listen=Address("127.0.0.1", 0),
+                reconnect_min_ms=10,
+                reconnect_max_ms=50,
+                idle_timeout_ms=idle_timeout_ms,
+            ),
             self.number,
             60_000,
         )
@@ -108,13 +122,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 def running(cluster: Cluster) -> Iterator[Callable[..., Running]]:
     made: list[Running] = []
 
-    def make(name: str, addresses: dict[str, tuple[str, int]], **links: int) -> Running:
-        made.append(Running(cluster, name, addresses, **links))
+    def make(name: str, addresses: dict[str, tuple[str, int]], **options: int) -> Running:
+        made.append(Running(cluster, name, addresses, **options))
         return made[-1]
 
     yield make
     for each in made:
-        each.close()
+        if not each.loop.is_closed():
+            each.close()
 
 
 def greet(cluster: Cluster, address: tuple[str, int], name: str, kind: str, generation: int) -> Connection:
@@ -235,6 +250,137 @@ def test_the_accepting_side_survives_whatever_a_peer_says(cluster: Cluster, runn
         connection.close()
     wait_until(lambda: alpha.peering.counters.refused_connections == before + len(odd), "each of them is counted")
     greet(cluster, alpha.address, "beta", "get", 5).close()
+
+
+# --- whose certificate it is ------------------------------------------------------------------------------------------
+
+
+def refusal(context: TlsContext, address: tuple[str, int]) -> str:
+    """The reason that somebody with this certificate is told, who says to be beta."""
+    connection = Connection(context, socket.create_connection(address, TIMEOUT_S).detach(), False)
+    try:
+        connection.handshake(TIMEOUT_S)
+        connection.send(frames.pack(FrameType.HELLO, hello.encode(hello_of("beta", 2, 5, "get"))), TIMEOUT_S)
+        kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
+        assert kind == FrameType.REFUSE
+        return hello.decode_refusal(connection.receive(length, TIMEOUT_S))
+    finally:
+        connection.close()
+
+
+def test_a_clients_certificate_makes_nobody_a_node(
+    cluster: Cluster, running: Callable[..., Running], tmp_path: Path
+) -> None:
+    """Not even one with the name of a peer, as whoever has the authority's key elsewhere could make it."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    for path in (cluster.files["alpha"].ca, cluster.files["alpha"].ca.with_name(identity.CA_KEY)):
+        shutil.copy(path, tmp_path)
+    client = identity.add_client(tmp_path, "beta")
+    context = TlsContext(str(client.ca), str(client.cert), str(client.key))
+    assert "it reaches exports and makes nobody a node" in refusal(context, alpha.address)
+    wait_until(lambda: alpha.peering.counters.refused_connections == 1, "counted")
+    assert not alpha.links.up(2, GET)
+
+
+def test_the_certificates_cluster_is_compared(
+    cluster: Cluster, running: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One authority, two clusters."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    for path in (cluster.files["alpha"].ca, cluster.files["alpha"].ca.with_name(identity.CA_KEY)):
+        shutil.copy(path, tmp_path)
+    made = identity._name
+    monkeypatch.setattr(identity, "_name", lambda common, _: made(common, "farm"))
+    beta = identity.add_node(tmp_path, "beta")
+    context = TlsContext(str(beta.ca), str(beta.cert), str(beta.key))
+    assert refusal(context, alpha.address) == "its certificate is for cluster 'farm', not for 'lab'"
+    assert not alpha.links.up(2, GET)
+
+
+# --- another process of a peer ----------------------------------------------------------------------------------------
+
+
+def generation_of(node: Running, peer: int) -> int | None:
+    life = node.links.probe(peer, False)
+    return None if life is None else life[0]
+
+
+@pytest.mark.parametrize("kind", ["get", "bulk"])
+def test_a_copied_key_displaces_no_link_that_answers(
+    cluster: Cluster, running: Callable[..., Running], kind: str
+) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    beta = running("beta", {"alpha": alpha.address})
+    wait_until(lambda: alpha.up(2) and beta.up(1), "up")
+    for generation in range(2000, 2005):
+        with pytest.raises(RamsterError, match="another process with the certificate of beta is connected"):
+            greet(cluster, alpha.address, "beta", kind, generation)
+    assert alpha.up(2) and beta.up(1) and generation_of(alpha, 2) == 1000
+    assert beta.peering.counters.connected == 2, "nothing had to be connected again"
+
+
+def test_the_connecting_side_believes_no_other_process_either(
+    cluster: Cluster, running: Callable[..., Running]
+) -> None:
+    """Whoever has the peer's key and its address: one of two links is cut and comes back as somebody else's."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    beta = running("beta", {"alpha": alpha.address})
+    wait_until(lambda: alpha.up(2) and beta.up(1), "up")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def pretend() -> None:
+            sock, _ = listener.accept()
+            end = Connection(cluster.context("alpha"), sock.detach(), True)
+            end.handshake(TIMEOUT_S)
+            _, length = frames.unpack(end.receive(frames.HEADER_BYTES, TIMEOUT_S))
+            end.receive(length, TIMEOUT_S)
+            end.send(frames.pack(FrameType.HELLO, hello.encode(hello_of("alpha", 1, 7, "get"))), TIMEOUT_S)
+            kind, length = frames.unpack(end.receive(frames.HEADER_BYTES, TIMEOUT_S))
+            said.append(hello.decode_refusal(end.receive(length, TIMEOUT_S)) if kind == FrameType.REFUSE else str(kind))
+            end.close()
+
+        said: list[str] = []
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        ours = Connection(
+            cluster.context("beta"), socket.create_connection(listener.getsockname(), TIMEOUT_S).detach(), False
+        )
+        with pytest.raises(RamsterError, match="another process"):
+            beta.peering._greet(ours, beta.peering._peers[1], "get")
+        thread.join()
+    assert "another process with the certificate of alpha" in said[0]
+    assert beta.up(1) and generation_of(beta, 1) == 1000
+
+
+def test_a_peer_that_was_restarted_is_back(cluster: Cluster, running: Callable[..., Running]) -> None:
+    """Its old connections end with its process."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    for generation in range(1000, 1004):
+        beta = running("beta", {"alpha": alpha.address}, generation=generation)
+        wait_until(lambda beta=beta: alpha.up(2) and beta.up(1), "up")  # type: ignore[misc]
+        assert generation_of(alpha, 2) == generation
+        beta.close()
+
+
+def test_a_link_that_does_not_answer_makes_room(cluster: Cluster, running: Callable[..., Running]) -> None:
+    """As if the peer's machine had vanished: nothing is closed, and nobody answers."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=300)
+    silent = [greet(cluster, alpha.address, "beta", kind, 1000) for kind in KINDS]
+    wait_until(lambda: alpha.up(2), "up")
+    ends = [greet(cluster, alpha.address, "beta", kind, 2000) for kind in KINDS]
+    wait_until(lambda: alpha.up(2) and generation_of(alpha, 2) == 2000, "the new one is believed")
+    for end in (*silent, *ends):
+        end.close()
+
+
+def test_a_goodbye_is_an_end(cluster: Cluster, running: Callable[..., Running]) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    old = greet(cluster, alpha.address, "beta", "bulk", 1000)
+    wait_until(lambda: alpha.links.up(2, BULK), "up")
+    old.send(frames.pack(FrameType.GOODBYE, b""), TIMEOUT_S)
+    wait_until(lambda: alpha.links.probe(2, False) is None, "said")
+    greet(cluster, alpha.address, "beta", "bulk", 2000).close()
+    old.close()
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

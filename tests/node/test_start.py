@@ -66,6 +66,15 @@ def test_a_wrong_configuration(make: Callable[..., Cluster], old: str, new: str,
     assert "Traceback" not in refused.stderr
 
 
+def test_a_key_that_others_may_read(make: Callable[..., Cluster]) -> None:
+    node = make(["alpha"])["alpha"]
+    key = node.config.with_name("alpha.key")
+    key.chmod(0o644)
+    refused = start(node)
+    assert refused.returncode == 11 and "Traceback" not in refused.stderr
+    assert refused.stderr.rstrip().endswith(f"chmod 600 {key}"), refused.stderr
+
+
 def test_a_port_that_is_taken(make: Callable[..., Cluster]) -> None:
     node = make(["alpha"])["alpha"]
     with socket.create_server(("127.0.0.1", node.place.port)):

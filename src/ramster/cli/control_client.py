@@ -9,7 +9,7 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -106,11 +106,14 @@ class ControlClient:
         max_bytes: int | None = None,
         read_only: bool = False,
         swap: bool = False,
+        allow: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Makes an export and returns it, with "notes". swap: this machine will swap on it. Raises as `status` does,
-        Refused where it exists.
+        """Makes an export and returns it, with "notes". swap: this machine will swap on it. allow: names of the
+        certificates that may use it. Raises as `status` does, Refused where it exists.
         """
         order = {"name": name, "size_bytes": size_bytes, "max_bytes": max_bytes, "read_only": read_only, "swap": swap}
+        if allow:  # a node from before does not know it
+            order["allow"] = list(allow)
         return self._ask("POST", "/v1/exports", order)
 
     def change_export(

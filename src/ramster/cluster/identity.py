@@ -3,18 +3,20 @@
 A folder holds one cluster: `ca.crt`, `ca.key`, and `NAME.crt`, `NAME.key` per node. A node needs `ca.crt` and its own
 pair; `ca.key` stays where nodes are added. A certificate binds a node's name (CN) to a cluster id (O); nodes go by
 these two alone. The SAN has the name again and the node's addresses, for clients that compare what they connect to.
+Clients of block devices have certificates of their own, which make nobody a node, in the folder `clients/NAME`.
 Does no networking; the TLS handshake itself belongs to the engine.
 """
 
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -27,6 +29,12 @@ from ramster.errors import CertificateError, UsageError
 
 CA_CERTIFICATE: Final = "ca.crt"
 CA_KEY: Final = "ca.key"
+# What libnbd and QEMU look for in a folder of certificates.
+CLIENT_CA: Final = "ca-cert.pem"
+CLIENT_CERTIFICATE: Final = "client-cert.pem"
+CLIENT_KEY: Final = "client-key.pem"
+_CLIENTS: Final = "clients"
+_KEYS: Final = (".key", CLIENT_KEY)
 
 _CA_VALID: Final = timedelta(days=10 * 365)
 _NODE_VALID: Final = timedelta(days=2 * 365)
@@ -56,6 +64,7 @@ class Certificate:
     not_after: datetime  # UTC
     serial: int
     fingerprint: str  # SHA-256 of the DER form, lower-case hex
+    client: bool  # for a client alone: it makes nobody a node
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,12 @@ def node_files(directory: str | Path, node: str) -> NodeFiles:
     """Where the files of `node` are, or would be, in a cluster's folder."""
     directory = Path(directory)
     return NodeFiles(directory / CA_CERTIFICATE, directory / f"{node}.crt", directory / f"{node}.key")
+
+
+def client_files(directory: str | Path, client: str) -> NodeFiles:
+    """Where the files of a client are, or would be, in a cluster's folder: a folder that can be handed out."""
+    folder = Path(directory) / _CLIENTS / client
+    return NodeFiles(folder / CLIENT_CA, folder / CLIENT_CERTIFICATE, folder / CLIENT_KEY)
 
 
 def create_cluster(
@@ -118,6 +133,29 @@ def add_node(directory: str | Path, node: str, *, now: datetime | None = None) -
     return node_files(directory, node)
 
 
+def add_client(directory: str | Path, client: str, *, now: datetime | None = None) -> NodeFiles:
+    """Signs a certificate for a client of block devices. Other nodes take it for none of theirs.
+
+    CertificateError when the authority is missing, broken or expired, a node has the name, or the client has a file
+    there; then nothing was written.
+    """
+    directory, now = Path(directory), now or datetime.now(UTC)
+    _check_names([client], "client name")
+    ca, key = _authority(directory, now)
+    if (taken := node_files(directory, client).cert).exists():
+        raise CertificateError(f"{taken}: {client} is a node's name; give the client one of its own")
+    files, own = client_files(directory, client), ec.generate_private_key(ec.SECP256R1())
+    _write_all(
+        files.ca.parent,
+        {
+            files.ca: _pem(ca),
+            files.cert: _pem(_sign(client, None, own.public_key(), ca, key, now)),
+            files.key: _pem(own),
+        },
+    )
+    return files
+
+
 def renew_node(
     directory: str | Path, node: str, hosts: Sequence[str] | None = None, *, now: datetime | None = None
 ) -> tuple[Certificate, Certificate]:
@@ -162,8 +200,24 @@ def describe_der(certificate: bytes) -> Certificate:
     shown = Path("the peer's certificate")
     try:
         return _describe(shown, x509.load_der_x509_certificate(certificate))
-    except ValueError as error:
+    except CertificateError:
+        raise
+    except Exception as error:  # what a library thinks of an odd certificate has many names
         raise CertificateError(f"{shown}: cannot be read: {error}") from error
+
+
+def objection(certificate: Certificate, cluster_id: str, *, to: Literal["node", "client"]) -> str | None:
+    """Why a certificate that a handshake has proved is none for a node, or a client, of this cluster; None where it is.
+
+    An authority may sign for several clusters, and every certificate of ours can open a connection.
+    """
+    if certificate.cluster_id != cluster_id:
+        return f"its certificate is for cluster {certificate.cluster_id!r}, not for {cluster_id!r}"
+    if certificate.authority:
+        return "its certificate is the authority's own"
+    if to == "node" and certificate.client:
+        return f"its certificate is for the client {certificate.subject!r}: it reaches exports and makes nobody a node"
+    return None
 
 
 def verify(files: NodeFiles, cluster_id: str, node: str, *, now: datetime | None = None) -> Certificate:
@@ -183,6 +237,8 @@ def verify(files: NodeFiles, cluster_id: str, node: str, *, now: datetime | None
     _check_issued(files.cert, cert, files.ca, ca)
     if described.authority or node != described.subject:
         raise CertificateError(f"{files.cert}: is for {described.subject}, not for node {node}")
+    if described.client:
+        raise CertificateError(f"{files.cert}: is for a client; a node's is made by `ramster cluster init`")
     _check_dates(files.ca, ca, now)
     _check_dates(files.cert, cert, now)
     if _load_key(files.key).public_key() != cert.public_key():
@@ -305,8 +361,8 @@ def _issue(
 
 
 def _sign(
-    node: str,
-    names: x509.SubjectAlternativeName,
+    name: str,
+    names: x509.SubjectAlternativeName | None,
     public: ec.EllipticCurvePublicKey,
     ca: x509.Certificate,
     ca_key: ec.EllipticCurvePrivateKey,
@@ -315,16 +371,19 @@ def _sign(
     cluster_id = _describe(Path(CA_CERTIFICATE), ca).cluster_id
     # Never beyond the authority's own end: such a chain fails later, with an error that names neither.
     until = min(now + _NODE_VALID, ca.not_valid_after_utc)
-    # Every node both connects and listens.
-    purposes: list[ObjectIdentifier] = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    return (
-        _builder(_name(node, cluster_id), ca.subject, public, ca_key.public_key(), now, until)
+    # Every node both connects and listens; a client has no names that it could be reached by.
+    purposes: list[ObjectIdentifier] = [ExtendedKeyUsageOID.CLIENT_AUTH]
+    if names is not None:
+        purposes.insert(0, ExtendedKeyUsageOID.SERVER_AUTH)
+    builder = (
+        _builder(_name(name, cluster_id), ca.subject, public, ca_key.public_key(), now, until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        .add_extension(names, critical=False)
-        .sign(ca_key, hashes.SHA256())
     )
+    if names is not None:
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(ca_key, hashes.SHA256())
 
 
 def _authority_files(directory: Path, ca: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> dict[Path, bytes]:
@@ -345,7 +404,7 @@ def _write_all(directory: Path, files: dict[Path, bytes]) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path, data in files.items():
-            mode = 0o600 if path.suffix == ".key" else 0o644
+            mode = 0o600 if path.name.endswith(_KEYS) else 0o644
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             written.append(path)
             with os.fdopen(descriptor, "wb") as file:
@@ -377,12 +436,25 @@ def _replace(path: Path, data: bytes) -> None:
         raise CertificateError(f"{path}: cannot be replaced: {error.strerror}") from error
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, *, secret: bool = False) -> bytes:
     try:
         with path.open("rb") as file:
+            if secret:
+                _check_secret(path, os.fstat(file.fileno()))
             return file.read(_FILE_BYTES_MAX)
     except OSError as error:
         raise CertificateError(f"{path}: {error.strerror}") from error
+
+
+def _check_secret(path: Path, status: os.stat_result) -> None:
+    """Whoever can read a key is the node. A file of root's may be a group's to read: so services are given secrets."""
+    allowed = stat.S_IRUSR | stat.S_IWUSR | (stat.S_IRGRP if status.st_uid == 0 else 0)
+    if open_to := stat.S_IMODE(status.st_mode) & 0o077 & ~allowed:
+        who = "every user of this machine" if open_to & 0o007 else "its group"
+        raise CertificateError(
+            f"{path}: has mode {stat.S_IMODE(status.st_mode):04o}, which lets {who} have this private key: "
+            f"chmod 600 {path}"
+        )
 
 
 def _load_certificate(path: Path) -> x509.Certificate:
@@ -394,7 +466,7 @@ def _load_certificate(path: Path) -> x509.Certificate:
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_pem_private_key(_read(path), password=None)
+        key = serialization.load_pem_private_key(_read(path, secret=True), password=None)
     except (ValueError, TypeError) as error:
         raise CertificateError(f"{path}: is not an unencrypted private key in PEM form") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -416,6 +488,7 @@ def _describe(path: Path, certificate: x509.Certificate) -> Certificate:
             return None
 
     constraints, alternative = extension(x509.BasicConstraints), extension(x509.SubjectAlternativeName)
+    purposes = extension(x509.ExtendedKeyUsage)
     return Certificate(
         subject=one(NameOID.COMMON_NAME),
         cluster_id=one(NameOID.ORGANIZATION_NAME),
@@ -430,6 +503,7 @@ def _describe(path: Path, certificate: x509.Certificate) -> Certificate:
         not_after=certificate.not_valid_after_utc,
         serial=certificate.serial_number,
         fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+        client=isinstance(purposes, x509.ExtendedKeyUsage) and ExtendedKeyUsageOID.SERVER_AUTH not in purposes,
     )
 
 

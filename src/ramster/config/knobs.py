@@ -144,6 +144,22 @@ def _name(*, help: str) -> Any:
     return _declare(Knob(help, f"name: {NAME_RULE}", "", parse, str), MISSING)
 
 
+def _names(*, at_most: int, help: str) -> Any:
+    def parse(value: object) -> tuple[str, ...]:
+        given = value if isinstance(value, list) else [value]
+        if len(given) > at_most:
+            raise ValueError(f"allowed are {at_most} names")
+        for one in given:
+            if not isinstance(one, str) or not NAME_PATTERN.fullmatch(one):
+                raise ValueError(f"allowed are names, each {NAME_RULE}")
+        return tuple(given)
+
+    def show(names: tuple[str, ...]) -> str:
+        return "[" + ", ".join(f'"{one}"' for one in names) + "]"
+
+    return _declare(Knob(help, f"name: {NAME_RULE}; or a list of up to {at_most} of them", "", parse, show), ())
+
+
 def _path(default: object = MISSING, *, factory: Callable[[], Path] | None = None, rule: str = "", help: str) -> Any:
     def parse(value: object) -> Path:
         if isinstance(value, str) and value and "\0" not in value:
@@ -430,6 +446,11 @@ class Export:
         help="How large it may ever grow.",
     )
     read_only: bool = _switch(False, help="Whether clients may only read, until `ramster export set` changes it.")
+    allow: tuple[str, ...] = _names(
+        at_most=64,
+        help="Names of the certificates that may use it over TCP, with TLS alone (`ramster cluster client`); none "
+        "for everybody who may connect.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -538,6 +559,8 @@ def conflicts(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
         if export.name in taken:
             yield ("exports", index, "name"), "another export has this name too"
         taken.add(export.name)
+        if export.allow and config.cluster is None:
+            yield ("exports", index, "allow"), "allowed with a [cluster] section, whose certificates have these names"
         if export.max_size_bytes is not None and export.max_size_bytes < export.size_bytes:
             yield ("exports", index, "max_size"), f"allowed is size, {format_bytes(export.size_bytes)}, or more"
     names, numbers = {config.node.name: "this node"}, {config.node.number: "this node"}

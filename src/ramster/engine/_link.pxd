@@ -343,6 +343,9 @@ cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
 cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
 cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
+cdef bytes peer_certificate(SSL *ssl)
+
+
 cdef class TlsContext:
     cdef SSL_CTX *context
 

@@ -1941,7 +1941,7 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
                 peer_at_fault(peer, ch, b"the peer changed its keys again and again")
             return -1
         ch.work += WORK_READ + <uint64_t> n
-        ch.received_ns = ran(l)
+        store64(&ch.received_ns, ran(l), RELAXED)
         store64(&ch.unanswered_ns, 0, RELAXED)
         ch.silent = False
         say(&ch.bytes_received, <uint64_t> n)
@@ -2140,6 +2140,19 @@ cdef str tls_reason(SSL *ssl):
     return reason
 
 
+cdef bytes peer_certificate(SSL *ssl):
+    """What the other side has shown in the handshake, as DER."""
+    cdef X509 *certificate = SSL_get1_peer_certificate(ssl)
+    cdef unsigned char *out
+    if certificate == NULL:
+        raise errors.CertificateError("the peer showed no certificate")
+    der = PyBytes_FromStringAndSize(NULL, i2d_X509(certificate, NULL))
+    out = <unsigned char *> PyBytes_AS_STRING(der)
+    i2d_X509(certificate, &out)
+    X509_free(certificate)
+    return der
+
+
 cdef class TlsContext:
     """The node's certificate, its key and the cluster's CA: TLS 1.3 only, both sides must show a certificate."""
 
@@ -2222,24 +2235,13 @@ cdef class Connection:
         """TLS 1.3 with certificates checked on both sides; returns the peer's certificate (DER)."""
         cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
         cdef int result
-        cdef X509 *certificate
-        cdef unsigned char *out
         while True:
             ERR_clear_error()
             with nogil:
                 result = SSL_do_handshake(self.ssl)
             if result == 1:
-                break
+                return peer_certificate(self.ssl)
             self.wait(SSL_get_error(self.ssl, result), deadline)
-        certificate = SSL_get1_peer_certificate(self.ssl)
-        if certificate == NULL:
-            raise errors.CertificateError("the peer showed no certificate")
-        n = i2d_X509(certificate, NULL)
-        der = PyBytes_FromStringAndSize(NULL, n)
-        out = <unsigned char *> PyBytes_AS_STRING(der)
-        i2d_X509(certificate, &out)
-        X509_free(certificate)
-        return der
 
     def send(self, bytes data, double timeout_s):
         cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
@@ -2615,6 +2617,25 @@ cdef class Links:
         """Milliseconds since these links were made in which the node did not run."""
         cdef Links_t *l = self.live()
         return (load64(&l.store.running.skipped_ns, RELAXED) - l.skipped_first_ns) // 1000000
+
+    def probe(self, uint32_t number, bint ask):
+        """Of a link that lives: (generation of the peer's process, when something came from it last, in ns in which this node ran).
+        None where no connection is up, or the peer said goodbye. ask: send a PING on each connection."""
+        cdef Links_t *l = self.live()
+        cdef Peer *peer = peer_at(l, number)
+        cdef Frame frame
+        cdef uint64_t heard_ns = 0
+        cdef int k
+        if peer == NULL or load32(&peer.gone, ACQUIRE):
+            return None
+        with nogil:
+            for k in range(2):
+                if is_up(&peer.channels[k]):
+                    heard_ns = max(heard_ns, load64(&peer.channels[k].received_ns, RELAXED))
+                    if ask:
+                        frame_init(l, &frame, T_PING, 0)
+                        send_frame(l, &peer.channels[k], &frame, NULL)
+        return (load64(&peer.generation, RELAXED), heard_ns) if heard_ns else None
 
     def ship(self, uint32_t segment, uint32_t generation, uint32_t number):
         """Queue one sealed segment for a lender, or for the spill file (SPILL_PEER); False when too many wait. What fails stays

@@ -48,7 +48,7 @@ from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
 from ramster.engine._running cimport ran_ns
-from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, reply_bytes, reply_next
+from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, peer_certificate, reply_bytes, reply_next
 from ramster.engine._store cimport (
     BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
     store_short_of_frames, store_slot, store_where)
@@ -1598,7 +1598,7 @@ cdef class NbdConnection:
             with nogil:
                 result = SSL_do_handshake(self.ssl)
             if result == 1:
-                return
+                return peer_certificate(self.ssl)
             self.wait_tls(result, deadline)
 
     def serve(self, NbdServer server not None, uint32_t number, bint structured, allocation_context, uint64_t told_bytes):

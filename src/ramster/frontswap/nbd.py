@@ -26,7 +26,7 @@ from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES, P
 from ramster.engine.links import TlsContext
 from ramster.engine.nbd import NbdConnection, NbdServer
 from ramster.engine.store import Store
-from ramster.errors import RamsterError, Refused, UsageError
+from ramster.errors import CertificateError, RamsterError, Refused, UsageError
 from ramster.frontswap.sockets import listen_tcp, listen_unix
 from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve, StartTls, Tls
 
@@ -36,6 +36,8 @@ log = logging.getLogger("ramster.nbd")
 EXPORTS_MAX: Final = 256
 # Connections that have not chosen an export yet. Beyond, new ones are closed unheard.
 HANDSHAKES_MAX: Final = 32
+# Names on one export's allow list.
+ALLOW_MAX: Final = 64
 # How long a connection that was told to end may take: its requests under way have deadlines of their own.
 END_S: Final = 10.0
 ACCEPT_PAUSE_S: Final = 0.1
@@ -86,6 +88,9 @@ class Credentials(Protocol):
     def context(self) -> TlsContext:
         """For one more handshake."""
 
+    def client(self, certificate: bytes) -> str:
+        """The name that a certificate (DER) has proved. CertificateError where it is not of this cluster."""
+
     def hosts(self) -> tuple[str, ...]:
         """Names and addresses that the certificate is for, the node's own name first."""
 
@@ -101,6 +106,8 @@ class Configured(Protocol):
     def max_size_bytes(self) -> int | None: ...
     @property
     def read_only(self) -> bool: ...
+    @property
+    def allow(self) -> Sequence[str]: ...
 
 
 @dataclass(slots=True)
@@ -130,6 +137,7 @@ class _Export:
     max_bytes: int
     read_only: bool
     swap: bool
+    allow: tuple[str, ...] = ()
     clients: set[_Connection] = field(default_factory=set)
     removing: bool = False
     glance: threading.Lock = field(default_factory=threading.Lock)
@@ -148,6 +156,20 @@ class _Export:
         return Export(self.name, self.number, self.size_bytes, self.read_only, text)
 
 
+def objection(allow: Sequence[str], name: str | None, *, local: bool) -> Refusal | None:
+    """Why a client may not use an export; None where it may.
+
+    allow: names of the certificates that may; empty for everybody who may connect at all. name: what the client's
+    certificate has proved, None without TLS. local: it came by nbd.sock, whose mode says who may.
+    """
+    if local or not allow or name in allow:
+        return None
+    if name is None:
+        text = "the export is for certain clients: connect with TLS and a certificate (nbds://)"
+        return Refusal(OptionReply.ERR_TLS_REQD, text)
+    return Refusal(OptionReply.ERR_POLICY, f"the export is not for {name!r}, which its allow list does not have")
+
+
 @dataclass(frozen=True, slots=True)
 class _Listener:
     sock: socket.socket
@@ -161,6 +183,9 @@ class _Connection:
     def __init__(self, service: ExportService, sock: socket.socket, listener: _Listener) -> None:
         self.service = service
         self.tls = listener.tls
+        self.local = sock.family == socket.AF_UNIX
+        self.name: str | None = None
+        """What its certificate has proved."""
         self.who = _describe_peer(sock, listener.where)
         self.export: _Export | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -186,10 +211,10 @@ class _Connection:
     # --- the catalogue that its handshake sees --------------------------------------------------------------------
 
     def exports(self) -> Iterable[Export]:
-        return self.service.wire_exports()
+        return self.service.wire_exports(self)
 
     def find(self, name: str) -> Export | Refusal:
-        return self.service.find(name)
+        return self.service.find(name, self)
 
     def enter(self, name: str) -> Export | Refusal:
         return self.service.enter(name, self)
@@ -232,7 +257,13 @@ class _Connection:
                     pass
                 case StartTls():
                     assert self.service.credentials is not None
-                    connection.start_tls(self.service.credentials.context(), left())
+                    certificate = connection.start_tls(self.service.credentials.context(), left())
+                    try:
+                        self.name = self.service.credentials.client(certificate)
+                    except CertificateError as error:
+                        self.service.ended(self, "refused", str(error))
+                        return
+                    self.who = f"{self.name} ({self.who})"
                     handshake.tls_started()
                 case End(kind, reason):
                     self.service.ended(self, kind, reason)
@@ -292,7 +323,7 @@ class ExportService:
     async def start(self, exports: Iterable[Configured] = ()) -> None:
         """Make the configured exports, then listen. PortTaken, UsageError, StoreFull: call `close`."""
         for each in exports:
-            await self.create(each.name, each.size_bytes, each.max_size_bytes, each.read_only)
+            await self.create(each.name, each.size_bytes, each.max_size_bytes, each.read_only, allow=each.allow)
         offered = Tls.OFF if self.credentials is None else Tls.OFFERED
         self._listen(_Listener(listen_unix(self.path), offered, str(self.path)))
         for address in self.settings.listen:
@@ -322,14 +353,17 @@ class ExportService:
         read_only: bool = False,
         *,
         swap: bool = False,
+        allow: Sequence[str] = (),
     ) -> dict[str, Any]:
         """A new, empty export, described as by `describe` with "notes", what was not taken literally. swap: the kernel
-        of this machine will swap on it.
+        of this machine will swap on it. allow: names of the certificates that may use it, apart from this machine's
+        nbd.sock; none for all of the cluster.
 
         UsageError for a wrong name or size, Refused where it exists, StoreFull where the store has no pool left.
         """
         if not NAME_PATTERN.fullmatch(name):
             raise UsageError(f"an export's name is {NAME_RULE}; given was {name!r:.80}")
+        allowed = self._allow_list(allow)
         notes: list[str] = []
         size = _whole_pages("size", size_bytes, notes)
         most = size if max_bytes is None else _whole_pages("max_bytes", max_bytes, notes)
@@ -346,14 +380,25 @@ class ExportService:
                 self.server = await asyncio.to_thread(self.make_server)
                 self._watched = self.server.event_fd
                 asyncio.get_running_loop().add_reader(self._watched, self._watch)
-            export = await asyncio.to_thread(self._make, self.server, name, size, most, read_only, swap)
+            export = await asyncio.to_thread(self._make, self.server, name, size, most, read_only, swap, allowed)
             with self._lock:
                 self._exports[name] = export
             described = await asyncio.to_thread(self._describe, export)
         log.info("export %s: made, %s", name, format_bytes(size), extra={"per": name})
         return {**described, "notes": notes}
 
-    def _make(self, server: NbdServer, name: str, size: int, most: int, read_only: bool, swap: bool) -> _Export:
+    def _allow_list(self, names: Sequence[str]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not NAME_PATTERN.fullmatch(name)]:
+            raise UsageError(f"allow: {wrong[0]!r:.80} is no name of a certificate, which is {NAME_RULE}")
+        if len(names) > ALLOW_MAX:
+            raise UsageError(f"allow has {len(names)} names, at most {ALLOW_MAX} can be given")
+        if names and self.credentials is None:
+            raise UsageError("allow names certificates, which only a node with a [cluster] section can check")
+        return tuple(dict.fromkeys(names))
+
+    def _make(
+        self, server: NbdServer, name: str, size: int, most: int, read_only: bool, swap: bool, allow: tuple[str, ...]
+    ) -> _Export:
         """In a thread."""
         pool = self.store.create_pool(pages=most // PAGE_BYTES, persistent=True)
         try:
@@ -362,7 +407,7 @@ class ExportService:
         except BaseException:
             self.store.destroy_pool(pool)
             raise
-        return _Export(name, number, pool, size, most, read_only, swap)
+        return _Export(name, number, pool, size, most, read_only, swap, allow)
 
     async def change(self, name: str, size_bytes: int | None = None, read_only: bool | None = None) -> dict[str, Any]:
         """Lets it grow, makes it read-only or writable; what is None stays. Clients see another size when they connect
@@ -481,6 +526,7 @@ class ExportService:
             "max_bytes": export.max_bytes,
             "read_only": export.read_only,
             "swap": export.swap,
+            "allow": list(export.allow),
             "connections": len(export.clients),
             "uris": self.uris(export.name),
         }
@@ -524,18 +570,20 @@ class ExportService:
         with self._lock:
             return sum(export.swap or not swap for export in self._exports.values() if not export.removing)
 
-    def wire_exports(self) -> list[Export]:
+    def wire_exports(self, client: _Connection) -> list[Export]:
+        """Those that it may use."""
         with self._lock:
-            return [export.wire() for export in self._exports.values() if not export.removing]
+            exports = [export for export in self._exports.values() if not export.removing]
+        return [each.wire() for each in exports if objection(each.allow, client.name, local=client.local) is None]
 
-    def find(self, name: str) -> Export | Refusal:
+    def find(self, name: str, client: _Connection) -> Export | Refusal:
         with self._lock:
-            found = self._find(name)
+            found = self._find(name, client)
             return found if isinstance(found, Refusal) else found.wire()
 
     def enter(self, name: str, connection: _Connection) -> Export | Refusal:
         with self._lock:
-            found = self._find(name)
+            found = self._find(name, connection)
             if isinstance(found, Refusal):
                 return found
             limit = self.settings.connections_max
@@ -548,13 +596,16 @@ class ExportService:
             found.clients.add(connection)
             return found.wire()
 
-    def _find(self, name: str) -> _Export | Refusal:
+    def _find(self, name: str, client: _Connection) -> _Export | Refusal:
         if self._closing:
             return Refusal(OptionReply.ERR_SHUTDOWN, "the node is stopping")
         export = self._exports.get(name)
         if export is None:
             text = "there is no export of that name" if name else "there is no default export: name one"
             return Refusal(OptionReply.ERR_UNKNOWN, text)
+        if (refusal := objection(export.allow, client.name, local=client.local)) is not None:
+            log.info("export %s: refused %s: %s", name, client.who, refusal.reason)
+            return refusal
         return Refusal(OptionReply.ERR_SHUTDOWN, "the export is being removed") if export.removing else export
 
     def leave(self, connection: _Connection) -> None:

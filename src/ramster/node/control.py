@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,7 +23,7 @@ from ramster.frontswap.sockets import BACKLOG, listen_unix
 
 log = logging.getLogger(__name__)
 
-BODY_BYTES_MAX = 4096  # the largest request makes an export
+BODY_BYTES_MAX = 8192  # the largest request makes an export with 64 names
 REQUESTS_MAX = 32  # at a time; people and scrapers, not a data path
 SHUTDOWN_S = 2.0  # an answer under way may finish
 _ACCEPT_TURNS = 5
@@ -51,7 +51,7 @@ class NodeView(Protocol):
         """One object per export: what `create_export` returns."""
 
     async def create_export(
-        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool
+        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool, allow: Sequence[str]
     ) -> dict[str, Any]:
         """Makes an empty export and describes it. UsageError, Refused."""
 
@@ -158,7 +158,9 @@ class ControlServer:
     async def _create_export(self, request: web.Request) -> web.Response:
         order = _read(await request.read(), NewExport)
         return _answer(
-            await self._view.create_export(order.name, order.size_bytes, order.max_bytes, order.read_only, order.swap)
+            await self._view.create_export(
+                order.name, order.size_bytes, order.max_bytes, order.read_only, order.swap, order.allow
+            )
         )
 
     async def _change_export(self, request: web.Request) -> web.Response:
@@ -198,6 +200,7 @@ class NewExport(msgspec.Struct, forbid_unknown_fields=True):
     max_bytes: int | None = None
     read_only: bool = False
     swap: bool = False  # by the kernel of this machine: see docs/guard.md
+    allow: tuple[str, ...] = ()  # names of certificates; none for all of the cluster
 
 
 class ExportChange(msgspec.Struct, forbid_unknown_fields=True):

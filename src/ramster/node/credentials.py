@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Literal
 
 from ramster.cluster import identity
 from ramster.cluster.identity import NodeFiles
@@ -38,6 +39,22 @@ class Credentials:
         with self._lock:
             self._refresh()
             return self._context
+
+    def client(self, certificate: bytes) -> str:
+        """The name that a certificate (DER) of a client or a node has proved. CertificateError where it is not of this
+        cluster.
+        """
+        return self._named(certificate, "client")
+
+    def node(self, certificate: bytes) -> str:
+        """The name that a node's certificate (DER) has proved. CertificateError where it is none of this cluster."""
+        return self._named(certificate, "node")
+
+    def _named(self, certificate: bytes, to: Literal["node", "client"]) -> str:
+        described = identity.describe_der(certificate)
+        if (reason := identity.objection(described, self._cluster_id, to=to)) is not None:
+            raise CertificateError(reason)
+        return described.subject
 
     def hosts(self) -> tuple[str, ...]:
         """Names and addresses that the certificate is for, the node's own name first."""

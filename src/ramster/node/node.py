@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -202,9 +203,9 @@ class Node:
         return await self.export_service.describe()
 
     async def create_export(
-        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool
+        self, name: str, size_bytes: int, max_bytes: int | None, read_only: bool, swap: bool, allow: Sequence[str]
     ) -> dict[str, Any]:
-        created = await self.export_service.create(name, size_bytes, max_bytes, read_only, swap=swap)
+        created = await self.export_service.create(name, size_bytes, max_bytes, read_only, swap=swap, allow=allow)
         self._guard_exports()
         return created
 

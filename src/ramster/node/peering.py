@@ -15,12 +15,13 @@ import logging
 import os
 import random
 import socket
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from ramster.cluster import identity
 from ramster.config.knobs import Links as LinkSettings
 from ramster.config.knobs import Peer
 from ramster.engine.links import BULK, GET, Connection, Links
@@ -28,6 +29,7 @@ from ramster.errors import CertificateError, ProtocolError, RamsterError, Refuse
 from ramster.frontswap.sockets import listen_tcp
 from ramster.node.credentials import Credentials
 from ramster.node.door import Caller, Door
+from ramster.node.lives import ANSWER_S_MAX, Life, Verdict, judge
 from ramster.node.redial import HANDSHAKE_S, Redial
 from ramster.wire import conduct, frames, hello
 
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 # Our own handshakes at a time, in threads of their own: they never queue behind those of strangers.
 DIALS_MAX = 64
 _ACCEPT_PAUSE_S = 0.1
+_LOOK_S = 0.02
 _KINDS = {"get": GET, "bulk": BULK}
 
 
@@ -56,6 +59,7 @@ class _PeerState:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     called: dict[str, asyncio.Event] = field(default_factory=lambda: {kind: asyncio.Event() for kind in _KINDS})
     connected: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
+    attaching: threading.Lock = field(default_factory=threading.Lock)
 
 
 class _Call(ProtocolError):
@@ -65,6 +69,14 @@ class _Call(ProtocolError):
         super().__init__(message)
         self.number = number
         self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The peer's link when it was asked for a sign of life, and at what time, in seconds in which this node ran."""
+
+    life: Life | None
+    at: float
 
 
 class Peering:
@@ -183,6 +195,15 @@ class Peering:
                 "node %d was silent for %g s: dropped %d segments held for it", number, self.foreign_grace_s, dropped
             )
 
+    def _name(self, connection: Connection, patience: float = HANDSHAKE_S) -> str:
+        """In a thread: TLS; the node's name that the other side has proved."""
+        certificate = connection.handshake(patience)
+        with self._refusing(connection):
+            try:
+                return self.credentials.node(certificate)
+            except CertificateError as error:
+                raise ProtocolError(str(error)) from error
+
     @contextlib.contextmanager
     def _refusing(self, connection: Connection) -> Iterator[None]:
         """Whatever is wrong with what the other side said, it is told before the connection ends."""
@@ -193,6 +214,32 @@ class Peering:
             with contextlib.suppress(RamsterError):
                 connection.send(frames.pack(frames.FrameType.REFUSE, body), 1.0)
             raise
+
+    # --- which process of a peer it is ----------------------------------------------------------------------------
+
+    def _ask(self, theirs: hello.Hello) -> _Asked:
+        """In a thread: wait until no other process of that peer could still answer. ProtocolError where one does."""
+        asked = _Asked(self.links.probe(theirs.number, True), self.links.ran_ms() / 1000)
+        while self._judge(theirs, asked) is Verdict.WAITS:
+            time.sleep(_LOOK_S)
+        return asked
+
+    def _judge(self, theirs: hello.Hello, asked: _Asked) -> Verdict:
+        life, waited = self.links.probe(theirs.number, False), self.links.ran_ms() / 1000 - asked.at
+        answer_s = min(self.settings.idle_timeout_ms / 1000, ANSWER_S_MAX)
+        verdict = judge(theirs.generation, asked.life, life, waited, answer_s)
+        if verdict is Verdict.REFUSED:
+            raise ProtocolError(
+                f"another process with the certificate of {theirs.name} is connected and answers: "
+                "one node, one process; has its key been copied?"
+            )
+        return verdict
+
+    def _attach(self, connection: Connection, theirs: hello.Hello, kind: str, asked: _Asked) -> None:
+        """In a thread: hand it to the engine, unless another process of that peer came in between."""
+        with self._peers[theirs.number].attaching:
+            self._judge(theirs, asked)
+            self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
 
     # --- connecting -----------------------------------------------------------------------------------------------
 
@@ -306,7 +353,7 @@ class Peering:
         """In a thread: our side of the handshake as the one who connects. False: there was no need any more."""
         own = self.make_hello(kind)
         try:
-            certificate = identity.describe_der(connection.handshake(patience))
+            name = self._name(connection, patience)
             if self._stands(state, kind):
                 return False
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), patience)
@@ -317,13 +364,14 @@ class Peering:
                 raise ProtocolError(f"it answered with a frame of type {kind_of_frame}")
             with self._refusing(connection):
                 theirs = hello.decode_hello(body)
-                reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=False)
+                reason = hello.objection(own, theirs, name, self._known, accepted=False)
                 if reason is None and theirs.number != state.peer.number:
                     reason = f"node {theirs.number} answers at the address of node {state.peer.number}"
                 if reason is not None:
                     self.counters.refused_connections += 1
                     raise ProtocolError(reason)
-            self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
+                asked = self._ask(theirs)
+            self._attach(connection, theirs, kind, asked)
             return True
         finally:
             connection.close()
@@ -398,8 +446,8 @@ class Peering:
     def _admit(self, connection: Connection, caller: Caller) -> None:
         """In a thread: our side of the handshake as the one who was connected to."""
         try:
-            certificate = identity.describe_der(connection.handshake(HANDSHAKE_S))
-            if not self._door.greeted.prove(caller.greeted, certificate.subject):
+            name = self._name(connection)
+            if not self._door.greeted.prove(caller.greeted, name):
                 raise ConnectionResetError("it had to make room for others")
             with self._refusing(connection):
                 kind_of_frame, body = _read_frame(connection)
@@ -407,21 +455,22 @@ class Peering:
                     raise ProtocolError(f"its first frame is of type {kind_of_frame}, not a hello")
                 theirs = hello.decode_hello(body)
                 own = self.make_hello(theirs.kind)
-                reason = hello.objection(own, theirs, certificate.subject, self._known, accepted=True)
+                reason = hello.objection(own, theirs, name, self._known, accepted=True)
                 reason = reason or self.shut_out(theirs.number) or None
                 if reason is not None:
                     if theirs.number < self.number and not hello.objection(
-                        own, theirs, certificate.subject, self._known, accepted=False
+                        own, theirs, name, self._known, accepted=False
                     ):
                         raise _Call(reason, theirs.number, theirs.kind)
                     raise ProtocolError(reason)
+                asked = self._ask(theirs)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
             # From here on the connection is the engine's: nobody at the door may end it any more.
             if not self._door.leave(caller):
                 raise ConnectionResetError("it had to make room for others")
             caller.sock.close()
             self._peers[theirs.number].reason = ""
-            self.links.attach(connection, theirs.number, _KINDS[theirs.kind], theirs.generation, theirs.lend_segments)
+            self._attach(connection, theirs, theirs.kind, asked)
             log.info("node %s connected (%s)", theirs.name, theirs.kind)
         finally:
             connection.close()

@@ -1,4 +1,4 @@
-"""`ramster cluster`: makes a cluster's certificates and configuration files, renews a certificate."""
+"""`ramster cluster`: makes a cluster's certificates and configuration files, certificates of clients, renews one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make a cluster, renew its certificates.", no_args_is_help=True)
+app = typer.Typer(help="Make a cluster, let clients in, renew its certificates.", no_args_is_help=True)
 
 INIT_HELP = """Make an authority, and for each node a certificate, a key and a configuration.
 
@@ -38,6 +38,24 @@ Examples:
   ramster cluster renew alpha --directory lab
   ramster cluster renew alpha --directory lab \\
       --address 192.0.2.1 --address storage.example.org
+"""
+
+
+CLIENT_HELP = """Make a certificate for a client of block devices, where ca.key is.
+
+The new folder DIR/clients/NAME has what libnbd, QEMU and nbdfuse look for:
+ca-cert.pem, client-cert.pem and client-key.pem. Copy it to the client's
+machine. Whoever has it can use the exports that are for everybody and those
+that allow NAME, and nothing else: no node takes it for another node.
+
+It is valid for two years. For another one, remove the folder first; a copy
+of the old one stays valid until its end, so where it is in wrong hands take
+NAME off the exports' allow lists.
+
+\b
+Examples:
+  ramster cluster client web --directory lab
+  nbdinfo 'nbds://192.0.2.1/vm?tls-certificates=lab/clients/web'
 """
 
 
@@ -78,3 +96,16 @@ def renew(
     if gone := [host for host in before.hosts if host not in after.hosts]:
         typer.echo(f"no longer for {', '.join(gone)}")
     typer.echo(f"copy it over the old one on the machine of {node}, which reads it for the next connection")
+
+
+@app.command("client", help=CLIENT_HELP)
+def client(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The client's name, none of a node's.")],
+    directory: Annotated[Path, typer.Option("--directory", metavar="DIR", help="Where ca.key is.")],
+) -> None:
+    from ramster.cluster import identity
+
+    files = identity.add_client(directory, name)
+    until = identity.describe(files.cert).not_after
+    typer.echo(f"made {files.cert.parent} for client {name}; valid until {until:%Y-%m-%d}")
+    typer.echo("copy the folder to the client's machine; its URIs end in ?tls-certificates=FOLDER")

@@ -29,11 +29,16 @@ CREATE_HELP = """Make an export and print its URIs, to be pasted into any NBD cl
 It takes RAM for what is written to it alone; what is discarded is freed,
 here and on lenders. It ends with the node.
 
+Over TCP each client of the cluster may use it, or those alone that --allow
+names: `ramster cluster client` makes their certificates. This machine's
+nbd.sock is for the node's user and group in any case.
+
 \b
 Examples:
   ramster export create vm --size 1GiB
   nbdcopy disk.img "$(ramster export create disk --size 8GiB | head -1)"
   ramster export create data --size 8GiB --max-size 64GiB --json
+  ramster export create vm --size 8GiB --allow web --allow backup
 """
 LS_HELP = """Show every export: its size, what it holds here and away, who uses it.
 
@@ -78,6 +83,10 @@ def create(
         typer.Option("--max-size", metavar="SIZE", help="How large it may ever grow; its size if not given."),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Clients may not write.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="NAME", help="A client that may use it over TCP; may be repeated."),
+    ] = None,
     as_json: JsonOption = False,
     wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
@@ -86,7 +95,7 @@ def create(
     size_bytes = size_option("--size", size)
     max_bytes = None if max_size is None else size_option("--max-size", max_size)
     client = _client(socket, config, wait)
-    export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only)
+    export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only, allow=allow or ())
     _show(export, as_json)
 
 
