@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, TypeAlias, ge
 
 import msgspec
 
-from ramster.config.paths import default_run_dir
+from ramster.config.paths import canonical_socket, default_run_dir
 from ramster.config.units import parse_bytes
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import (
@@ -37,10 +37,11 @@ from ramster.errors import (
     ProtocolError,
     RamsterError,
     RegionLost,
+    UntrustedNode,
     UsageError,
     from_code,
 )
-from ramster.frontswap import messages
+from ramster.frontswap import messages, trust
 from ramster.frontswap._client import Mapping
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ class _Control:
         try:
             self._socket.settimeout(CONNECT_DEADLINE_S)
             self._socket.connect(os.fspath(path))
+            trust.check(self._socket, path)
+        except UntrustedNode:
+            self._socket.close()
+            raise
         except PermissionError as error:
             self._socket.close()
             raise PermissionMissing(
@@ -567,7 +572,8 @@ class Client:
     """
 
     def __init__(self, socket: str | Path | None = None) -> None:
-        self.socket = Path(socket or os.environ.get("RAMSTER_SOCKET") or default_run_dir() / REGION_SOCKET)
+        given = socket or os.environ.get("RAMSTER_SOCKET")
+        self.socket = canonical_socket(Path(given)) if given else default_run_dir() / REGION_SOCKET
         self.creator = os.getpid()
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
         _Control(self.socket).hang_up()
