@@ -120,6 +120,17 @@ class PermissionMissing(RamsterError):
     blame = "environment"
 
 
+class UntrustedNode(RamsterError):
+    """The process that listens at a node's socket is another user's, or others could have put the socket there.
+
+    The message names the user; nothing was sent. Name the socket of a node of your own or of root (RAMSTER_SOCKET).
+    """
+
+    code = "untrusted-node"
+    exit_code = 8
+    blame = "environment"
+
+
 class RegionFull(RamsterError):
     """Neither the arena nor a lender took a page within the bounded wait, or the resident budget is all pinned.
 

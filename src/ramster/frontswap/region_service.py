@@ -30,6 +30,7 @@ from ramster.config.units import format_bytes
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import PermissionMissing, PortTaken, ProtocolError, RamsterError, Refused, RegionLost, UsageError
 from ramster.frontswap import messages
+from ramster.frontswap.trust import require_own_folder
 
 _log = logging.getLogger("ramster.regions")
 
@@ -492,14 +493,8 @@ class RegionService:
         others can write.
         """
         directory = self.path.parent
+        require_own_folder(directory)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = directory.stat()
-            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise PermissionMissing(
-                    f"{directory} must belong to user {os.geteuid()} or root and be writable for its owner only "
-                    f"(owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}): chmod go-w {directory}"
-                )
             # The lock tells a dead node's socket from a live one's without a race; the kernel drops it with the
             # process.
             self._lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, get_args
 
 import msgspec
 
-from ramster.config.paths import default_run_dir
+from ramster.config.paths import canonical_socket, default_run_dir
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import (
     ForkedError,
@@ -38,10 +38,11 @@ from ramster.errors import (
     ProtocolError,
     RamsterError,
     RegionLost,
+    UntrustedNode,
     UsageError,
     from_code,
 )
-from ramster.frontswap import arguments, messages
+from ramster.frontswap import arguments, messages, trust
 from ramster.frontswap._client import Mapping
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ class _Control:
         try:
             self._socket.settimeout(CONNECT_DEADLINE_S)
             self._socket.connect(os.fspath(path))
+            trust.check(self._socket, path)
+        except UntrustedNode:
+            self._socket.close()
+            raise
         except PermissionError as error:
             self._socket.close()
             raise PermissionMissing(
@@ -551,9 +556,10 @@ class Client:
     """
 
     def __init__(self, socket: str | Path | None = None) -> None:
-        if socket is None:
-            socket = os.environ.get("RAMSTER_SOCKET") or default_run_dir() / REGION_SOCKET
-        self.socket = arguments.path("socket", socket)
+        given = os.environ.get("RAMSTER_SOCKET") if socket is None else socket
+        self.socket = (
+            canonical_socket(arguments.path("socket", given)) if given else default_run_dir() / REGION_SOCKET
+        )
         self.creator = os.getpid()
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
         _Control(self.socket).hang_up()

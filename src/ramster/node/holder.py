@@ -25,6 +25,7 @@ from typing import Any, Final, Self
 from ramster.config.units import format_bytes
 from ramster.engine._store import memory_available
 from ramster.errors import PermissionMissing, PortTaken, RamsterError, StoreFull
+from ramster.frontswap import trust
 from ramster.node import holder_main
 from ramster.node.privileges import Check
 
@@ -88,6 +89,7 @@ def take(run_dir: Path, arena_bytes: int, segment_bytes: int, lock: bool, keep_m
     PortTaken: another node uses it. StoreFull: there is not that much memory.
     """
     path = (run_dir / HOLDER_SOCKET).absolute()
+    trust.require_own_folder(path.parent)
     found = _ask(path, ANSWER_S)
     if found is not None:
         if (found.arena_bytes, found.segment_bytes) == (arena_bytes, segment_bytes):
@@ -127,6 +129,7 @@ def _ask(path: Path, wait_s: float) -> KeptArena | None:
         connection.settimeout(wait_s)
         try:
             connection.connect(str(path))
+            trust.check(connection, path)  # what it lends becomes our arena
             connection.send(b"take")
             packet, descriptors, _, _ = socket.recv_fds(connection, PACKET_BYTES, 1)
         except (FileNotFoundError, ConnectionError):

@@ -100,7 +100,7 @@ def on(
     patience = Patience(wait, say)
     swap.check(plan)
     swap.need_root("switching swap on")
-    client = _client(path).await_node(patience)
+    client = _client(path, strict=True).await_node(patience)
     made = swap.on(client, path.parent, plan, say, patience.left)
     if as_json:
         typer.echo(json.dumps(made, indent=2))
@@ -157,8 +157,9 @@ def status(as_json: JsonOption = False, socket: SocketOption = None, config: Con
     _tables(found)
 
 
-def _client(path: Path) -> ControlClient:
-    return ControlClient(path, timeout_s=30.0)
+def _client(path: Path, *, strict: bool = False) -> ControlClient:
+    """strict: the machine's memory is to go there."""
+    return ControlClient(path, timeout_s=30.0, strict=strict)
 
 
 _said = 0.0
