@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import functools
 import math
 import os
 import socket
@@ -22,10 +23,10 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, SupportsIndex, TypeVar, get_args
 
 import msgspec
 
@@ -37,12 +38,14 @@ from ramster.errors import (
     PermissionMissing,
     ProtocolError,
     RamsterError,
+    RegionBusy,
     RegionLost,
     UsageError,
     from_code,
 )
 from ramster.frontswap import arguments, messages
 from ramster.frontswap._client import Mapping
+from ramster.frontswap.under_way import UnderWay, Use
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
@@ -266,7 +269,32 @@ class Pin:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.unpin()
+        try:
+            self.unpin()
+        except RamsterError as failure:
+            if error is None:
+                raise
+            error.add_note(f"ramster: not unpinned, {failure}")
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _under_way(method: Callable[Concatenate[Region, _P], _T]) -> Callable[Concatenate[Region, _P], _T]:
+    """A method that holds off `close`, and that a closed region refuses."""
+
+    def call(self: Region, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        self._own()
+        use = Use(method.__name__.lstrip("_"))
+        try:
+            self._uses.enter(use)
+            return method(self, *args, **options)
+        finally:
+            self._uses.leave(use)
+
+    functools.update_wrapper(call, method)
+    return call
 
 
 class Region(Mapping):
@@ -305,6 +333,7 @@ class Region(Mapping):
         return region
 
     def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> None:
+        self._uses = UnderWay()
         self._control = _Control(arguments.path("socket", socket))
         try:
             made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
@@ -349,6 +378,11 @@ class Region(Mapping):
         # them for a small part of a large one, and copy it.
         return np.frombuffer(memoryview(self), kind, math.prod(sides), start).reshape(sides, order=placed)
 
+    @_under_way
+    def touch(self, first: int, count: int) -> None:
+        super().touch(first, count)
+
+    @_under_way
     def pin(self, where: Range = None) -> Pin:
         """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest; they belong to this
         process and end with it.
@@ -376,17 +410,20 @@ class Region(Mapping):
             raise
         return Pin(self, first, count)
 
+    @_under_way
     def unpin(self, where: Range = None) -> None:
         """Take back one pin of the same range. Raises UsageError where it was not pinned, NodeUnreachable,
         ForkedError.
         """
         self._unpin(*self._span(where))
 
+    @_under_way
     def _unpin(self, first: int, count: int) -> None:
         self._own()
         for at, size in _chunks(first, count):
             self._control.ask(messages.Unpin(first=at, count=size))
 
+    @_under_way
     def prefetch(self, where: Range = None) -> int:
         """Bring in what of a range fits in the budget; bytes of it that are in RAM afterwards.
 
@@ -401,6 +438,7 @@ class Region(Mapping):
                 break
         return pages * PAGE_BYTES
 
+    @_under_way
     def evict(self, where: Range = None) -> int:
         """Move a range out of RAM now; bytes written out. Pinned pages stay.
 
@@ -411,6 +449,7 @@ class Region(Mapping):
             self._control.ask(messages.Evict(first=at, count=size)).pages for at, size in _chunks(first, count)
         ) * PAGE_BYTES  # fmt: skip
 
+    @_under_way
     def advise(self, kind: messages.Advice, where: Range = None) -> None:
         """Say how a range will be used: "normal", "sequential", "random" or "cyclic".
 
@@ -426,6 +465,7 @@ class Region(Mapping):
         if count:
             self._control.ask(messages.Advise(kind=kind, first=first, count=count))
 
+    @_under_way
     def check(self, where: Range = None) -> None:
         """Return if every page of a range can still be had; moves nothing.
 
@@ -445,6 +485,7 @@ class Region(Mapping):
             pages = sum(size for _, size in lost)
             raise RegionLost(f"{pages} of {count} pages are lost, the first is page {lost[0][0]}", lost)
 
+    @_under_way
     def statistics(self) -> RegionStatistics:
         """The node's counters for this region. Raises NodeUnreachable, ForkedError."""
         self._own()
@@ -459,9 +500,20 @@ class Region(Mapping):
         """Give the memory back; again: does nothing. Once no other process has the region any more, what it held is
         gone, here and on every node.
 
-        Raises BufferError while arrays or memoryviews of it exist (nothing changes then), ForkedError.
+        Raises RegionBusy (a BufferError) while arrays or memoryviews of it exist, or another thread stays inside
+        one of its methods; nothing changes then. ForkedError. At the end of a `with` block that an exception leaves,
+        that exception goes on, with a note where the region is still in use; it is closed with its last array then.
         """
-        if not self.begin_close():
+        if self.closed or self.creator != os.getpid():
+            self.begin_close()
+            return
+        self._uses.shut()
+        try:
+            begun = self.begin_close()
+        except BaseException:
+            self._uses.reopen()
+            raise
+        if not begun:
             return
         try:
             with contextlib.suppress(RamsterError):  # a node that is gone has nothing to close
@@ -492,7 +544,7 @@ class Region(Mapping):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        _close_after(self, error)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes} bytes, {self.resident} resident"
@@ -509,6 +561,17 @@ class Region(Mapping):
             control.drop()
 
 
+def _close_after(what: Region | Client, error: BaseException | None) -> None:
+    """The end of a `with` block: what went wrong in it matters more than that arrays are left of it."""
+    try:
+        what.close()
+    except RegionBusy as busy:
+        if error is None:
+            raise
+        # The frames of its own traceback hold arrays, as a rule.
+        error.add_note(f"ramster: not closed yet, {busy}")
+
+
 _open_regions: weakref.WeakSet[Region] = weakref.WeakSet()
 
 
@@ -517,7 +580,7 @@ def _close_at_exit() -> None:
     # A region that still has arrays stays mapped and guarded: module globals may be touched until the very end. Its
     # guardian needs nothing of the interpreter and ends with the process.
     for region in list(_open_regions):
-        with contextlib.suppress(BufferError, RamsterError, OSError):
+        with contextlib.suppress(RamsterError, OSError):
             region.close()
 
 
@@ -609,14 +672,14 @@ class Client:
         return self.empty(shape, dtype, order, resident=resident, name=name)
 
     def close(self) -> None:
-        """Close every region of this client. Raises BufferError where one has arrays (the others are closed),
+        """Close every region of this client. Raises RegionBusy where one is in use (the others are closed),
         ForkedError.
         """
-        busy: BufferError | None = None
+        busy: RegionBusy | None = None
         for region in list(self._regions):
             try:
                 region.close()
-            except BufferError as error:
+            except RegionBusy as error:
                 busy = error
         if busy is not None:
             raise busy
@@ -627,7 +690,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        _close_after(self, error)
 
 
 _default: Client | None = None
