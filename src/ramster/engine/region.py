@@ -42,5 +42,7 @@ class Region(_region.Region):
     advise: how a run will be used, "normal", "sequential", "random" or "cyclic" (docs/regions.md); replaces what was
         said of it before. UsageError for another word and for more than 64 ranges with an advice of their own.
     check: runs of pages whose only copy is gone or out of reach; moves nothing.
+    wait_when_full: a fault waits so long for room before SIGBUS, and not full_wait_ms; when that is over the processes
+        are told so. Before the first attach.
     close: detaches every process, ends the threads, forgets every page here and away. Neither poisons nor unregisters.
     """

@@ -19,14 +19,15 @@ import math
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, SupportsIndex, TypeVar, get_args
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, SupportsIndex, TypeVar, cast, get_args
 
 import msgspec
 
@@ -43,8 +44,9 @@ from ramster.errors import (
     UsageError,
     from_code,
 )
-from ramster.frontswap import arguments, messages
+from ramster.frontswap import arguments, capacity, messages
 from ramster.frontswap._client import Mapping
+from ramster.frontswap.capacity import Capacity
 from ramster.frontswap.under_way import UnderWay, Use
 
 if TYPE_CHECKING:
@@ -304,15 +306,24 @@ class Region(Mapping):
     was lost is SIGBUS when touched, never wrong bytes. The memory lives until `close`, or until the region and the
     last array on it are gone; where other processes are attached, until the last of them is through with it.
 
-    socket: the node's region socket. nbytes: size in bytes, at least 1. resident: RAM budget in bytes, or a size
-    such as "64MiB"; None: the node's default. name: shown by `ramster status`.
+    socket: the node's region socket. nbytes: size in bytes, at least 1, or a size such as "64GiB". resident: RAM budget
+    in bytes, or a size such as "64MiB"; None: the node's default. name: shown by `ramster status`. full: what becomes
+    of a write when neither arena, lenders nor spill file take a page: "fail", SIGBUS after the node's `[region]
+    full_wait`; "wait", it waits for room, and is SIGBUS after `[region] full_hold`. A CapacityWarning says so now
+    where the region may outgrow what there is (`Client.capacity`).
 
     Raises NodeUnreachable, PermissionMissing (userfaultfd is not permitted), KernelUnsupported, Refused (over the
     node's limits), RegionFull, UsageError. Nothing is left behind then.
     """
 
     def __init__(
-        self, socket: str | Path, nbytes: Size, *, resident: Size | None = None, name: str | None = None
+        self,
+        socket: str | Path,
+        nbytes: Size,
+        *,
+        resident: Size | None = None,
+        name: str | None = None,
+        full: messages.WhenFull = "fail",
     ) -> None:
         super().__init__()
         pages = arguments.region_pages("nbytes", nbytes)
@@ -321,8 +332,11 @@ class Region(Mapping):
             pages=pages,
             resident_pages=arguments.resident_pages(resident, pages),
             name=arguments.name(name),
+            full=cast(messages.WhenFull, arguments.word("full", full, get_args(messages.WhenFull))),
         )
-        self._open(socket, request)
+        room = self._open(socket, request)
+        if room and (text := capacity.outgrows(self.nbytes - self.resident, capacity.decode(room), full)):
+            _warn(text, capacity.CapacityWarning)
 
     @classmethod
     def attached(cls, socket: str | Path, name: str | SupportsIndex) -> Self:
@@ -332,7 +346,7 @@ class Region(Mapping):
         region._open(socket, messages.Join(version=messages.VERSION, region=arguments.which(name)))
         return region
 
-    def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> None:
+    def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> dict[str, int]:
         self._uses = UnderWay()
         self._control = _Control(arguments.path("socket", socket))
         try:
@@ -353,6 +367,7 @@ class Region(Mapping):
         _open_regions.add(self)
         if self.user_mode_only:
             _warn_user_mode_only()
+        return made.capacity
 
     def array(
         self, shape: Shape, dtype: DTypeLike = float, offset: Size = 0, *, order: arguments.Order = "C"
@@ -591,13 +606,23 @@ def _warn_user_mode_only() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
+        _warn(
             "only page faults from user mode can be served for this process: a system call that touches an away page "
-            "(os.write of an array, for example) fails with EFAULT unless the range is pinned; "
+            "(os.write of an array, numpy.save, tofile, readinto) fails with EFAULT or moves less than it was given, "
+            "unless Region.pin() holds the range; ramster.save and ramster.load do that. "
             "'sysctl vm.unprivileged_userfaultfd=1', CAP_SYS_PTRACE or access to /dev/userfaultfd lifts this",
             RuntimeWarning,
-            stacklevel=4,
         )
+
+
+def _warn(text: str, category: type[Warning]) -> None:
+    """As from the line of the user's that led here, however many of ours are between."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ramster":
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 def _chunks(first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -620,11 +645,18 @@ class Client:
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
         _Control(self.socket).hang_up()
 
-    def region(self, nbytes: Size, *, resident: Size | None = None, name: str | None = None) -> Region:
+    def region(
+        self,
+        nbytes: Size,
+        *,
+        resident: Size | None = None,
+        name: str | None = None,
+        full: messages.WhenFull = "fail",
+    ) -> Region:
         """A new region; see Region for arguments and errors. Also raises ForkedError."""
         if self.creator != os.getpid():
             raise ForkedError("a client belongs to the process that made it; connect anew in the child")
-        made = Region(self.socket, nbytes, resident=resident, name=name)
+        made = Region(self.socket, nbytes, resident=resident, name=name, full=full)
         self._regions.add(made)
         return made
 
@@ -652,12 +684,13 @@ class Client:
         *,
         resident: Size | None = None,
         name: str | None = None,
+        full: messages.WhenFull = "fail",
     ) -> NDArray[Any]:
         """A numpy array in a region of its own; see ramster.empty for arguments and errors. Also raises ForkedError."""
         sides, kind = arguments.layout(shape, dtype)
         placed = arguments.order(order)
         size = max(1, kind.itemsize * math.prod(sides))
-        return self.region(size, resident=resident, name=name).array(sides, kind, order=placed)
+        return self.region(size, resident=resident, name=name, full=full).array(sides, kind, order=placed)
 
     def zeros(
         self,
@@ -667,9 +700,18 @@ class Client:
         *,
         resident: Size | None = None,
         name: str | None = None,
+        full: messages.WhenFull = "fail",
     ) -> NDArray[Any]:
         """As `empty`: fresh memory is zeros and costs nothing until touched."""
-        return self.empty(shape, dtype, order, resident=resident, name=name)
+        return self.empty(shape, dtype, order, resident=resident, name=name, full=full)
+
+    def capacity(self) -> Capacity:
+        """What arena, lenders and spill file of the node can take now. Raises NodeUnreachable, Refused."""
+        control = _Control(self.socket)
+        try:
+            return capacity.decode(control.ask(messages.Capacity(version=messages.VERSION)).capacity)
+        finally:
+            control.hang_up()
 
     def close(self) -> None:
         """Close every region of this client. Raises RegionBusy where one is in use (the others are closed),
@@ -711,7 +753,8 @@ def connect(socket: str | Path | None = None) -> Client:
     return Client(socket)
 
 
-def _default_client() -> Client:
+def default_client() -> Client:
+    """The one of this process behind `ramster.empty`; made on first use."""
     global _default
     with _default_lock:
         if _default is None or _default.creator != os.getpid():
@@ -723,7 +766,7 @@ def attach(name: str | SupportsIndex) -> Region:
     """A region that another process of this user has made, by its name or its number: `Client.attach` with the default
     client of this process.
     """
-    return _default_client().attach(name)
+    return default_client().attach(name)
 
 
 def empty(
@@ -733,6 +776,7 @@ def empty(
     *,
     resident: Size | None = None,
     name: str | None = None,
+    full: messages.WhenFull = "fail",
 ) -> NDArray[Any]:
     """A numpy array that may be larger than the RAM it uses, in a region of its own at this machine's node.
 
@@ -742,13 +786,15 @@ def empty(
     shape, dtype, order ("C" or "F"): as for numpy.empty; types that hold Python objects are refused.
     resident: RAM budget in bytes, or a size such as "64MiB"; None: the node's default.
     name: shown by `ramster status`, and what other processes attach by.
+    full: "fail" or "wait": what becomes of a write when no page can leave RAM any more. Either ends in SIGBUS, "wait"
+    much later; see ramster.Region. A CapacityWarning comes now where the array may outgrow what there is.
 
     Uses the default client of this process: $RAMSTER_SOCKET, else the default run directory.
 
     Raises UsageError (the message names the argument), NodeUnreachable, PermissionMissing (userfaultfd is not
     permitted), KernelUnsupported, Refused (over the node's limits), RegionFull.
     """
-    return _default_client().empty(shape, dtype, order, resident=resident, name=name)
+    return default_client().empty(shape, dtype, order, resident=resident, name=name, full=full)
 
 
 def zeros(
@@ -758,9 +804,10 @@ def zeros(
     *,
     resident: Size | None = None,
     name: str | None = None,
+    full: messages.WhenFull = "fail",
 ) -> NDArray[Any]:
     """As `ramster.empty`, with the same arguments and errors: fresh memory is zeros and costs nothing until touched."""
-    return _default_client().zeros(shape, dtype, order, resident=resident, name=name)
+    return default_client().zeros(shape, dtype, order, resident=resident, name=name, full=full)
 
 
 def region_of(array: NDArray[Any] | memoryview) -> Region:
