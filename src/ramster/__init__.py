@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from ramster.frontswap.capacity import Capacity, CapacityWarning
+    from ramster.frontswap.npy import load, save
     from ramster.frontswap.regions import (
         Client,
         Pin,
@@ -66,12 +67,15 @@ __all__ = [
     "attach",
     "connect",
     "empty",
+    "load",
     "region_of",
+    "save",
     "zeros",
 ]
 
 _FROM = {
     **dict.fromkeys(("Capacity", "CapacityWarning"), "ramster.frontswap.capacity"),
+    **dict.fromkeys(("load", "save"), "ramster.frontswap.npy"),
     **dict.fromkeys(
         ("Client", "Pin", "Region", "RegionStatistics", "attach", "connect", "empty", "region_of", "zeros"),
         "ramster.frontswap.regions",
