@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from ramster.errors import (
         CertificateError,
         ConfigError,
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
         ProtocolError,
         RamsterError,
         Refused,
+        RegionBusy,
         RegionFull,
         RegionLost,
         StoreFull,
         UsageError,
     )
+    from ramster.frontswap.capacity import Capacity, CapacityWarning
+    from ramster.frontswap.npy import load, save
     from ramster.frontswap.regions import (
         Client,
         Pin,
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Capacity",
+    "CapacityWarning",
     "CertificateError",
     "Client",
     "ConfigError",
@@ -52,6 +58,7 @@ __all__ = [
     "RamsterError",
     "Refused",
     "Region",
+    "RegionBusy",
     "RegionFull",
     "RegionLost",
     "RegionStatistics",
@@ -60,20 +67,32 @@ __all__ = [
     "attach",
     "connect",
     "empty",
+    "load",
     "region_of",
+    "save",
     "zeros",
 ]
 
-_REGIONS = {"Client", "Pin", "Region", "RegionStatistics", "attach", "connect", "empty", "region_of", "zeros"}
+_FROM = {
+    **dict.fromkeys(("Capacity", "CapacityWarning"), "ramster.frontswap.capacity"),
+    **dict.fromkeys(("load", "save"), "ramster.frontswap.npy"),
+    **dict.fromkeys(
+        ("Client", "Pin", "Region", "RegionStatistics", "attach", "connect", "empty", "region_of", "zeros"),
+        "ramster.frontswap.regions",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name == "__version__":
+        value: Any = import_module("importlib.metadata").version(__name__)
+    elif name in __all__:
+        value = getattr(import_module(_FROM.get(name, "ramster.errors")), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("ramster.frontswap.regions" if name in _REGIONS else "ramster.errors"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

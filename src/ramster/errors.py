@@ -210,6 +210,18 @@ class ToolMissing(RamsterError):
     blame = "environment"
 
 
+class RegionBusy(RamsterError, BufferError):
+    """A region cannot be closed: arrays or memoryviews of it exist, or another thread is inside one of its methods.
+
+    Nothing was changed; delete the arrays (views, tracebacks and `_` hold them too) or wait, then close it.
+    """
+
+    code = "region-busy"
+    exit_code = 15
+    blame = "caller"
+    retryable = True
+
+
 def every_error() -> Iterator[type[RamsterError]]:
     """RamsterError and the subclasses declared here, in that order."""
     yield RamsterError

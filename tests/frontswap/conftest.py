@@ -21,6 +21,7 @@ from ramster.config.knobs import Region as RegionSettings
 from ramster.engine.links import Links
 from ramster.engine.region import Region
 from ramster.engine.store import Store
+from ramster.frontswap.capacity import of_tiers
 from ramster.frontswap.region_service import RegionInfo, RegionService
 
 DEADLINE = 60.0
@@ -234,14 +235,19 @@ class Engines:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        settings = RegionSettings(poison=self.options.get("poison", "auto"))
-        self.service = RegionService(directory / "run", self._make, settings)
+        settings = RegionSettings(
+            poison=self.options.get("poison", "auto"), full_hold_ms=self.options.pop("full_hold_ms", 600_000)
+        )
+        self.service = RegionService(directory / "run", self._make, settings, self._tiers)
         self._run(self.service.start())
         self.agents: list[Agent] = []
 
     def _make(self, pages: int, resident_pages: int, name: str) -> Region:
         self.regions[name] = Region(self.links, pages, resident_pages, name=name, **self.options)
         return self.regions[name]
+
+    def _tiers(self) -> dict[str, int]:
+        return of_tiers(self.store.counters(), self.links.lenders(), None)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE)

@@ -384,6 +384,12 @@ class Region:
         at_most=60_000,
         help="How long an eviction is tried before the region reports that it is full.",
     )
+    full_hold_ms: int = _time(
+        600_000,
+        at_least=1000,
+        at_most=86_400_000,
+        help='How long a write to a full region waits for room where the region was made with full="wait".',
+    )
     node_wait_ms: int = _time(
         2000,
         at_least=0,

@@ -108,6 +108,8 @@ cdef struct Region_t:
     uint64_t users                  # threads inside prefetch, pin, evict
     bint full
     uint64_t full_wait_ns
+    uint64_t hold_ns                # how long a fault waits for room: full_wait_ns, or longer where its process wants that
+    bint hold_told                  # ... and that the processes that wait have been told so
     uint64_t busy_poll_ns           # a fault thread asks again and again for so long before it sleeps; 0: never
     uint64_t polled_ns
     pthread_mutex_t lock

@@ -1220,6 +1220,31 @@ cdef void revive(Region_t *r) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
 
 
+cdef void say_that_it_holds(Region_t *r) noexcept nogil:
+    """Once for each time that the region is full: a process that stands still is told why."""
+    cdef uint32_t who = 0, i, k
+    pthread_mutex_lock(&r.lock)
+    if not r.hold_told:
+        for i in range(r.parked_count):
+            who |= r.parked[i].who
+        for k in range(r.attachments_used):
+            if who >> k & 1:
+                r.attachments[k].users += 1
+        r.hold_told = who != 0
+    pthread_mutex_unlock(&r.lock)
+    if who == 0:
+        return
+    for k in range(r.attachments_used):
+        if who >> k & 1:
+            tell_guard(&r.attachments[k], GUARD_NOTE, 0, 0, b"region full: a write waits for room, here or at a lender", 0)
+    pthread_mutex_lock(&r.lock)
+    for k in range(r.attachments_used):
+        if who >> k & 1:
+            r.attachments[k].users -= 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+
+
 cdef void *evictor_main(void *argument) noexcept nogil:
     cdef Region_t *r = <Region_t *> argument
     cdef uint32_t pages[BATCH]
@@ -1267,6 +1292,8 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         pthread_mutex_lock(&r.lock)
         parked = r.parked_count != 0
         room = has_room(r)
+        if room:
+            r.hold_told = False
         short = is_short(r)
         full = r.full
         waited = ran_ns(&r.store.running) - r.parked_since_ns
@@ -1275,8 +1302,10 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             unpark(r)
         elif parked:
             # What waits for a lender's answer makes room within give_up; only a store that refuses is full before.
-            if waited > r.full_wait_ns + (0 if full else r.links.give_up_ns):
+            if waited > r.hold_ns + (0 if full else r.links.give_up_ns):
                 refuse(r)
+            elif full and waited > r.full_wait_ns:
+                say_that_it_holds(r)
             pthread_mutex_lock(&r.lock)
             cond_wait_until(&r.work, &r.lock, now_ns() + 5000000ull)
             pthread_mutex_unlock(&r.lock)
@@ -1498,7 +1527,7 @@ cdef class Region:
         pattern_init(&r.reads, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
         pattern_init(&r.writes, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
         pattern_init(&r.maps, pages, <uint32_t> min(r.budget // 8, <uint64_t> WINDOW_MAX))
-        r.full_wait_ns = full_wait_ms * 1000000
+        r.full_wait_ns = r.hold_ns = full_wait_ms * 1000000
         r.busy_poll_ns = busy_poll_us * 1000ull
         r.fault_threads = fault_threads
         r.evictor_threads = evictor_threads
@@ -1580,6 +1609,12 @@ cdef class Region:
         if number >= ATTACHMENTS_MAX or not r.attachments[number].used:
             raise errors.UsageError(f"attachment {number}: the region has none of this number")
         return &r.attachments[number]
+
+    def wait_when_full(self, uint64_t hold_ms):
+        cdef Region_t *r = self.live()
+        pthread_mutex_lock(&r.lock)
+        r.hold_ns = max(r.full_wait_ns, hold_ms * 1000000)
+        pthread_mutex_unlock(&r.lock)
 
     def join(self):
         cdef Region_t *r = self.live()

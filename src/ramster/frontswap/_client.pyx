@@ -26,7 +26,7 @@ from ramster.engine._c.linux cimport *
 
 import os
 
-from ramster.errors import ForkedError, KernelUnsupported, PermissionMissing, UsageError
+from ramster.errors import ForkedError, KernelUnsupported, PermissionMissing, RegionBusy, UsageError
 
 cdef enum:
     PAGE = 4096
@@ -542,25 +542,25 @@ cdef class Mapping:
     def begin_close(self):
         """Refuse new buffers from now on; False where the mapping is closed or closing already.
 
-        Raises BufferError while buffers exist (nothing changes then), ForkedError.
+        Raises RegionBusy while buffers exist (nothing changes then), ForkedError.
         """
         if getpid() != self.creator:
             raise ForkedError("a region belongs to the process that made it; a forked child cannot close it")
         if self._closed or self._closing:
             return False
         if self._exports > 0:
-            raise BufferError(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
+            raise RegionBusy(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
         self._closing = True
         return True
 
     def unmap(self):
-        """Join the guardian, unmap, close the descriptors. Again: does nothing. Raises BufferError while buffers
+        """Join the guardian, unmap, close the descriptors. Again: does nothing. Raises RegionBusy while buffers
         exist, ForkedError.
         """
         if getpid() != self.creator:
             raise ForkedError("a region belongs to the process that made it; a forked child cannot close it")
         if self._exports > 0:
-            raise BufferError(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
+            raise RegionBusy(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
         self._closed = True
         self._release()
 

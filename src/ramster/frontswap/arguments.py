@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     for all of it."""
 
 Order: TypeAlias = Literal["C", "F"]
-Full: TypeAlias = Literal["fail", "wait"]
 
 RANGE_RULE: Final = (
     "a slice, a range or a tuple (start, stop) in bytes, an array or memoryview that lies in the region, or None"

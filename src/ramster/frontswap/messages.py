@@ -35,6 +35,9 @@ GUARD_NOTE: Final = 2
 # How a range will be used; see docs/regions.md.
 Advice: TypeAlias = Literal["normal", "sequential", "random", "cyclic"]
 
+# What becomes of a write when neither arena, lenders nor spill file take a page; see docs/regions.md.
+WhenFull: TypeAlias = Literal["fail", "wait"]
+
 Page = Annotated[int, Meta(ge=0, lt=POOL_PAGES_MAX)]
 Count = Annotated[int, Meta(ge=1, le=POOL_PAGES_MAX)]
 
@@ -52,6 +55,7 @@ class Create(_Request, tag="create"):
     pages: Count
     resident_pages: Count | None = None
     name: Annotated[str, Meta(max_length=NAME_MAX)] | None = None
+    full: WhenFull = "fail"
 
 
 class Join(_Request, tag="join"):
@@ -59,6 +63,12 @@ class Join(_Request, tag="join"):
 
     version: int
     region: Annotated[str, Meta(max_length=NAME_MAX)] | int
+
+
+class Capacity(_Request, tag="capacity"):
+    """Needs no region: what the node's tiers can still take."""
+
+    version: int
 
 
 class Attach(_Request, tag="attach"):
@@ -111,7 +121,9 @@ class Close(_Request, tag="close"):
 
 
 Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Advise | Check
-Request: TypeAlias = Create | Join | Attach | Pin | Unpin | Prefetch | Evict | Advise | Check | Statistics | Close
+Request: TypeAlias = (
+    Create | Join | Capacity | Attach | Pin | Unpin | Prefetch | Evict | Advise | Check | Statistics | Close
+)
 
 
 class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -137,6 +149,8 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     poison: str = "auto"
     """Create, Join: "guard" asks the application to leave UFFDIO_POISON off."""
     statistics: dict[str, int] = {}
+    capacity: dict[str, int] = {}
+    """Create, Capacity: see frontswap/capacity.py."""
 
 
 _encode = msgspec.json.Encoder().encode

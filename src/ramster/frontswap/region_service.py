@@ -68,6 +68,7 @@ class EngineRegion(Protocol):
     def check(self, first: int, count: int) -> list[tuple[int, int]]: ...
     def statistics(self) -> dict[str, int]: ...
     def troubles(self) -> tuple[int, int]: ...
+    def wait_when_full(self, hold_ms: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -84,6 +85,8 @@ class Settings(Protocol):
     def resident_max_bytes(self) -> int: ...
     @property
     def node_wait_ms(self) -> int: ...
+    @property
+    def full_hold_ms(self) -> int: ...
     @property
     def poison(self) -> str: ...
 
@@ -270,6 +273,9 @@ class _Connection:
                     reply, sent = await self._create(request)
                 case messages.Join():
                     reply, sent = await self._join(request)
+                case messages.Capacity():
+                    _check_version(request.version)
+                    reply = messages.Reply(ok=True, capacity=await self.service.room())
                 case messages.Attach():
                     reply = await self._attach(request, fds.pop())
                 case messages.Close():
@@ -294,10 +300,7 @@ class _Connection:
         return msgspec.structs.replace(reply, id=request.id), sent
 
     def _check_first(self, version: int) -> None:
-        if version != messages.VERSION:
-            raise ProtocolError(
-                f"the application speaks version {version} of the region protocol, this node {messages.VERSION}"
-            )
+        _check_version(version)
         if self.shared is not None:
             raise UsageError("this connection has a region already")
 
@@ -324,6 +327,8 @@ class _Connection:
         shown = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
         try:
             region = await service.run(lambda: service.make_region(request.pages, resident, shown))
+            if request.full == "wait":
+                region.wait_when_full(settings.full_hold_ms)
         except BaseException:
             service.release(resident)
             raise
@@ -332,7 +337,8 @@ class _Connection:
         shared.number = service.last_number
         service.counters.regions_made += 1
         service.regions[shared.number] = shared
-        return await self._enter(shared)
+        reply, fds = await self._enter(shared)
+        return msgspec.structs.replace(reply, capacity=await service.room()), fds
 
     async def _join(self, request: messages.Join) -> tuple[messages.Reply, list[int]]:
         self._check_first(request.version)
@@ -447,6 +453,13 @@ class _Connection:
         self.sock.close()
 
 
+def _check_version(version: int) -> None:
+    if version != messages.VERSION:
+        raise ProtocolError(
+            f"the application speaks version {version} of the region protocol, this node {messages.VERSION}"
+        )
+
+
 def _is_userfaultfd(fd: int) -> bool:
     return Path(f"/proc/self/fd/{fd}").readlink() == Path("anon_inode:[userfaultfd]")
 
@@ -469,13 +482,21 @@ class RegionService:
     """Serves `region.sock` in a run directory.
 
     run_dir: made if missing (mode 0700); must belong to this user or root and be writable for nobody else.
-    make_region: makes the engine's region. settings: the [region] section of the configuration.
+    make_region: makes the engine's region. settings: the [region] section of the configuration. tiers: what arena,
+    lenders and spill file can take (capacity.of_tiers), where somebody can tell; may block.
     """
 
-    def __init__(self, run_dir: Path, make_region: MakeRegion, settings: Settings) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        make_region: MakeRegion,
+        settings: Settings,
+        tiers: Callable[[], dict[str, int]] | None = None,
+    ) -> None:
         self.path = run_dir / REGION_SOCKET
         self.make_region = make_region
         self.settings = settings
+        self.tiers = tiers
         self.counters = ServiceCounters()
         self.before_leaving: Callable[[], None] = lambda: None
         """Called while a region that a process leaves can still be asked what happened to it."""
@@ -569,6 +590,18 @@ class RegionService:
             # A failure's traceback names this frame: the future would keep the failure, and that the region whose
             # memory should be gone, until the garbage collector happens to run.
             del future
+
+    async def room(self) -> dict[str, int]:
+        """A Capacity's numbers; empty where nobody can tell."""
+        if self.tiers is None:
+            return {}
+        beyond = sum(max(0, each.region.pages - each.reserved_pages) for each in self.regions.values())
+        return {
+            **await self.run(self.tiers),
+            "regions_bytes": beyond * PAGE_BYTES,
+            "resident_max_bytes": self.settings.resident_max_bytes,
+            "resident_reserved_bytes": self.reserved_pages * PAGE_BYTES,
+        }
 
     def release(self, reserved_pages: int) -> None:
         """A region is gone, or was not made after all."""

@@ -14,18 +14,20 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import functools
 import math
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, get_args
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, SupportsIndex, TypeVar, cast, get_args
 
 import msgspec
 
@@ -37,13 +39,16 @@ from ramster.errors import (
     PermissionMissing,
     ProtocolError,
     RamsterError,
+    RegionBusy,
     RegionLost,
     UntrustedNode,
     UsageError,
     from_code,
 )
-from ramster.frontswap import arguments, messages, trust
+from ramster.frontswap import arguments, capacity, messages, trust
 from ramster.frontswap._client import Mapping
+from ramster.frontswap.capacity import Capacity
+from ramster.frontswap.under_way import UnderWay, Use
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
@@ -271,7 +276,32 @@ class Pin:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.unpin()
+        try:
+            self.unpin()
+        except RamsterError as failure:
+            if error is None:
+                raise
+            error.add_note(f"ramster: not unpinned, {failure}")
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _under_way(method: Callable[Concatenate[Region, _P], _T]) -> Callable[Concatenate[Region, _P], _T]:
+    """A method that holds off `close`, and that a closed region refuses."""
+
+    def call(self: Region, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        self._own()
+        use = Use(method.__name__.lstrip("_"))
+        try:
+            self._uses.enter(use)
+            return method(self, *args, **options)
+        finally:
+            self._uses.leave(use)
+
+    functools.update_wrapper(call, method)
+    return call
 
 
 class Region(Mapping):
@@ -281,15 +311,24 @@ class Region(Mapping):
     was lost is SIGBUS when touched, never wrong bytes. The memory lives until `close`, or until the region and the
     last array on it are gone; where other processes are attached, until the last of them is through with it.
 
-    socket: the node's region socket. nbytes: size in bytes, at least 1. resident: RAM budget in bytes, or a size
-    such as "64MiB"; None: the node's default. name: shown by `ramster status`.
+    socket: the node's region socket. nbytes: size in bytes, at least 1, or a size such as "64GiB". resident: RAM budget
+    in bytes, or a size such as "64MiB"; None: the node's default. name: shown by `ramster status`. full: what becomes
+    of a write when neither arena, lenders nor spill file take a page: "fail", SIGBUS after the node's `[region]
+    full_wait`; "wait", it waits for room, and is SIGBUS after `[region] full_hold`. A CapacityWarning says so now
+    where the region may outgrow what there is (`Client.capacity`).
 
     Raises NodeUnreachable, PermissionMissing (userfaultfd is not permitted), KernelUnsupported, Refused (over the
     node's limits), RegionFull, UsageError. Nothing is left behind then.
     """
 
     def __init__(
-        self, socket: str | Path, nbytes: Size, *, resident: Size | None = None, name: str | None = None
+        self,
+        socket: str | Path,
+        nbytes: Size,
+        *,
+        resident: Size | None = None,
+        name: str | None = None,
+        full: messages.WhenFull = "fail",
     ) -> None:
         super().__init__()
         pages = arguments.region_pages("nbytes", nbytes)
@@ -298,8 +337,11 @@ class Region(Mapping):
             pages=pages,
             resident_pages=arguments.resident_pages(resident, pages),
             name=arguments.name(name),
+            full=cast(messages.WhenFull, arguments.word("full", full, get_args(messages.WhenFull))),
         )
-        self._open(socket, request)
+        room = self._open(socket, request)
+        if room and (text := capacity.outgrows(self.nbytes - self.resident, capacity.decode(room), full)):
+            _warn(text, capacity.CapacityWarning)
 
     @classmethod
     def attached(cls, socket: str | Path, name: str | SupportsIndex) -> Self:
@@ -309,7 +351,8 @@ class Region(Mapping):
         region._open(socket, messages.Join(version=messages.VERSION, region=arguments.which(name)))
         return region
 
-    def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> None:
+    def _open(self, socket: str | Path, request: messages.Create | messages.Join) -> dict[str, int]:
+        self._uses = UnderWay()
         self._control = _Control(arguments.path("socket", socket))
         try:
             made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
@@ -329,6 +372,7 @@ class Region(Mapping):
         _open_regions.add(self)
         if self.user_mode_only:
             _warn_user_mode_only()
+        return made.capacity
 
     def array(
         self, shape: Shape, dtype: DTypeLike = float, offset: Size = 0, *, order: arguments.Order = "C"
@@ -354,6 +398,11 @@ class Region(Mapping):
         # them for a small part of a large one, and copy it.
         return np.frombuffer(memoryview(self), kind, math.prod(sides), start).reshape(sides, order=placed)
 
+    @_under_way
+    def touch(self, first: int, count: int) -> None:
+        super().touch(first, count)
+
+    @_under_way
     def pin(self, where: Range = None) -> Pin:
         """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest; they belong to this
         process and end with it.
@@ -381,17 +430,20 @@ class Region(Mapping):
             raise
         return Pin(self, first, count)
 
+    @_under_way
     def unpin(self, where: Range = None) -> None:
         """Take back one pin of the same range. Raises UsageError where it was not pinned, NodeUnreachable,
         ForkedError.
         """
         self._unpin(*self._span(where))
 
+    @_under_way
     def _unpin(self, first: int, count: int) -> None:
         self._own()
         for at, size in _chunks(first, count):
             self._control.ask(messages.Unpin(first=at, count=size))
 
+    @_under_way
     def prefetch(self, where: Range = None) -> int:
         """Bring in what of a range fits in the budget; bytes of it that are in RAM afterwards.
 
@@ -406,6 +458,7 @@ class Region(Mapping):
                 break
         return pages * PAGE_BYTES
 
+    @_under_way
     def evict(self, where: Range = None) -> int:
         """Move a range out of RAM now; bytes written out. Pinned pages stay.
 
@@ -416,6 +469,7 @@ class Region(Mapping):
             self._control.ask(messages.Evict(first=at, count=size)).pages for at, size in _chunks(first, count)
         ) * PAGE_BYTES  # fmt: skip
 
+    @_under_way
     def advise(self, kind: messages.Advice, where: Range = None) -> None:
         """Say how a range will be used: "normal", "sequential", "random" or "cyclic".
 
@@ -431,6 +485,7 @@ class Region(Mapping):
         if count:
             self._control.ask(messages.Advise(kind=kind, first=first, count=count))
 
+    @_under_way
     def check(self, where: Range = None) -> None:
         """Return if a touch of any page of a range would get it; moves nothing. Where a page's lender is out of reach
         it waits until that is decided, for the node's `give_up` at most.
@@ -451,6 +506,7 @@ class Region(Mapping):
             pages = sum(size for _, size in lost)
             raise RegionLost(f"{pages} of {count} pages are lost, the first is page {lost[0][0]}", lost)
 
+    @_under_way
     def statistics(self) -> RegionStatistics:
         """The node's counters for this region. Raises NodeUnreachable, ForkedError."""
         self._own()
@@ -465,9 +521,20 @@ class Region(Mapping):
         """Give the memory back; again: does nothing. Once no other process has the region any more, what it held is
         gone, here and on every node.
 
-        Raises BufferError while arrays or memoryviews of it exist (nothing changes then), ForkedError.
+        Raises RegionBusy (a BufferError) while arrays or memoryviews of it exist, or another thread stays inside
+        one of its methods; nothing changes then. ForkedError. At the end of a `with` block that an exception leaves,
+        that exception goes on, with a note where the region is still in use; it is closed with its last array then.
         """
-        if not self.begin_close():
+        if self.closed or self.creator != os.getpid():
+            self.begin_close()
+            return
+        self._uses.shut()
+        try:
+            begun = self.begin_close()
+        except BaseException:
+            self._uses.reopen()
+            raise
+        if not begun:
             return
         try:
             with contextlib.suppress(RamsterError):  # a node that is gone has nothing to close
@@ -498,7 +565,7 @@ class Region(Mapping):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        _close_after(self, error)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.nbytes} bytes, {self.resident} resident"
@@ -515,6 +582,17 @@ class Region(Mapping):
             control.drop()
 
 
+def _close_after(what: Region | Client, error: BaseException | None) -> None:
+    """The end of a `with` block: what went wrong in it matters more than that arrays are left of it."""
+    try:
+        what.close()
+    except RegionBusy as busy:
+        if error is None:
+            raise
+        # The frames of its own traceback hold arrays, as a rule.
+        error.add_note(f"ramster: not closed yet, {busy}")
+
+
 _open_regions: weakref.WeakSet[Region] = weakref.WeakSet()
 
 
@@ -523,7 +601,7 @@ def _close_at_exit() -> None:
     # A region that still has arrays stays mapped and guarded: module globals may be touched until the very end. Its
     # guardian needs nothing of the interpreter and ends with the process.
     for region in list(_open_regions):
-        with contextlib.suppress(BufferError, RamsterError, OSError):
+        with contextlib.suppress(RamsterError, OSError):
             region.close()
 
 
@@ -534,13 +612,23 @@ def _warn_user_mode_only() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
+        _warn(
             "only page faults from user mode can be served for this process: a system call that touches an away page "
-            "(os.write of an array, for example) fails with EFAULT unless the range is pinned; "
+            "(os.write of an array, numpy.save, tofile, readinto) fails with EFAULT or moves less than it was given, "
+            "unless Region.pin() holds the range; ramster.save and ramster.load do that. "
             "'sysctl vm.unprivileged_userfaultfd=1', CAP_SYS_PTRACE or access to /dev/userfaultfd lifts this",
             RuntimeWarning,
-            stacklevel=4,
         )
+
+
+def _warn(text: str, category: type[Warning]) -> None:
+    """As from the line of the user's that led here, however many of ours are between."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ramster":
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 def _chunks(first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -556,19 +644,28 @@ class Client:
     """
 
     def __init__(self, socket: str | Path | None = None) -> None:
-        given = os.environ.get("RAMSTER_SOCKET") if socket is None else socket
+        given = os.environ.get("RAMSTER_SOCKET") or None if socket is None else socket
         self.socket = (
-            canonical_socket(arguments.path("socket", given)) if given else default_run_dir() / REGION_SOCKET
+            default_run_dir() / REGION_SOCKET
+            if given is None
+            else canonical_socket(arguments.path("socket", given))
         )
         self.creator = os.getpid()
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
         _Control(self.socket).hang_up()
 
-    def region(self, nbytes: Size, *, resident: Size | None = None, name: str | None = None) -> Region:
+    def region(
+        self,
+        nbytes: Size,
+        *,
+        resident: Size | None = None,
+        name: str | None = None,
+        full: messages.WhenFull = "fail",
+    ) -> Region:
         """A new region; see Region for arguments and errors. Also raises ForkedError."""
         if self.creator != os.getpid():
             raise ForkedError("a client belongs to the process that made it; connect anew in the child")
-        made = Region(self.socket, nbytes, resident=resident, name=name)
+        made = Region(self.socket, nbytes, resident=resident, name=name, full=full)
         self._regions.add(made)
         return made
 
@@ -596,12 +693,13 @@ class Client:
         *,
         resident: Size | None = None,
         name: str | None = None,
+        full: messages.WhenFull = "fail",
     ) -> NDArray[Any]:
         """A numpy array in a region of its own; see ramster.empty for arguments and errors. Also raises ForkedError."""
         sides, kind = arguments.layout(shape, dtype)
         placed = arguments.order(order)
         size = max(1, kind.itemsize * math.prod(sides))
-        return self.region(size, resident=resident, name=name).array(sides, kind, order=placed)
+        return self.region(size, resident=resident, name=name, full=full).array(sides, kind, order=placed)
 
     def zeros(
         self,
@@ -611,19 +709,28 @@ class Client:
         *,
         resident: Size | None = None,
         name: str | None = None,
+        full: messages.WhenFull = "fail",
     ) -> NDArray[Any]:
         """As `empty`: fresh memory is zeros and costs nothing until touched."""
-        return self.empty(shape, dtype, order, resident=resident, name=name)
+        return self.empty(shape, dtype, order, resident=resident, name=name, full=full)
+
+    def capacity(self) -> Capacity:
+        """What arena, lenders and spill file of the node can take now. Raises NodeUnreachable, Refused."""
+        control = _Control(self.socket)
+        try:
+            return capacity.decode(control.ask(messages.Capacity(version=messages.VERSION)).capacity)
+        finally:
+            control.hang_up()
 
     def close(self) -> None:
-        """Close every region of this client. Raises BufferError where one has arrays (the others are closed),
+        """Close every region of this client. Raises RegionBusy where one is in use (the others are closed),
         ForkedError.
         """
-        busy: BufferError | None = None
+        busy: RegionBusy | None = None
         for region in list(self._regions):
             try:
                 region.close()
-            except BufferError as error:
+            except RegionBusy as error:
                 busy = error
         if busy is not None:
             raise busy
@@ -634,7 +741,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        _close_after(self, error)
 
 
 _default: Client | None = None
@@ -655,7 +762,8 @@ def connect(socket: str | Path | None = None) -> Client:
     return Client(socket)
 
 
-def _default_client() -> Client:
+def default_client() -> Client:
+    """The one of this process behind `ramster.empty`; made on first use."""
     global _default
     with _default_lock:
         if _default is None or _default.creator != os.getpid():
@@ -667,7 +775,7 @@ def attach(name: str | SupportsIndex) -> Region:
     """A region that another process of this user has made, by its name or its number: `Client.attach` with the default
     client of this process.
     """
-    return _default_client().attach(name)
+    return default_client().attach(name)
 
 
 def empty(
@@ -677,6 +785,7 @@ def empty(
     *,
     resident: Size | None = None,
     name: str | None = None,
+    full: messages.WhenFull = "fail",
 ) -> NDArray[Any]:
     """A numpy array that may be larger than the RAM it uses, in a region of its own at this machine's node.
 
@@ -686,13 +795,15 @@ def empty(
     shape, dtype, order ("C" or "F"): as for numpy.empty; types that hold Python objects are refused.
     resident: RAM budget in bytes, or a size such as "64MiB"; None: the node's default.
     name: shown by `ramster status`, and what other processes attach by.
+    full: "fail" or "wait": what becomes of a write when no page can leave RAM any more. Either ends in SIGBUS, "wait"
+    much later; see ramster.Region. A CapacityWarning comes now where the array may outgrow what there is.
 
     Uses the default client of this process: $RAMSTER_SOCKET, else the default run directory.
 
     Raises UsageError (the message names the argument), NodeUnreachable, PermissionMissing (userfaultfd is not
     permitted), KernelUnsupported, Refused (over the node's limits), RegionFull.
     """
-    return _default_client().empty(shape, dtype, order, resident=resident, name=name)
+    return default_client().empty(shape, dtype, order, resident=resident, name=name, full=full)
 
 
 def zeros(
@@ -702,9 +813,10 @@ def zeros(
     *,
     resident: Size | None = None,
     name: str | None = None,
+    full: messages.WhenFull = "fail",
 ) -> NDArray[Any]:
     """As `ramster.empty`, with the same arguments and errors: fresh memory is zeros and costs nothing until touched."""
-    return _default_client().zeros(shape, dtype, order, resident=resident, name=name)
+    return default_client().zeros(shape, dtype, order, resident=resident, name=name, full=full)
 
 
 def region_of(array: NDArray[Any] | memoryview) -> Region:

@@ -20,6 +20,7 @@ from ramster.engine.nbd import NbdServer
 from ramster.engine.region import Region
 from ramster.engine.spill import Spill
 from ramster.engine.store import Store
+from ramster.frontswap.capacity import of_tiers
 from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
 from ramster.node.control import ControlServer
@@ -85,7 +86,7 @@ class Node:
         stalled_ms = max(10, min(c.arena.full_wait_ms, c.region.full_wait_ms) // 4)
         policy = Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms, stalled_ms))
         self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill)
-        self.region_service = RegionService(c.node.run_dir, self.make_region, c.region)
+        self.region_service = RegionService(c.node.run_dir, self.make_region, c.region, self.tiers)
         self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, credentials)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
         self.watch = Watch(self.store, self.links, self.region_service, c.peers, c.links.keepalive_ms)
@@ -118,6 +119,13 @@ class Node:
             busy_poll_us=r.busy_poll_us,
             poison=r.poison,
         )
+
+    def tiers(self) -> dict[str, int]:
+        """What arena, lenders and spill file can take: for whoever makes a region."""
+        spill = None
+        if self.spill is not None:
+            spill = {**self.spill.counters(), "mirror": self.spill.mirror}
+        return of_tiers(self.store.counters(), self.links.lenders(), spill)
 
     def make_nbd_server(self) -> NbdServer:
         return NbdServer(self.links, requests_max=self.config.nbd.requests_max)
