@@ -646,9 +646,7 @@ class Client:
     def __init__(self, socket: str | Path | None = None) -> None:
         given = os.environ.get("RAMSTER_SOCKET") or None if socket is None else socket
         self.socket = (
-            default_run_dir() / REGION_SOCKET
-            if given is None
-            else canonical_socket(arguments.path("socket", given))
+            default_run_dir() / REGION_SOCKET if given is None else canonical_socket(arguments.path("socket", given))
         )
         self.creator = os.getpid()
         self._regions: weakref.WeakSet[Region] = weakref.WeakSet()
