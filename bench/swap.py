@@ -9,6 +9,7 @@ reason, where swap cannot be set up; whatever happens, swap, devices, mounts and
 from __future__ import annotations
 
 import contextlib
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ Device = Callable[[], contextlib.AbstractContextManager[object]]
 @contextlib.contextmanager
 def bridged(server: Server, folder: Path) -> Iterator[None]:
     """An export is swap, as `ramster swap on --way bridge` makes it."""
-    place = Place(server.export, folder, server.socket)
+    place = Place(server.export, folder.resolve(), server.socket, secrets.token_hex(8))
     try:
         try:
             device = Bridge().attach(place, CONNECTIONS, lambda _: None)

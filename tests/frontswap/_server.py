@@ -222,6 +222,12 @@ class ReferenceRegion:
         with self._lock:
             return self._lost_runs(first, count)
 
+    def troubles(self) -> tuple[int, int]:
+        return 0, 0
+
+    def wait_when_full(self, hold_ms: int) -> None:
+        """It is never full."""
+
     def statistics(self) -> dict[str, int]:
         with self._lock:
             return {

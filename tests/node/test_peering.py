@@ -346,7 +346,7 @@ def test_the_connecting_side_believes_no_other_process_either(
             cluster.context("beta"), socket.create_connection(listener.getsockname(), TIMEOUT_S).detach(), False
         )
         with pytest.raises(RamsterError, match="another process"):
-            beta.peering._greet(ours, beta.peering._peers[1], "get")
+            beta.peering._greet(ours, beta.peering._peers[1], "get", TIMEOUT_S)
         thread.join()
     assert "another process with the certificate of alpha" in said[0]
     assert beta.up(1) and generation_of(beta, 1) == 1000
