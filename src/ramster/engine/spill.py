@@ -26,13 +26,16 @@ from ramster.errors import PermissionMissing, StoreFull, UsageError
 #: file systems that lie in RAM themselves
 IN_MEMORY = ("tmpfs", "ramfs")
 
+KIND = Kind("spill file", "[spill] path", SPILL_MAGIC)
+
 
 @dataclass(frozen=True, slots=True)
 class SpillStatistics:
-    """One look. Bytes are of whole rooms, one for each image, whatever its size; errors are counted since the start.
+    """One look. Bytes are of whole rooms; errors are counted since the start.
 
-    waiting: segments that are to be written; refused: orders that found no room; merged: sparse images that went into
-    fuller ones. reads counts requests of the disk, of
+    waiting: segments that are to be written; refused: images that found no room; merged: sparse images that went into
+    fuller ones; compacted: images written anew without what was dead. Of copies of what lenders have: given_up for
+    want of room, copied after the lender had it. reads counts requests of the disk, of
     one page or several of a segment; the times are from the request to its answer.
     """
 
@@ -49,6 +52,9 @@ class SpillStatistics:
     write_errors: int
     refused: int
     merged: int
+    compacted: int
+    given_up: int
+    copied: int
     last_error: str
     direct: bool
     metadata_bytes: int
@@ -62,9 +68,10 @@ class Spill(_spill.Spill):
         path: the file; made (mode 0600) when missing. What it held is discarded. It must be an ordinary file that is
             empty or was a spill file before.
         size_bytes: reserved on the disk at once where the file system can (`reserved`).
-        mirror: every persistent segment that goes to a lender is written here first, and one that cannot be stays in
-            the arena. Segments of a lender that is lost, or does not answer, are read from here then.
-        threads: that wait for the disk; all but one of them only read.
+        mirror: every persistent segment that goes to a lender is written here first, where there is room, else later
+            (`tend`). Segments of a lender that is lost, or does not answer, are read from here then.
+        threads: that wait for the disk; all but one of them only read. With a mirror one more asks lenders for what
+            is to be copied.
 
     What is written is sealed: the keys are in this process's RAM alone, so nothing of it can be read by anybody else
     or survives this process. It ends with the links; `close` empties the file.
