@@ -46,8 +46,11 @@ from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_compressCCtx, ZSTD_isError, 
 
 import fcntl
 import os
+from pathlib import Path
 
 from ramster import errors
+from ramster.engine import own_file
+from ramster.engine.layout import ARENA_MARK
 
 # --- slots ---------------------------------------------------------------------------------------------------------
 # 63..62 kind | kind 1, same-filled: 61..32 check, 31..0 pattern | kind 2, stored: 61..48 generation, 47..16 segment,
@@ -1654,6 +1657,9 @@ cdef uint64_t flush_object(Store_t *s, Pool *pool, const uint64_t *oid) noexcept
                 dropped += 1
 
 
+ARENA_FILE = own_file.Kind("arena file", "[arena] path", ARENA_MARK, mark_from_end=PAGE, private=True)
+
+
 cdef void *map_file(const char *name, uint64_t length, int *fd, object_path, given) except? NULL:
     """A mapping on a named file in memory (or an anonymous memfd); sized, not yet populated. Or on the file of a descriptor
     that is given, of which a duplicate is kept."""
@@ -1665,12 +1671,16 @@ cdef void *map_file(const char *name, uint64_t length, int *fd, object_path, giv
     elif object_path is None:
         fd[0] = os.memfd_create(name.decode(), os.MFD_CLOEXEC)
     else:
-        fd[0] = os.open(object_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd[0] = own_file.open_own(Path(object_path), ARENA_FILE)[0]
+        # The mark of an arena comes after it: what a file has that is not ours, or was left half made, is never written to.
         try:
-            fcntl.flock(fd[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise errors.UsageError(f"another node uses the arena file {object_path}; give each its own") from error
-    if given is None:
+            os.ftruncate(fd[0], length + PAGE)
+            os.pwrite(fd[0], ARENA_FILE.mark, length)
+        except OSError as error:
+            raise errors.StoreFull(
+                f"cannot make the arena file {object_path} of {length >> 20} MiB ({error.strerror}): "
+                "make [arena] size smaller or its file system larger") from error
+    if given is None and object_path is None:
         os.ftruncate(fd[0], length)
     base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd[0], 0)
     if base == MAP_FAILED:

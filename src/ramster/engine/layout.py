@@ -109,6 +109,9 @@ SPILL_MAGIC = b"RAMspill"
 SPILL_VERSION = 1
 SPILL_FIRST_IMAGE = 4096
 
+#: begins the page after the last segment of an arena in a file
+ARENA_MARK = b"RAMarena"
+
 TABLES = (ENTRY_HEADER, IMAGE_HEADER)
 
 
