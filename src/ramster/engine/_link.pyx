@@ -37,8 +37,8 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN,
-    EPOLLOUT, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, memfd_create, mlock, mmap, munmap, poll, pollfd,
+    EPOLLOUT, MADV_DONTDUMP, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, madvise, memfd_create, mlock, mmap, munmap, poll, pollfd,
     send, shutdown)
 from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
@@ -2054,6 +2054,7 @@ cdef class Links:
         if base == MAP_FAILED:
             raise errors.StoreFull(f"cannot map {lend_bytes >> 20} MiB to lend: {strerror(errno).decode()}")
         l.lent = <uint8_t *> base
+        madvise(base, lend_bytes, MADV_DONTDUMP)
         with nogil:
             memset(l.lent, 0, lend_bytes)
             l.lent_locked = lock and mlock(l.lent, lend_bytes) == 0

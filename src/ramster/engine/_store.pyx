@@ -36,8 +36,8 @@ from ramster.engine._c.crypto cimport (
     EVP_DecryptInit_ex, EVP_DecryptUpdate, EVP_EncryptFinal_ex, EVP_EncryptInit_ex, EVP_EncryptUpdate,
     EVP_aes_256_gcm, EVP_sha256, HMAC, OPENSSL_cleanse, RAND_bytes)
 from ramster.engine._c.linux cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MFD_CLOEXEC, PROT_READ,
-    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, memfd_create, mlock, mmap, munmap, touch_page)
+    EFD_CLOEXEC, EFD_NONBLOCK, MADV_DONTDUMP, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MFD_CLOEXEC, PROT_READ,
+    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, madvise, memfd_create, mlock, mmap, munmap, touch_page)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
@@ -1685,6 +1685,7 @@ cdef void *map_file(const char *name, uint64_t length, int *fd, object_path, giv
     base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd[0], 0)
     if base == MAP_FAILED:
         raise OSError(errno, strerror(errno).decode())
+    madvise(base, length, MADV_DONTDUMP)    # pages of others, and several GiB of a core file
     return base
 
 
@@ -1718,6 +1719,7 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
             pool.slots = NULL
             drop_pool_memory(s, pool)
             return NO_MEMORY
+        madvise(pool.slots, pages * 8, MADV_DONTDUMP)
     else:
         pool.buckets = 256
         pool.leaf_buckets = <Leaf **> calloc(pool.buckets, sizeof(Leaf *))
