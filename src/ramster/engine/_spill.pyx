@@ -669,7 +669,9 @@ cdef void spill_stop(void *spill) noexcept nogil:
     sp.started = 0
     if sp.copying:
         pthread_join(sp.copier, NULL)
+    pthread_mutex_lock(&sp.lock)
     sp.copying = False
+    pthread_mutex_unlock(&sp.lock)
 
 
 # --- Python --------------------------------------------------------------------------------------------------------
