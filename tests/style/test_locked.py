@@ -17,7 +17,7 @@ def locked() -> dict[str, str]:
     """Name and version of each release. AssertionError: one without a hash, or something that is no release."""
     found = {}
     for file in FILES:
-        for entry in re.split(r"(?<!\\\\)\n", file.read_text().strip()):
+        for entry in re.split(r"(?<!\\)\n", file.read_text().strip()):
             if entry.startswith("#"):
                 continue
             first, *hashes = entry.split("\\\n")
