@@ -3,7 +3,7 @@
 PYTHON_SOURCES := $(wildcard src tests bench scripts)
 VENV := .venv/bin
 
-.PHONY: help setup demo test guest lint bench asan tsan fuzz soak docs clean
+.PHONY: help setup demo test guest lint bench asan tsan fuzz soak docs lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -44,6 +44,9 @@ soak: setup ## Verify every page of regions, exports and pools under full load (
 
 docs: setup ## Write docs/configuration.md and docs/errors.md from the code
 	@$(VENV)/python scripts/docs.py
+
+lock: ## Write scripts/locked anew: what .venv gets, with hashes (needs the package index and Python 3.11)
+	@scripts/lock.sh $(LOCK)
 
 clean: ## Remove .venv, builds and caches
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

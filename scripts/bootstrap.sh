@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 
 venv=.venv
 stamp=$venv/.built                    # newer than every source that it was built from
-deps_stamp=$venv/.dependencies        # newer than the pyproject.toml that it was installed from
+deps_stamp=$venv/.dependencies        # newer than the releases that it was installed from (scripts/lock.sh)
+locked=scripts/locked
 log=build/bootstrap.log
 
 say() { printf 'ramster: %s\n' "$*"; }
@@ -118,20 +119,16 @@ version_at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = 
 build_tools() {
     local have
     have=$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p') || true
-    if [ -z "$have" ] || ! version_at_least 3.25 "$have"; then echo "cmake>=3.25"; fi
-    command -v ninja >/dev/null || echo ninja
-}
-
-build_requirements() {
-    "$venv/bin/python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])'
+    if [ -z "$have" ] || ! version_at_least 3.25 "$have"; then echo "-r $locked/cmake.txt"; fi
+    command -v ninja >/dev/null || echo "-r $locked/ninja.txt"
 }
 
 # Native sources alone: Python files are read from the checkout.
 changed_since() {
     [ -e "$1" ] || return 0
-    [ -n "$(find CMakeLists.txt pyproject.toml scripts/bootstrap.sh src \
+    [ -n "$(find CMakeLists.txt pyproject.toml scripts/bootstrap.sh $locked src \
         \( -name '*.pyx' -o -name '*.pxd' -o -name '*.[ch]' -o -name CMakeLists.txt -o -name pyproject.toml \
-           -o -name bootstrap.sh \) -newer "$1" -print -quit)" ]
+           -o -name bootstrap.sh -o -path "$locked/*" \) -newer "$1" -print -quit)" ]
 }
 
 venv_works() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
@@ -152,11 +149,13 @@ fi
 pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check --no-input)
 started=$(mktemp build/started.XXXXXX)
 trap 'rm -f "$started"' EXIT
-if [ ! -e "$deps_stamp" ] || [ pyproject.toml -nt "$deps_stamp" ]; then
+if [ ! -e "$deps_stamp" ] || [ pyproject.toml -nt "$deps_stamp" ] || [ -n "$(find $locked -newer "$deps_stamp")" ]; then
+    # Each file that comes from elsewhere is one that was seen before: its hash is in the lists.
     # shellcheck disable=SC2046
-    quiet "installing build tools into $venv" "${pip[@]}" install $(build_requirements) $(build_tools)
+    quiet "installing what $locked names into $venv" \
+        "${pip[@]}" install --require-hashes -r $locked/requirements.txt $(build_tools)
     quiet "building the native extensions and installing ramster (a minute or two the first time)" \
-        "${pip[@]}" install --no-build-isolation --editable '.[dev]'
+        "${pip[@]}" install --no-build-isolation --no-deps --editable .
     touch -r "$started" "$deps_stamp"
 else
     quiet "rebuilding the native extensions" "${pip[@]}" install --no-build-isolation --no-deps --editable .

@@ -6,12 +6,16 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ramster.cluster import identity
+from ramster.engine.layout import SPILL_FIRST_IMAGE
 from ramster.engine.links import BULK, GET, Connection, TlsContext
+from ramster.engine.spill import Spill
+from ramster.remotify.worker import Worker
 from ramster.testing.engines import HANDSHAKE_S, SEGMENT, Relay, Side
 from ramster.testing.proxy import wait_until
 
@@ -169,3 +173,46 @@ def make_pair(contexts: dict[int, TlsContext]) -> Iterator[MakePair]:
 @pytest.fixture
 def pair(make_pair: MakePair) -> Pair:
     return make_pair()
+
+
+def size(images: int) -> int:
+    """Bytes of a spill file for so many whole segments."""
+    return SPILL_FIRST_IMAGE + images * SEGMENT
+
+
+class stepping:  # noqa: N801 - reads like a verb
+    """Decisions in a thread of their own, as the node's loop makes them."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._stop = threading.Event()
+        self._worker = worker
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.005):
+            self._worker.step()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def make_mirrored(make_pair: MakePair, tmp_path: Path) -> Iterator[Callable[..., tuple[Pair, Spill]]]:
+    made: list[tuple[Pair, Spill]] = []
+
+    def make(*, images: int = 64, mirror: bool = True, **options: Any) -> tuple[Pair, Spill]:
+        pair = make_pair(**options)
+        made.append((pair, Spill(pair.a.links, tmp_path / f"mirror{len(made)}", size(images), mirror=mirror)))
+        return made[-1]
+
+    yield make
+    for pair, spill in made:
+        pair.a.links.stop()
+        spill.close()
+
+
+MakeMirrored = Callable[..., tuple[Pair, Spill]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.links.conftest import LENDER, SEGMENT, MakePair, Pair, page
+from tests.links.conftest import LENDER, SEGMENT, MakeMirrored, page, size, stepping
 
 from ramster.constants import PAGE_BYTES, SPILL_PEER
 from ramster.engine.layout import SPILL_FIRST_IMAGE, SPILL_HEADER, SPILL_MAGIC
@@ -31,10 +31,6 @@ from ramster.wire.nbd import Command
 
 IMAGES = 64
 PAGES = range(120)
-
-
-def size(images: int) -> int:
-    return SPILL_FIRST_IMAGE + images * SEGMENT
 
 
 class Alone:
@@ -423,44 +419,6 @@ def test_a_node_without_any_lender_holds_several_times_its_arena(make_alone: Mak
     alone.expect(range(count))
 
 
-class stepping:  # noqa: N801 - reads like a verb
-    """Decisions in a thread of their own, as the node's loop makes them."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._stop = threading.Event()
-        self._worker = worker
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.005):
-            self._worker.step()
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-@pytest.fixture
-def make_mirrored(make_pair: MakePair, tmp_path: Path) -> Iterator[Callable[..., tuple[Pair, Spill]]]:
-    made: list[tuple[Pair, Spill]] = []
-
-    def make(*, images: int = IMAGES, mirror: bool = True, **options: Any) -> tuple[Pair, Spill]:
-        pair = make_pair(**options)
-        made.append((pair, Spill(pair.a.links, tmp_path / f"mirror{len(made)}", size(images), mirror=mirror)))
-        return made[-1]
-
-    yield make
-    for pair, spill in made:
-        pair.a.links.stop()
-        spill.close()
-
-
-MakeMirrored = Callable[..., tuple[Pair, Spill]]
-
-
 @pytest.mark.parametrize("mirror", [False, True])
 def test_a_put_into_a_full_arena_succeeds_within_full_wait_while_the_lender_stands_still(
     make_mirrored: MakeMirrored, mirror: bool
@@ -680,16 +638,6 @@ def test_damage_in_the_file_while_the_lender_is_away_costs_that_page_for_so_long
             lost.append(index)
     assert len(lost) == 1 and pair.a.store.statistics().segments_mirrored == shipped
     pair.connect()
-    pair.expect(PAGES)
-
-
-def test_what_cannot_be_mirrored_stays_here(make_mirrored: MakeMirrored) -> None:
-    pair, spill = make_mirrored(images=2)
-    pair.put(*PAGES)
-    assert pair.ship() > 2
-    statistics = pair.a.store.statistics()
-    assert (statistics.segments_mirrored, statistics.segments_remote) == (2, 2)
-    assert statistics.segments_local > 0 and spill.statistics().refused > 0
     pair.expect(PAGES)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.native.conftest import SEGMENT, Factory, fill, noise, text
 from tests.native.lz4_block import crc32c, decompress
 
+from ramster.constants import PAGE_BYTES
 from ramster.engine import layout
 from ramster.engine.store import Store
 from ramster.errors import PageLost
@@ -96,6 +97,8 @@ def test_every_live_page_is_found_in_the_arena_file(make_store: Factory, tmp_pat
     store.clean(2)
 
     arena = memoryview(path.read_bytes())
+    assert (len(arena), bytes(arena[16 * SEGMENT :][:8])) == (16 * SEGMENT + PAGE_BYTES, layout.ARENA_MARK)
+    arena = arena[: 16 * SEGMENT]
     newest: dict[tuple[int, tuple[int, int, int], int], tuple[int, bytes]] = {}
     for begin in range(0, len(arena), SEGMENT):
         frame = arena[begin : begin + SEGMENT]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ramster.constants import SPILL_PEER
 from ramster.remotify.policy import (
     BACKLOG_MAX,
+    COPIES_MAX,
     SHIPS_PER_DECISION_MAX,
     URGENT_MAX,
     Lender,
@@ -19,6 +21,7 @@ from ramster.remotify.policy import (
     Ship,
     Snapshot,
     SpillRoom,
+    Upkeep,
 )
 
 SETTINGS = Settings(high=0.75, low=0.60, cold_after_ms=30_000)
@@ -174,11 +177,56 @@ def test_while_puts_are_about_to_wait_the_spill_file_helps_lenders_that_are_slow
     assert Policy(SETTINGS).decide(look(96, lenders=slow, under_way=40, spill=waiting)) == []
 
 
-def test_with_a_mirror_nothing_persistent_leaves_without_room_for_its_copy() -> None:
-    mirror = SpillRoom(3, 0, mirror=True)
-    assert places(Policy(SETTINGS).decide(look(80, spill=mirror))) == {2: 3}
-    ephemeral = [Segment(n, 1, 10, 1, 5, True) for n in range(4)]
-    assert places(Policy(SETTINGS).decide(look(80, coldest=ephemeral, spill=SpillRoom(0, 0, mirror=True)))) == {2: 4}
+def test_a_full_mirror_keeps_nothing_from_a_lender_with_room() -> None:
+    for spill in (SpillRoom(3, 0, mirror=True), SpillRoom(0, 0, mirror=True), SpillRoom(9, 0, False, mirror=True)):
+        assert places(Policy(SETTINGS).decide(look(80, spill=spill))) == {2: 20}
+
+
+def test_room_that_copies_will_take_is_not_spilled_to_as_well() -> None:
+    some = [Lender(2, True, 5, 0)]
+    assert places(Policy(SETTINGS).decide(look(80, lenders=some, spill=SpillRoom(8, 0, mirror=True)))) == {
+        2: 5,
+        SPILL_PEER: 3,
+    }
+
+
+FULL, ROOM, DOWN, STILL = (
+    [Lender(2, True, 0, 0)],
+    [Lender(2, True, 50, 0)],
+    [Lender(2, False, 50, 0)],
+    [Lender(2, True, 50, 5, 900)],
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "used", "lenders", "spill", "expected"),
+    [
+        ("no spill file", 80, FULL, None, Upkeep()),
+        ("no mirror", 80, FULL, SpillRoom(0, 0, total=64), Upkeep()),
+        ("the disk fails", 80, FULL, SpillRoom(0, 0, False, True, 64, 60, 4), Upkeep()),
+        ("pages need the room, no lender has any", 80, FULL, SpillRoom(0, 0, True, True, 64, 60, 4), Upkeep(room=5)),
+        ("the lender is down", 80, DOWN, SpillRoom(2, 1, True, True, 64, 60, 4), Upkeep(room=6)),
+        ("the lender stands still", 80, STILL, SpillRoom(2, 1, True, True, 640, 60, 4), Upkeep(room=9)),
+        ("nothing there but pages", 80, FULL, SpillRoom(0, 0, True, True, 64, 0, 0), Upkeep()),
+        ("there is room for pages", 80, FULL, SpillRoom(8, 0, True, True, 64, 50, 4), Upkeep()),
+        ("the lender has room for pages", 80, ROOM, SpillRoom(0, 0, True, True, 64, 60, 4), Upkeep()),
+        ("no pressure, no room", 50, FULL, SpillRoom(0, 0, True, True, 64, 60, 4), Upkeep()),
+        ("room is back", 50, ROOM, SpillRoom(30, 0, True, True, 64, 30, 4), Upkeep(copies=4)),
+        ("room is back, under pressure too", 80, ROOM, SpillRoom(30, 0, True, True, 64, 30, 4), Upkeep(copies=4)),
+        ("some room is back", 50, ROOM, SpillRoom(10, 1, True, True, 64, 30, 4), Upkeep(copies=1)),
+        ("what would be given up next is not made", 50, ROOM, SpillRoom(8, 0, True, True, 64, 30, 4), Upkeep()),
+        ("not all at once", 50, ROOM, SpillRoom(900, 0, True, True, 1000, 9, 90), Upkeep(copies=COPIES_MAX)),
+        ("all mirrored", 50, ROOM, SpillRoom(900, 0, True, True, 1000, 99, 0), Upkeep()),
+        ("a small file", 50, ROOM, SpillRoom(3, 0, True, True, 4, 0, 2), Upkeep(copies=2)),
+    ],
+)
+def test_copies_are_given_up_for_pages_and_made_when_there_is_room(
+    what: str, used: int, lenders: list[Lender], spill: SpillRoom | None, expected: Upkeep
+) -> None:
+    policy = Policy(SETTINGS)
+    now = look(used, lenders=lenders, spill=spill)
+    policy.decide(now)
+    assert policy.upkeep(now) == expected, what
 
 
 LENDERS = st.lists(
@@ -200,7 +248,14 @@ SEGMENTS = st.lists(
     unique_by=lambda segment: segment.number,
 ).map(lambda found: sorted(found, key=lambda segment: -segment.age_ms))
 SPILLS = st.none() | st.builds(
-    SpillRoom, st.integers(0, 60), st.integers(0, 20), ready=st.booleans(), mirror=st.booleans()
+    SpillRoom,
+    st.integers(0, 60),
+    st.integers(0, 20),
+    ready=st.booleans(),
+    mirror=st.booleans(),
+    total=st.integers(60, 100),
+    mirrored=st.integers(0, 60),
+    unmirrored=st.integers(0, 60),
 )
 SNAPSHOTS = st.integers(0, 500).flatmap(
     lambda total: st.builds(
@@ -242,6 +297,10 @@ def test_in_any_situation(looks: list[Snapshot]) -> None:
         # The last tier is for what lasts, and takes nothing for its age.
         spilled = [by_number[ship.segment] for ship in ships if ship.lender == SPILL_PEER]
         assert not any(segment.ephemeral for segment in spilled) and (policy.draining or not spilled)
-        if now.spill is not None and now.spill.mirror:
-            kept = [ship for ship in ships if not by_number[ship.segment].ephemeral]
-            assert len(kept) <= max(0, room.get(SPILL_PEER, 0))
+        # Copies are given up or made, never both, and only what is there or missing.
+        care = policy.upkeep(now)
+        assert not (care.room and care.copies) and 0 <= care.copies <= COPIES_MAX
+        if care.room:
+            assert now.spill is not None and now.spill.mirrored and policy.draining
+        if care.copies:
+            assert now.spill is not None and care.copies <= min(now.spill.unmirrored, now.spill.free)

@@ -105,7 +105,20 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add_row(Text("damaged pages", style="red"), str(damaged))
     if lost := _int(arena, "pages_lost"):
         table.add_row(Text("lost pages", style="red"), str(lost))
+    if spill := status.get("spill"):
+        table.add_row("spill file", _spill(spill))
+        if missing := _int(spill, "unmirrored"):
+            table.add_row(
+                Text("unmirrored", style="yellow"),
+                f"{missing} segments, {_int(spill, 'pages_unmirrored')} pages: lost if their lender goes",
+            )
     return table
+
+
+def _spill(spill: Mapping[str, Any]) -> str:
+    used = f"{show_size(_int(spill, 'bytes_used'))} of {show_size(_int(spill, 'bytes_total'))} used"
+    copies = f", {_int(spill, 'mirrored')} segments mirrored" if spill.get("mirror") else ""
+    return f"{used}{copies}, {_int(spill, 'pages')} pages here alone"
 
 
 def _guard(guard: Mapping[str, Any]) -> RenderableType:

@@ -221,6 +221,11 @@ class Node:
         "I/O, the OOM killer spares it once it has an export, and the kernel's memory reserve is open to it while this "
         'machine swaps on one ("on": both from the start). See docs/guard.md.',
     )
+    core_dumps: bool = _switch(
+        False,
+        help="Let a node that crashes leave a core file, and debuggers of its user attach: the file holds the keys of "
+        "the node. Off: neither, but for root.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -219,7 +219,7 @@ cdef struct Spilling:
     bint mirror                     # what goes to a lender is kept in the spill file too
     SpillGet get                    # read the pages of a request; False: too many wait
     SpillOrder order                # write a segment; False: too many wait
-    SpillKeep keep                  # write an image: its number and 1, or 0. By the shipper alone
+    SpillKeep keep                  # write an image: its number and 1, or 0 without room. By the shipper alone
     SpillRelease release
     SpillUnderWay under_way
     SpillStop stop                  # end its threads; what it has not read is completed by nobody

@@ -40,8 +40,8 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN,
-    EPOLLOUT, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, memfd_create, mlock, mmap, munmap, poll, pollfd,
+    EPOLLOUT, MADV_DONTDUMP, MAP_FAILED, MAP_SHARED, MFD_CLOEXEC, MSG_NOSIGNAL, POLLIN, POLLOUT, PROT_READ, PROT_WRITE, SHUT_RDWR, close, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, fallocate, madvise, memfd_create, mlock, mmap, munmap, poll, pollfd,
     send, shutdown)
 from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
@@ -1493,12 +1493,8 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
         store_ship_abort(l.store, order.segment)
         return
     if load32(&l.spilling.ready, ACQUIRE) and l.spilling.mirror and not l.store.segments[order.segment].ephemeral:
+        # Without room for it there is no second copy for now: a lender with room is better than a put that is refused.
         spill = l.spilling.keep(l.spilling.spill, image + FRAME_BYTES, bytes)
-        if spill == 0:                  # a lender alone is not what was asked for
-            free(meta)
-            say(&l.ships_failed, 1)
-            store_ship_abort(l.store, order.segment)
-            return
     pthread_mutex_lock(&l.ship_lock)
     while l.ships[slot].id != 0:        # next_order saw a free one, and nobody else takes any
         slot += 1
@@ -2371,6 +2367,7 @@ cdef class Links:
         if base == MAP_FAILED:
             raise errors.StoreFull(f"cannot map {lend_bytes >> 20} MiB to lend: {strerror(errno).decode()}")
         l.lent = <uint8_t *> base
+        madvise(base, lend_bytes, MADV_DONTDUMP)
         with nogil:
             memset(l.lent, 0, lend_bytes)
             l.lent_locked = lock and mlock(l.lent, lend_bytes) == 0

@@ -109,7 +109,8 @@ cdef packed struct ImageHeader:     # of a sealed segment on the wire and on the
 cdef struct RemoteMeta:
     uint8_t seal_id[24]
     uint8_t key[32]
-    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD bit; 'entries' of them
+    uint32_t bare                   # its image in the spill file is entries alone, without header and directory
+    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD and GONE bits; 'entries' of them
 
 cdef struct Segment:
     uint32_t lock
@@ -131,6 +132,7 @@ cdef struct Segment:
     uint32_t damaged                # entries in it have lost their key or their bytes: cleaning leaves it alone
     uint32_t writers                # puts that have taken room in it, sealed as it is, and have not published yet
     uint32_t spill                  # of a remote one: number of its image in the spill file, and 1; 0: it has none there
+    uint32_t spill_bytes            # of that image
     uint64_t touched_ms
     uint64_t opened                 # epoch in which it was opened: a hint that is older is of an earlier use of the id
     RemoteMeta *meta
@@ -245,6 +247,12 @@ cdef struct Gather:
     RemoteMeta *meta
     Gathered *pages                 # room for 'capacity' of them
 
+cdef struct Layout:                 # where things lie in an image in the spill file
+    uint32_t entries
+    uint32_t first                  # byte of the first one
+    uint32_t bytes                  # of the image
+    uint16_t sizes[4096]            # as RemoteMeta.sizes
+
 cdef struct Candidate:
     uint32_t segment
     uint32_t generation
@@ -350,8 +358,13 @@ cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,
                             uint32_t *offsets, uint16_t *sizes) noexcept nogil
 cdef uint32_t store_sparsest(Store_t *s, uint32_t *cursor, Candidate *out, uint32_t most) noexcept nogil
-cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, uint16_t *sizes,
-                                 uint32_t *entries) noexcept nogil
+cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, Layout *image) noexcept nogil
+cdef uint32_t store_wasteful(Store_t *s, uint32_t *cursor, uint32_t room_bytes, Candidate *best) noexcept nogil
+cdef bint store_least_mirrored(Store_t *s, uint32_t *cursor, const uint8_t *reachable, Candidate *best) noexcept nogil
+cdef bint store_next_unmirrored(Store_t *s, uint32_t *cursor, const uint8_t *reachable, RemoteRef *ref, Layout *image) noexcept nogil
+cdef uint64_t store_slot_named(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil
+cdef bint store_placed(Store_t *s, const RemoteRef *ref, const Layout *image, uint32_t spill) noexcept nogil
+cdef bint store_entry_right(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, EVP_CIPHER_CTX *ctx) noexcept nogil
 cdef bint store_gather_begin(Store_t *s, Gather *g, EVP_CIPHER_CTX *ctx) noexcept nogil
 cdef int store_gather_add(Store_t *s, Gather *g, uint8_t *out, const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes,
                           EVP_CIPHER_CTX *open_ctx, EVP_CIPHER_CTX *seal_ctx) noexcept nogil

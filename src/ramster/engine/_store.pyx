@@ -36,8 +36,8 @@ from ramster.engine._c.crypto cimport (
     EVP_DecryptInit_ex, EVP_DecryptUpdate, EVP_EncryptFinal_ex, EVP_EncryptInit_ex, EVP_EncryptUpdate,
     EVP_aes_256_gcm, EVP_sha256, HMAC, OPENSSL_cleanse, RAND_bytes)
 from ramster.engine._c.linux cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MFD_CLOEXEC, PROT_READ,
-    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, memfd_create, mlock, mmap, munmap, touch_page)
+    EFD_CLOEXEC, EFD_NONBLOCK, MADV_DONTDUMP, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MFD_CLOEXEC, PROT_READ,
+    PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, madvise, memfd_create, mlock, mmap, munmap, touch_page)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
@@ -47,8 +47,11 @@ from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_compressCCtx, ZSTD_isError, 
 
 import fcntl
 import os
+from pathlib import Path
 
 from ramster import errors
+from ramster.engine import own_file
+from ramster.engine.layout import ARENA_MARK
 
 # --- slots ---------------------------------------------------------------------------------------------------------
 # 63..62 kind | kind 1, same-filled: 61..32 check, 31..0 pattern | kind 2, stored: 61..48 generation, 47..16 segment,
@@ -64,6 +67,8 @@ cdef enum:
     SEGMENT_FRAMES_NONE = 0xffffffff
     DIRECTORY_DEAD = 0x8000
     DIRECTORY_OFFSET = 0x7fff
+    DIRECTORY_GONE = 0x4000         # in RemoteMeta.sizes: dead, and not even in the image in the spill file any more
+    SIZE_UNITS = 0x3fff             # in RemoteMeta.sizes
     DIRECTORY_SIZE_SHIFT = 16
     DIRECTORY_ABSENT = 0xffff
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
@@ -350,7 +355,7 @@ cdef uint32_t open_segment(Store_t *s, bint ephemeral, bint cleaner) noexcept no
     row.live_bytes = 0
     row.meta = NULL
     row.damaged = False
-    row.spill = 0
+    row.spill = row.spill_bytes = 0
     row.touched_ms = 0 if cleaner else coarse_ms()
     store32(&row.state, SEG_OPEN, RELEASE)
     spin_unlock(&row.lock)
@@ -448,7 +453,7 @@ cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
         if row.state == SEG_REMOTE or row.state == SEG_LOST:
             mark = &row.meta.sizes[ordinal]
             found = (mark[0] & DIRECTORY_DEAD) == 0
-            size = <uint32_t> (mark[0] & 0x7fff) * 8
+            size = <uint32_t> (mark[0] & SIZE_UNITS) * 8
             mark[0] |= DIRECTORY_DEAD
         elif row.frame != SEGMENT_FRAMES_NONE:
             word = &directory(s, row.frame)[-1 - <int64_t> ordinal]
@@ -1652,6 +1657,9 @@ cdef uint64_t flush_object(Store_t *s, Pool *pool, const uint64_t *oid) noexcept
                 dropped += 1
 
 
+ARENA_FILE = own_file.Kind("arena file", "[arena] path", ARENA_MARK, mark_from_end=PAGE, private=True)
+
+
 cdef void *map_file(const char *name, uint64_t length, int *fd, object_path, given) except? NULL:
     """A mapping on a named file in memory (or an anonymous memfd); sized, not yet populated. Or on the file of a descriptor
     that is given, of which a duplicate is kept."""
@@ -1663,16 +1671,21 @@ cdef void *map_file(const char *name, uint64_t length, int *fd, object_path, giv
     elif object_path is None:
         fd[0] = os.memfd_create(name.decode(), os.MFD_CLOEXEC)
     else:
-        fd[0] = os.open(object_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd[0] = own_file.open_own(Path(object_path), ARENA_FILE)[0]
+        # The mark of an arena comes after it: what a file has that is not ours, or was left half made, is never written to.
         try:
-            fcntl.flock(fd[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise errors.UsageError(f"another node uses the arena file {object_path}; give each its own") from error
-    if given is None:
+            os.ftruncate(fd[0], length + PAGE)
+            os.pwrite(fd[0], ARENA_FILE.mark, length)
+        except OSError as error:
+            raise errors.StoreFull(
+                f"cannot make the arena file {object_path} of {length >> 20} MiB ({error.strerror}): "
+                "make [arena] size smaller or its file system larger") from error
+    if given is None and object_path is None:
         os.ftruncate(fd[0], length)
     base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd[0], 0)
     if base == MAP_FAILED:
         raise OSError(errno, strerror(errno).decode())
+    madvise(base, length, MADV_DONTDUMP)    # pages of others, and several GiB of a core file
     return base
 
 
@@ -1706,6 +1719,7 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
             pool.slots = NULL
             drop_pool_memory(s, pool)
             return NO_MEMORY
+        madvise(pool.slots, pages * 8, MADV_DONTDUMP)
     else:
         pool.buckets = 256
         pool.leaf_buckets = <Leaf **> calloc(pool.buckets, sizeof(Leaf *))
@@ -2172,6 +2186,7 @@ cdef void store_ship_commit(Store_t *s, uint32_t segment, uint32_t peer, uint32_
     row.peer = peer
     row.handle = handle
     row.spill = spill
+    row.spill_bytes = align8(FRAME_HEADER_BYTES + 2 * row.entries) + held_bytes if spill else 0
     store32(&row.frame, SEGMENT_FRAMES_NONE, RELAXED)
     row.held_bytes = held_bytes
     row.compacting &= COMPACT_QUEUED        # it may still be in the queue from its former life
@@ -2223,7 +2238,7 @@ cdef bint store_next_freed(Store_t *s, uint32_t *segment, uint32_t *generation, 
     peer[0] = row.peer
     handle[0] = row.handle
     spill[0] = row.spill
-    row.spill = 0
+    row.spill = row.spill_bytes = 0
     spin_unlock(&row.lock)
     return True
 
@@ -2327,19 +2342,21 @@ cdef void store_freed_told(Store_t *s, uint32_t segment, uint32_t generation, ui
     spin_unlock(&row.lock)
 
 
+cdef inline uint32_t first_entry(const Segment *row) noexcept nogil:
+    """Under the row's lock: where the entries of its image in the spill file begin. One that was compacted there has nothing
+    else."""
+    return 0 if row.meta.bare else align8(FRAME_HEADER_BYTES + 2 * row.entries)
+
+
 cdef void fall_back(Store_t *s, Segment *row) noexcept nogil:
-    """Under the row's lock: a remote segment whose lender has it no more is lost, unless the spill file has it too. What it
-    holds there is what was sealed: nothing was compacted."""
-    cdef uint32_t ordinal
+    """Under the row's lock: a remote segment whose lender has it no more is lost, unless the spill file has it too."""
     if row.spill == 0:
         store32(&row.state, SEG_LOST, RELEASE)
         count(s, C_LOST_SEGMENTS, 1)
         return
     row.peer = SPILL_PEER
     row.compacting &= COMPACT_QUEUED
-    row.held_bytes = 0
-    for ordinal in range(row.entries):
-        row.held_bytes += <uint32_t> (row.meta.sizes[ordinal] & 0x7fff) * 8
+    row.held_bytes = row.spill_bytes - first_entry(row)
 
 
 cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil:
@@ -2367,13 +2384,15 @@ cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, c
     spin_lock(&row.lock)
     if row.state == SEG_REMOTE and row.generation == generation and last < row.entries:
         spill = row.spill
-        position = align8(FRAME_HEADER_BYTES + 2 * row.entries)
+        position = first_entry(row)
         for ordinal in range(last + 1):
             at[ordinal] = position
-            position += <uint32_t> (row.meta.sizes[ordinal] & 0x7fff) * 8
+            if row.meta.sizes[ordinal] & DIRECTORY_GONE == 0:
+                position += <uint32_t> (row.meta.sizes[ordinal] & SIZE_UNITS) * 8
         for k in range(count):
             offsets[k] = at[ordinals[k]]
-            sizes[k] = <uint16_t> ((row.meta.sizes[ordinals[k]] & 0x7fff) * 8)
+            # What is dead has no reader; the answer to a request that named it is not used.
+            sizes[k] = 0 if row.meta.sizes[ordinals[k]] & DIRECTORY_GONE else <uint16_t> ((row.meta.sizes[ordinals[k]] & SIZE_UNITS) * 8)
     spin_unlock(&row.lock)
     return spill
 
@@ -2386,7 +2405,7 @@ cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) n
     spin_lock(&row.lock)
     if row.state == SEG_REMOTE and row.generation == generation and row.peer != SPILL_PEER:
         spill = row.spill
-        row.spill = 0
+        row.spill = row.spill_bytes = 0
     spin_unlock(&row.lock)
     return spill
 
@@ -2514,23 +2533,128 @@ cdef uint32_t store_sparsest(Store_t *s, uint32_t *cursor, Candidate *out, uint3
     return found
 
 
-cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, uint16_t *sizes,
-                                 uint32_t *entries) noexcept nogil:
-    """What is needed to open the image of a segment that lies in the spill file alone: seal id and key in 'ref', a size in units
-    of 8 bytes per ordinal, with the dead bit. Returns the image's number there, and 1, or 0."""
+cdef uint32_t store_spilled_live(Store_t *s, uint32_t segment, uint32_t generation, RemoteRef *ref, Layout *image) noexcept nogil:
+    """What is needed to open or to copy the image of a segment in the spill file: seal id and key in 'ref', and where everything
+    lies in it. Returns the image's number there, and 1, or 0."""
     cdef Segment *row = &s.segments[segment]
     cdef uint32_t spill = 0
     spin_lock(&row.lock)
-    if row.state == SEG_REMOTE and row.generation == generation and row.peer == SPILL_PEER:
+    if row.state == SEG_REMOTE and row.generation == generation:
         spill = row.spill
-        entries[0] = row.entries
-        ref.segment = segment
-        ref.generation = generation
-        memcpy(ref.seal_id, row.meta.seal_id, SEAL_ID_BYTES)
-        memcpy(ref.key, row.meta.key, 32)
-        memcpy(sizes, row.meta.sizes, 2 * row.entries)
+        lay_out(row, segment, ref, image)
     spin_unlock(&row.lock)
     return spill
+
+
+cdef void lay_out(const Segment *row, uint32_t segment, RemoteRef *ref, Layout *image) noexcept nogil:
+    """Under the row's lock, of a remote segment."""
+    image.entries = row.entries
+    image.first = first_entry(row)
+    image.bytes = row.spill_bytes
+    memset(ref, 0, sizeof(RemoteRef))
+    ref.segment = segment
+    ref.generation = row.generation
+    ref.peer = row.peer
+    ref.handle = row.handle
+    ref.spill = row.spill
+    memcpy(ref.seal_id, row.meta.seal_id, SEAL_ID_BYTES)
+    memcpy(ref.key, row.meta.key, 32)
+    memcpy(image.sizes, row.meta.sizes, 2 * row.entries)
+
+
+cdef uint32_t store_wasteful(Store_t *s, uint32_t *cursor, uint32_t room_bytes, Candidate *best) noexcept nogil:
+    """Of the next so many segments with an image in the spill file the one that would give back most rooms there if only what
+    lives in it were kept; how many, 0: none. 'best.live_entries' is what it would need then."""
+    cdef uint32_t looks, used = load32(&s.segments_used, ACQUIRE), win, need, most = 0
+    cdef Segment *row
+    for looks in range(min(used, <uint32_t> SPARSE_LOOKS)):
+        cursor[0] = (cursor[0] + 1) % used
+        row = &s.segments[cursor[0]]
+        if load32(&row.state, RELAXED) != SEG_REMOTE:
+            continue
+        spin_lock(&row.lock)
+        if row.state == SEG_REMOTE and row.spill and not row.damaged:
+            need = (row.live_bytes + room_bytes - 1) // room_bytes
+            win = (row.spill_bytes + room_bytes - 1) // room_bytes - need
+            if win > most:
+                most = win
+                best.segment = cursor[0]
+                best.generation = row.generation
+                best.live_bytes = row.live_bytes
+                best.live_entries = need
+        spin_unlock(&row.lock)
+    return most
+
+
+cdef bint store_least_mirrored(Store_t *s, uint32_t *cursor, const uint8_t *reachable, Candidate *best) noexcept nogil:
+    """Of the next so many segments that a lender within reach has and the spill file too, the one of which least lives."""
+    cdef uint32_t looks, used = load32(&s.segments_used, ACQUIRE)
+    cdef Segment *row
+    cdef bint found = False
+    for looks in range(min(used, <uint32_t> SPARSE_LOOKS)):
+        cursor[0] = (cursor[0] + 1) % used
+        row = &s.segments[cursor[0]]
+        if load32(&row.state, RELAXED) != SEG_REMOTE:
+            continue
+        spin_lock(&row.lock)
+        if row.state == SEG_REMOTE and row.spill and row.peer != SPILL_PEER and reachable[row.peer] and \
+                (not found or row.live_bytes < best.live_bytes):
+            found = True
+            best.segment = cursor[0]
+            best.generation = row.generation
+            best.live_bytes = row.live_bytes
+        spin_unlock(&row.lock)
+    return found
+
+
+cdef bint store_next_unmirrored(Store_t *s, uint32_t *cursor, const uint8_t *reachable, RemoteRef *ref, Layout *image) noexcept nogil:
+    """The next segment that lies on a lender within reach alone, of those that may not be dropped."""
+    cdef uint32_t looks, used = load32(&s.segments_used, ACQUIRE)
+    cdef Segment *row
+    cdef bint found = False
+    for looks in range(used):
+        cursor[0] = (cursor[0] + 1) % used
+        row = &s.segments[cursor[0]]
+        if load32(&row.state, RELAXED) != SEG_REMOTE:
+            continue
+        spin_lock(&row.lock)
+        if row.state == SEG_REMOTE and row.spill == 0 and row.peer != SPILL_PEER and reachable[row.peer] and not row.ephemeral and \
+                not row.damaged:
+            found = True
+            lay_out(row, cursor[0], ref, image)
+        spin_unlock(&row.lock)
+        if found:
+            break
+    return found
+
+
+cdef uint64_t store_slot_named(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil:
+    return slot_stored(segment, generation, ordinal)
+
+
+cdef bint store_placed(Store_t *s, const RemoteRef *ref, const Layout *image, uint32_t spill) noexcept nogil:
+    """A new image of this segment is in the spill file: of the entries in 'image' that are not marked dead, and nothing else.
+    False: the segment is not what it was, the image of no use."""
+    cdef Segment *row = &s.segments[ref.segment]
+    cdef uint32_t ordinal
+    cdef bint same
+    spin_lock(&row.lock)
+    same = row.state == SEG_REMOTE and row.generation == ref.generation and row.spill == ref.spill and \
+        (row.spill != 0 or row.peer != SPILL_PEER)
+    if same:
+        row.spill = spill
+        row.spill_bytes = 0
+        row.meta.bare = 1
+        for ordinal in range(row.entries):
+            row.meta.sizes[ordinal] &= ~<uint16_t> DIRECTORY_GONE
+            if image.sizes[ordinal] & DIRECTORY_DEAD:
+                row.meta.sizes[ordinal] |= DIRECTORY_GONE
+            else:
+                row.spill_bytes += <uint32_t> (row.meta.sizes[ordinal] & SIZE_UNITS) * 8
+        if row.peer == SPILL_PEER:
+            row.held_bytes = row.spill_bytes
+    spin_unlock(&row.lock)
+    return same
 
 
 cdef void store_spare(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil:
@@ -2563,28 +2687,41 @@ cdef bint store_gather_begin(Store_t *s, Gather *g, EVP_CIPHER_CTX *ctx) noexcep
     return False
 
 
+cdef bint open_whole(const RemoteRef *ref, uint64_t *oid, const uint8_t *entry, uint32_t entry_bytes, uint8_t *plain,
+                     EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Open an entry of which only its segment and ordinal are known, to 'plain' and 'oid'. False unless it is what was sealed."""
+    cdef const EntryHeader *header = <const EntryHeader *> entry
+    cdef uint8_t nonce[12]
+    cdef int n = 0
+    memset(oid, 0, OID_BYTES)
+    if entry_bytes >= HEADER_BYTES + OID_BYTES and header.flags & SPARSE_FLAG:
+        # The object id is a part of what the tag is checked against, and stands in the ciphertext: look there first.
+        memset(nonce, 0, 12)
+        memcpy(nonce + 8, &ref.ordinal, 4)
+        if EVP_DecryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
+                EVP_DecryptUpdate(ctx, <uint8_t *> oid, &n, entry + HEADER_BYTES, OID_BYTES) != 1:
+            return False
+    return open_entry(ref, oid, entry, entry_bytes, plain, ctx) and align8(HEADER_BYTES + header.length) == entry_bytes
+
+
+cdef bint store_entry_right(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, EVP_CIPHER_CTX *ctx) noexcept nogil:
+    """Whether these are the bytes that were sealed as 'ref.ordinal', after store_unseal_begin()."""
+    cdef uint8_t plain[OID_BYTES + PAGE]
+    cdef uint64_t oid[3]
+    return open_whole(ref, oid, entry, entry_bytes, plain, ctx)
+
+
 cdef int store_gather_add(Store_t *s, Gather *g, uint8_t *out, const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes,
                           EVP_CIPHER_CTX *open_ctx, EVP_CIPHER_CTX *seal_ctx) noexcept nogil:
     """Take over one entry: OK, CORRUPT when it is not what was sealed, FULL."""
     cdef const EntryHeader *header = <const EntryHeader *> entry
     cdef uint32_t base = align8(FRAME_HEADER_BYTES + 2 * g.capacity)
     cdef uint8_t plain[OID_BYTES + PAGE]
-    cdef uint8_t nonce[12]
     cdef uint64_t oid[3]
     cdef Gathered *page = &g.pages[g.entries]
-    cdef int n = 0
     if g.entries == g.capacity or base + g.bytes + entry_bytes > s.segment_bytes:
         return FULL
-    memset(oid, 0, OID_BYTES)
-    if entry_bytes >= HEADER_BYTES + OID_BYTES and header.flags & SPARSE_FLAG:
-        # The object id is a part of what the tag is checked against, and stands in the ciphertext: look there first.
-        memset(nonce, 0, 12)
-        memcpy(nonce + 8, &ref.ordinal, 4)
-        if EVP_DecryptInit_ex(open_ctx, NULL, NULL, NULL, nonce) != 1 or \
-                EVP_DecryptUpdate(open_ctx, <uint8_t *> oid, &n, entry + HEADER_BYTES, OID_BYTES) != 1:
-            return CORRUPT
-    if not open_entry(ref, oid, entry, entry_bytes, plain, open_ctx) or align8(HEADER_BYTES + header.length) != entry_bytes or \
-            not seal_entry(g.meta, g.entries, header, plain, oid, entry_bytes, <EntryHeader *> (out + base + g.bytes), seal_ctx):
+    if not open_whole(ref, oid, entry, entry_bytes, plain, open_ctx) or not seal_entry(g.meta, g.entries, header, plain, oid, entry_bytes, <EntryHeader *> (out + base + g.bytes), seal_ctx):
         return CORRUPT
     (<uint16_t *> (out + FRAME_HEADER_BYTES))[g.entries] = <uint16_t> (g.bytes >> 3)
     g.meta.sizes[g.entries] = <uint16_t> (entry_bytes >> 3)
@@ -2631,6 +2768,7 @@ cdef void store_gather_commit(Store_t *s, Gather *g, uint32_t spill) noexcept no
     row.peer = SPILL_PEER
     row.handle = 0
     row.spill = spill
+    row.spill_bytes = align8(FRAME_HEADER_BYTES + 2 * g.capacity) + g.bytes
     row.meta = g.meta
     row.compacting &= COMPACT_QUEUED
     row.touched_ms = coarse_ms()
@@ -2741,7 +2879,7 @@ cdef int recount_slot(Store_t *s, uint64_t slot, uint32_t *entries, uint64_t *si
         return -1
     if row.state == SEG_REMOTE or row.state == SEG_LOST:
         mark = row.meta.sizes[slot_ordinal(slot)]
-        size[segment] += <uint64_t> (mark & 0x7fff) * 8
+        size[segment] += <uint64_t> (mark & SIZE_UNITS) * 8
     elif row.frame != SEGMENT_FRAMES_NONE:
         mark = directory(s, row.frame)[-1 - <int64_t> slot_ordinal(slot)]
         size[segment] += entry_bytes_at(s, row, slot_ordinal(slot))
@@ -3054,6 +3192,23 @@ cdef class Store:
         cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
         return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, "spill" if peer == SPILL_PEER else peer)
 
+    def copies(self):
+        """Segments on lenders that may not be dropped: (those that the spill file has too, those that it has not)."""
+        cdef Store_t *s = self.live()
+        cdef uint32_t i, mirrored = 0, unmirrored = 0
+        cdef Segment *row
+        with nogil:
+            for i in range(load32(&s.segments_used, ACQUIRE)):
+                row = &s.segments[i]
+                if load32(&row.state, RELAXED) != SEG_REMOTE:
+                    continue
+                spin_lock(&row.lock)
+                if row.state == SEG_REMOTE and row.peer != SPILL_PEER and not row.ephemeral:
+                    mirrored += row.spill != 0
+                    unmirrored += row.spill == 0
+                spin_unlock(&row.lock)
+        return mirrored, unmirrored
+
     def census(self, uint32_t pool):
         """Pages of a dense pool by where they are: here (same-filled ones too), away, lost. A glance, while others go on; the
         pool must not be destroyed meanwhile."""
@@ -3226,6 +3381,7 @@ cdef class Store:
         cdef Segment *row
         cdef uint64_t local = 0, remote = 0, lost = 0, live_l = 0, used_l = 0, live_r = 0, pages_l = 0, pages_r = 0, pages_x = 0
         cdef uint64_t used_r = 0, metadata = 0, rows, spilled = 0, mirrored = 0, pages_s = 0
+        cdef uint64_t unmirrored = 0, pages_u = 0
         for i in range(load32(&s.segments_used, ACQUIRE)):
             row = &s.segments[i]
             spin_lock(&row.lock)
@@ -3243,6 +3399,9 @@ cdef class Store:
                     pages_s += row.live_entries
                 elif row.spill:
                     mirrored += 1
+                elif not row.ephemeral:
+                    unmirrored += 1
+                    pages_u += row.live_entries
             elif row.state == SEG_LOST:
                 lost += 1
                 pages_x += row.live_entries
@@ -3268,7 +3427,7 @@ cdef class Store:
         puts = tallied(s, T_PUTS)
         return dict(
             arena_bytes=s.arena_bytes, segment_bytes=s.segment_bytes, frames_total=s.frames, frames_free=i,
-            segments_local=local, segments_remote=remote, segments_spilled=spilled, segments_mirrored=mirrored, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
+            segments_local=local, segments_remote=remote, segments_spilled=spilled, segments_mirrored=mirrored, segments_unmirrored=unmirrored, pages_unmirrored=pages_u, segments_lost=lost, pages_stored=pages_l + pages_r + filled,
             pages_local=pages_l, pages_remote=pages_r, pages_spilled=pages_s, pages_filled=filled, pages_lost=pages_x, live_bytes=live_l,
             dead_bytes=used_l - live_l, live_bytes_remote=live_r, dead_bytes_remote=used_r - live_r,
             table_bytes=total(s, C_TABLE_BYTES), puts=puts, gets=tallied(s, T_GETS),

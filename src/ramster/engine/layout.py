@@ -99,8 +99,8 @@ SPILL_HEADER = Table(
     (
         Field("magic", "8s", "`RAMspill`: a file that begins otherwise is not touched"),
         Field("version", "I", "1"),
-        Field("image_bytes", "I", "room for one image"),
-        Field("images", "Q", "rooms, one after the other from byte 4096 on"),
+        Field("image_bytes", "I", "of a whole segment"),
+        Field("images", "Q", "that fit, whole ones, from byte 4096 on"),
         Field("node", "I", "number of the node that writes it"),
         Field("pid", "I", "its process, for people"),
     ),
@@ -108,6 +108,9 @@ SPILL_HEADER = Table(
 SPILL_MAGIC = b"RAMspill"
 SPILL_VERSION = 1
 SPILL_FIRST_IMAGE = 4096
+
+#: begins the page after the last segment of an arena in a file
+ARENA_MARK = b"RAMarena"
 
 TABLES = (ENTRY_HEADER, IMAGE_HEADER)
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,22 @@ from ramster.constants import MIB
 from ramster.engine import _spill
 from ramster.engine.layout import SPILL_FIRST_IMAGE, SPILL_HEADER, SPILL_MAGIC, SPILL_VERSION
 from ramster.engine.links import Links
-from ramster.errors import PermissionMissing, StoreFull, UsageError
+from ramster.engine.own_file import Kind, open_own, words
+from ramster.errors import StoreFull, UsageError
 
 #: file systems that lie in RAM themselves
 IN_MEMORY = ("tmpfs", "ramfs")
 
+KIND = Kind("spill file", "[spill] path", SPILL_MAGIC)
+
 
 @dataclass(frozen=True, slots=True)
 class SpillStatistics:
-    """One look. Bytes are of whole rooms, one for each image, whatever its size; errors are counted since the start.
+    """One look. Bytes are of whole rooms; errors are counted since the start.
 
-    waiting: segments that are to be written; refused: orders that found no room; merged: sparse images that went into
-    fuller ones. reads counts requests of the disk, of
+    waiting: segments that are to be written; refused: images that found no room; merged: sparse images that went into
+    fuller ones; compacted: images written anew without what was dead. Of copies of what lenders have: given_up for
+    want of room, copied after the lender had it. reads counts requests of the disk, of
     one page or several of a segment; the times are from the request to its answer.
     """
 
@@ -49,6 +52,9 @@ class SpillStatistics:
     write_errors: int
     refused: int
     merged: int
+    compacted: int
+    given_up: int
+    copied: int
     last_error: str
     direct: bool
     metadata_bytes: int
@@ -62,9 +68,10 @@ class Spill(_spill.Spill):
         path: the file; made (mode 0600) when missing. What it held is discarded. It must be an ordinary file that is
             empty or was a spill file before.
         size_bytes: reserved on the disk at once where the file system can (`reserved`).
-        mirror: every persistent segment that goes to a lender is written here first, and one that cannot be stays in
-            the arena. Segments of a lender that is lost, or does not answer, are read from here then.
-        threads: that wait for the disk; all but one of them only read.
+        mirror: every persistent segment that goes to a lender is written here first, where there is room, else later
+            (`tend`). Segments of a lender that is lost, or does not answer, are read from here then.
+        threads: that wait for the disk; all but one of them only read. With a mirror one more asks lenders for what
+            is to be copied.
 
     What is written is sealed: the keys are in this process's RAM alone, so nothing of it can be read by anybody else
     or survives this process. It ends with the links; `close` empties the file.
@@ -78,8 +85,9 @@ class Spill(_spill.Spill):
         if images < 1:
             least = format_bytes(image_bytes + SPILL_FIRST_IMAGE)
             raise UsageError(f"a spill file of {format_bytes(size_bytes)}: it must be at least {least}, one segment")
-        fd, made = _open(path)
+        fd, made = open_own(path, KIND)
         try:
+            os.ftruncate(fd, 0)
             reserved = _reserve(fd, path, SPILL_FIRST_IMAGE + images * image_bytes)
             header = struct.pack(
                 SPILL_HEADER.format, SPILL_MAGIC, SPILL_VERSION, image_bytes, images, links.number, os.getpid()
@@ -122,48 +130,6 @@ class Spill(_spill.Spill):
             os.close(fd)
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """The file, locked and empty, and whether it was made."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        try:
-            fd, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
-        except FileExistsError:
-            fd, made = os.open(path, flags), False
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PermissionMissing(
-                f"cannot write the spill file {path}: {_words(error)}; "
-                "let this user write there or set another [spill] path"
-            ) from error
-        raise UsageError(f"cannot open the spill file {path}: {_words(error)}; set another [spill] path") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"the spill file {path} is not an ordinary file; set another [spill] path")
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"the spill file {path} is in use by another node; give each node one of its own"
-            ) from error
-        if status.st_size and os.pread(fd, len(SPILL_MAGIC), 0) != SPILL_MAGIC:
-            raise UsageError(
-                f"{path} holds something that is no spill file, and would be overwritten; "
-                "remove it or set another [spill] path"
-            )
-        if not made:
-            os.fchmod(fd, 0o600)
-        os.ftruncate(fd, 0)
-    except OSError as error:
-        os.close(fd)
-        raise UsageError(f"cannot prepare the spill file {path}: {_words(error)}; set another [spill] path") from error
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, made
-
-
 def _reserve(fd: int, path: Path, size: int) -> bool:
     """Take the room on the disk now; False where the file system cannot promise it."""
     room = os.fstatvfs(fd)
@@ -183,7 +149,7 @@ def _reserve(fd: int, path: Path, size: int) -> bool:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreFull(short) from error
         raise StoreFull(
-            f"cannot reserve {format_bytes(size)} for the spill file {path}: {_words(error)}; set less [spill] size"
+            f"cannot reserve {format_bytes(size)} for the spill file {path}: {words(error)}; set less [spill] size"
         ) from error
     return True
 
@@ -192,7 +158,7 @@ def _write_header(fd: int, path: Path, header: bytes) -> None:
     try:
         os.pwrite(fd, header.ljust(SPILL_FIRST_IMAGE, b"\0"), 0)
     except OSError as error:
-        raise StoreFull(f"cannot write the spill file {path}: {_words(error)}; set another [spill] path") from error
+        raise StoreFull(f"cannot write the spill file {path}: {words(error)}; set another [spill] path") from error
 
 
 def _set_direct(fd: int) -> bool:
@@ -215,7 +181,3 @@ def _file_system(path: Path) -> str:
             if fields[2] == wanted:
                 return fields[fields.index("-") + 1]
     return ""
-
-
-def _words(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

@@ -36,6 +36,8 @@ class StoreStatistics:
     segments_remote: int
     segments_spilled: int
     segments_mirrored: int
+    segments_unmirrored: int
+    pages_unmirrored: int
     segments_lost: int
     pages_stored: int
     pages_local: int

@@ -101,6 +101,7 @@ cdef int map_over(Guard *guard, uint64_t first, uint64_t pages) noexcept nogil:
         failure = errno
     else:
         madvise(at, pages * PAGE, MADV_DONTFORK)
+        madvise(at, pages * PAGE, MADV_DONTDUMP)
     unlock_registry()
     return failure
 
@@ -490,6 +491,8 @@ cdef class Mapping:
             madvise(base, length, MADV_NOHUGEPAGE)
             if madvise(base, length, MADV_DONTFORK) != 0:
                 raise _os_error("madvise(MADV_DONTFORK)")
+            # A core file of all of it would read every page that is away: minutes, and more than the machine has.
+            madvise(base, length, MADV_DONTDUMP)
             registration.range.start = <uint64_t> base
             registration.range.len = length
             registration.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP

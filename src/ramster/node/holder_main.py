@@ -42,6 +42,7 @@ class Holder:
         self.arena = os.memfd_create("ramster-arena", os.MFD_CLOEXEC)
         os.posix_fallocate(self.arena, 0, arena_bytes)
         self.mapping = mmap.mmap(self.arena, arena_bytes)
+        self.mapping.madvise(mmap.MADV_DONTDUMP)
         self.about["locked"] = lock and lock_mapping(self.mapping, arena_bytes)
         self.node: socket.socket | None = None
         self.node_pid = 0

@@ -8,9 +8,9 @@ import signal
 
 from ramster import logs
 from ramster.config.knobs import Config
-from ramster.node import holder
+from ramster.node import holder, run_dir
 from ramster.node.node import Node
-from ramster.node.privileges import Guard
+from ramster.node.privileges import Guard, dumps, forbid_dumps
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,10 @@ def run(config: Config) -> int:
 
 def _guarded(config: Config) -> int:
     guard = Guard(config.node.guard)
+    dumped = dumps() if config.node.core_dumps else forbid_dumps()  # before a key is read
     guard.begin()  # before anything starts a thread
+    guard.add(dumped)
+    run_dir.prepare(config.node.run_dir)
     a = config.arena
     if a.keep_ms == 0:
         holder.end(config.node.run_dir)  # of a node whose configuration was another one

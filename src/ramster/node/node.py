@@ -319,6 +319,8 @@ class Node:
             "reserved": self.spill.reserved,
             "segments": arena["segments_spilled"],
             "mirrored": arena["segments_mirrored"],
+            "unmirrored": arena["segments_unmirrored"] if self.spill.mirror else 0,
+            "pages_unmirrored": arena["pages_unmirrored"] if self.spill.mirror else 0,
             "pages": arena["pages_spilled"],
             "errors": seen["read_errors"] + seen["write_errors"],
             **seen,

@@ -40,6 +40,8 @@ State = Literal["ok", "refused", "unsupported", "off"]
 MCL_CURRENT: Final = 1
 MCL_FUTURE: Final = 2
 MCL_ONFAULT: Final = 4  # Linux 4.4
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
 PR_SET_IO_FLUSHER: Final = 57  # Linux 5.6
 MADV_POPULATE_READ: Final = 22  # Linux 5.14
 MAP_LOCKED: Final = 0x2000
@@ -92,6 +94,33 @@ def checks(arena_bytes: int | None = None) -> tuple[Check, ...]:
         raise RamsterError(f"cannot try out what this user may do: {why}") from error
     except (OSError, ValueError, TypeError, subprocess.TimeoutExpired) as error:
         raise RamsterError(f"cannot try out what this user may do: {error}") from error
+
+
+def forbid_dumps() -> Check:
+    """From here on no core file of this process, and nobody but root reads its memory: keys are in there."""
+    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    return dumps()
+
+
+def dumps() -> Check:
+    name = "core_dumps"
+    if _libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) == 1:
+        return Check(name, "off", "a crash may leave a core file, with the keys of this node in it ([node] core_dumps)")
+    return Check(name, "ok", "a crash leaves no core file, and root alone may read this process's memory")
+
+
+@contextlib.contextmanager
+def own_proc() -> Iterator[None]:
+    """Files in /proc/self that are written to. The kernel gives those of a process that may not be dumped to root, so
+    for a moment it may be.
+    """
+    before = _libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0)
+    _libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        if before != 1:
+            _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 # --- each step: does it, says what came of it ---------------------------------------------------------------------
@@ -376,7 +405,8 @@ def _oom_score() -> int:
 
 def _set_oom_score(score: int) -> bool:
     """False where it is refused. One write: a buffered file would hide the refusal."""
-    descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    with own_proc():
+        descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(descriptor, str(score).encode())
     except PermissionError:

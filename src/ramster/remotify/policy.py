@@ -8,6 +8,10 @@ ephemeral leave alike. Lenders are chosen by free room, less what is already on 
 The spill file is the last tier. Under pressure it gets what no lender takes: none is up, none has room, or those that
 have do not get any further. And while puts are about to wait it takes the coldest beside whatever is on its way to
 lenders. Nothing goes to it for age alone, and nothing ephemeral: that may be dropped.
+
+With a mirror it also has a second copy of what goes to lenders. Such a copy is worth less than a page that would find
+no room: a full file keeps nothing from a lender with room (that segment is unmirrored for now), and where no lender
+has any, copies are given up for what must go to the file. Once rooms are free again, `upkeep` has copies made.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ BACKLOG_MAX = 64
 URGENT_FREE = 0.05
 # At once to the spill file then: 2 MiB, a hundredth of a second of a disk, and the next decision comes as soon.
 URGENT_MAX = 8
+# Copies made at one look: the lender sends what they consist of, 2 MiB, on the connection that serves gets.
+COPIES_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +61,18 @@ class Lender:
 
 @dataclass(frozen=True, slots=True)
 class SpillRoom:
-    """The spill file: rooms that are free, orders that will take one, whether writing works now, and whether what goes
-    to a lender is kept there too.
+    """The spill file: segments that still fit, orders that will take room of one, whether writing works now, whether
+    what goes to a lender is kept there too; of `total` segments that would fit; `mirrored` of those on lenders have a
+    copy there, `unmirrored` that should have one have none.
     """
 
     free: int
     waiting: int
     ready: bool = True
     mirror: bool = False
+    total: int = 0
+    mirrored: int = 0
+    unmirrored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,14 @@ class Ship:
     segment: int
     generation: int
     lender: int
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What the mirror is to do now: give up copies until `room` segments fit, make `copies` that are missing."""
+
+    room: int = 0
+    copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,7 @@ class Policy:
         backlog = {lender.number: lender.shipping for lender in lenders}
         disk = now.spill.free - now.spill.waiting if now.spill is not None and _can_write(now.spill) else 0
         mirror = now.spill is not None and now.spill.mirror
+        # Room for a copy is no condition: without it the segment leaves unmirrored.
         ships: list[Ship] = []
         for segment in now.coldest[:SHIPS_PER_DECISION_MAX]:
             cold = 0 < self.settings.cold_after_ms <= segment.age_ms
@@ -153,13 +172,13 @@ class Policy:
                 continue
             kept = mirror and not segment.ephemeral
             lender = None
-            if (len(ships) < wanted or cold) and (disk > 0 or not kept):
+            if len(ships) < wanted or cold:
                 open_to = (number for number in room if room[number] > 0 and backlog[number] < BACKLOG_MAX)
                 lender = max(open_to, key=lambda number: (room[number], -number), default=None)
             if lender is not None:
                 room[lender] -= 1
                 backlog[lender] += 1
-                disk -= kept
+                disk -= kept and disk > 0
             elif pressed and disk > 0 and not segment.ephemeral:
                 lender = SPILL_PEER
                 disk -= 1
@@ -167,6 +186,23 @@ class Policy:
                 continue
             ships.append(Ship(segment.number, segment.generation, lender))
         return ships
+
+    def upkeep(self, now: Snapshot) -> Upkeep:
+        """After `decide`, of the same moment."""
+        spill = now.spill
+        if spill is None or not spill.mirror or not spill.ready:
+            return Upkeep()
+        urgent = min(URGENT_MAX, spill.total // 16 + 1)
+        served = any(
+            lender.up and lender.credit > lender.shipping and not self._stalls(lender) for lender in now.lenders
+        )
+        if self.draining and not served:
+            wanted = urgent + spill.waiting
+            return Upkeep(room=wanted if spill.mirrored and spill.free < wanted else 0)
+        # More than what a look like the above gives up, else copies would be made and given up by turns; less than the
+        # fifth that compacting leaves free, else the last ones would never be made.
+        spare = spill.free - spill.waiting - max(spill.total // 8, urgent)
+        return Upkeep(copies=max(0, min(spill.unmirrored, spare, COPIES_MAX)))
 
 
 def _can_write(spill: SpillRoom | None) -> bool:

@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
+from typing import Final
 
 from ramster.engine.links import Links
 from ramster.engine.spill import Spill
@@ -16,6 +18,11 @@ from ramster.engine.store import Store
 from ramster.remotify.policy import SHIPS_PER_DECISION_MAX, Lender, Policy, Segment, Snapshot, SpillRoom
 
 log = logging.getLogger(__name__)
+
+# Counting copies goes over every segment that is away.
+COUNT_S: Final = 0.25
+# What comes and goes under load is not said more often than this.
+SAY_S: Final = 60.0
 
 
 class Worker:
@@ -27,6 +34,10 @@ class Worker:
         self.spill = spill
         self._said = ""
         self._failed = ""
+        self._copies = (0, 0)
+        self._count_at = 0.0
+        self._missing = False
+        self._say_at = 0.0
         self.policy = policy
         self.tick_s = tick_ms / 1000
         self.decisions = 0
@@ -89,20 +100,47 @@ class Worker:
         for ship in self.policy.decide(snapshot):
             ordered += self.links.ship(ship.segment, ship.generation, ship.lender)
         self.ordered += ordered
+        if self.spill is not None and self.spill.mirror:
+            care = self.policy.upkeep(snapshot)
+            self.spill.tend(care.room, care.copies)
         return ordered
 
     def _look_at_spill(self) -> SpillRoom | None:
         """What a decision needs of it; a kind of trouble is said once."""
         if self.spill is None:
             return None
-        free, waiting, works = self.spill.room()
+        free, waiting, works, total = self.spill.room()
         trouble = "" if works else self.spill.statistics().last_error
-        if not free:
+        if not free and not self.spill.mirror:
             trouble = "it is full"
         if trouble and trouble != self._said:
-            log.warning("spill file %s: %s; pages stay in the arena while there is room", self.spill.path, trouble)
+            what = "what goes to lenders has no copy there" if self.spill.mirror else "pages stay in the arena"
+            log.warning("spill file %s: %s; %s while that lasts", self.spill.path, trouble, what)
             self._said = trouble
-        return SpillRoom(free, waiting, works, self.spill.mirror)
+        if not self.spill.mirror:
+            return SpillRoom(free, waiting, works)
+        if (now := time.monotonic()) >= self._count_at:
+            self._count_at = now + COUNT_S
+            self._copies = self.store.copies()
+            self._say_of_copies(now)
+        return SpillRoom(free, waiting, works, True, total, *self._copies)
+
+    def _say_of_copies(self, now: float) -> None:
+        """Once when copies begin to be missing, once when they are all there again."""
+        missing = self._copies[1]
+        assert self.spill is not None
+        if missing and not self._missing and now >= self._say_at:
+            self._missing = True
+            self._say_at = now + SAY_S
+            log.warning(
+                "spill file %s has no room for copies of what lies on lenders: %d segments are unmirrored, "
+                "and lost if their lender goes before there is room again; a larger [spill] size holds all",
+                self.spill.path,
+                missing,
+            )
+        elif not missing and self._missing:
+            self._missing = False
+            log.info("everything that lies on lenders is mirrored again in the spill file %s", self.spill.path)
 
 
 def _drain(fd: int) -> None:
