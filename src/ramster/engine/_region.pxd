@@ -48,6 +48,7 @@ cdef struct Attachment:             # one process that has the region mapped
     uint64_t condemned_count
     pthread_t threads[16]
     uint32_t started
+    uint32_t ended                  # of them; changes under the region's lock
 
 cdef struct Parked:                 # faults that wait for room
     uint32_t page
@@ -101,6 +102,7 @@ cdef struct Region_t:
     uint32_t batches_used
     uint64_t lost
     uint64_t users                  # threads inside prefetch, pin, evict
+    bint abandoned                  # a thread of it did not end: its memory stays
     bint full
     uint64_t full_wait_ns
     uint64_t busy_poll_ns           # a fault thread asks again and again for so long before it sleeps; 0: never

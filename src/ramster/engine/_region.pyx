@@ -43,16 +43,17 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.linux cimport (
     AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_GETFL, F_SEAL_GROW, F_SEAL_SHRINK, F_SETFL, FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, CPU_AND, CPU_COUNT, CPU_EQUAL, cpu_set_t, sched_getaffinity, sched_setaffinity, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
+    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, CPU_AND, CPU_COUNT, CPU_EQUAL, cpu_set_t, sched_getaffinity, sched_setaffinity, F_SEAL_SEAL, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
     UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
     memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
-    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    cond_init_monotonic, cond_wait_until, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
-    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread)
+    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread,
+    take_nudges)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
     Links, Reply, links_flush, links_get, links_later, links_slot_lost, links_slot_reachable, reply_bytes,
@@ -78,9 +79,18 @@ cdef enum:
     RESERVE_SHRINKS_NS = 500000000  # ... and by an eighth after so long without one
     FOLLOW_READS = 64               # between two looks where the application runs; one costs half a microsecond
     OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
+    SPARE_WINDOW = 8                # pages at once of these: no more than that is dropped for them
+    FULL_PAUSE_NS = 50000000        # between two looks at whether the store has room again
+    NOTE_NS = 100000000             # that a guardian has to write a note before its process dies
+    FULL_BATCH = 8                  # pages that an evictor tries while the store is full
+    THRASH_NS = 2000000000          # a look at whether a region thrashes
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
+    NUDGE_NS = 5000000              # between two signals to a thread that is to end ...
+    END_NS = 10000000000            # ... for so long; what it waits for by itself, a guardian, takes a second
     GUARD_LOST = 1
     GUARD_NOTE = 2
+
+STUCK = "a thread that served its faults does not end; what the region holds stays until the node ends"
 
 cdef packed struct GuardMessage:    # docs/regions.md
     uint32_t op
@@ -940,6 +950,7 @@ cdef void *fault_main(void *argument) noexcept nogil:
     cdef uint64_t page, gap = r.busy_poll_ns
     # With several threads each takes one event: what one thread has read no other can serve.
     cdef size_t room = sizeof(events) if r.fault_threads == 1 else sizeof(uffd_msg_t)
+    take_nudges()
     sched_getaffinity(0, sizeof(cpu_set_t), &all_cpus)
     cpus = all_cpus
     fds[0].fd = a.uffd
@@ -947,8 +958,12 @@ cdef void *fault_main(void *argument) noexcept nogil:
     fds[0].events = fds[1].events = POLLIN
     while not load32(&a.leaving, ACQUIRE) and not load32(&a.dead, RELAXED):
         await_events(r, fds, &gap)
+        # O_NONBLOCK belongs to the open file, which the application shares: it may have cleared it, and then this waits for
+        # its next fault, or for leave() to nudge.
         got = read(a.uffd, events, room)
         if got <= 0:
+            if fds[0].revents & ~POLLIN:
+                poll(&fds[1], 1, 1)         # nothing to wait for, now: never in a tight circle
             continue
         if reads % FOLLOW_READS == 0:
             follow(<int> events[0].ptid, &all_cpus, &cpus)
@@ -965,6 +980,10 @@ cdef void *fault_main(void *argument) noexcept nogil:
                 on_minor(a, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
             else:
                 on_missing(a, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
+    pthread_mutex_lock(&r.lock)
+    a.ended += 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
     return NULL
 
 
@@ -1279,17 +1298,37 @@ cdef inline void unpin_page(Attachment *a, uint64_t page) noexcept nogil:
         r.pinned -= 1
 
 
-cdef void leave(Attachment *a) noexcept nogil:
-    """Its threads end, its pins go, its descriptors are closed. Whatever is under way for it ends within its own bounds."""
+cdef bint end_threads(Attachment *a) noexcept nogil:
+    """Its fault threads end, also one that blocks in a call on the application's descriptor. False: one did not, for far
+    longer than anything that it may wait for takes; it still uses the region."""
     cdef Region_t *r = a.region
-    cdef uint64_t page = 0, i
+    cdef uint64_t deadline = now_ns() + END_NS
     cdef uint32_t n
-    cdef uint16_t *pins
-    cdef int uffd = a.uffd
     store32(&a.leaving, 1, RELEASE)
     eventfd_write(a.stop_fd, 1)
+    pthread_mutex_lock(&r.lock)
+    while a.ended < a.started and now_ns() < deadline:
+        for n in range(a.started):
+            nudge(a.threads[n])
+        cond_wait_until(&r.changed, &r.lock, now_ns() + NUDGE_NS)
+    n = a.ended
+    pthread_mutex_unlock(&r.lock)
+    if n < a.started:
+        return False
     for n in range(a.started):
         pthread_join(a.threads[n], NULL)
+    return True
+
+
+cdef bint leave(Attachment *a) noexcept nogil:
+    """Its threads end, its pins go, its descriptors are closed. Whatever is under way for it ends within its own bounds. False:
+    a thread did not end, and what it uses stays as it is."""
+    cdef Region_t *r = a.region
+    cdef uint64_t page = 0, i
+    cdef uint16_t *pins
+    cdef int uffd = a.uffd
+    if not end_threads(a):
+        return False
     pthread_mutex_lock(&r.lock)
     pthread_cond_broadcast(&r.changed)
     while a.users:
@@ -1324,9 +1363,10 @@ cdef void leave(Attachment *a) noexcept nogil:
     close(a.stop_fd)
     free(pins)
     a.guard = a.stop_fd = -1
-    a.started = 0
+    a.started = a.ended = 0
     store32(&a.dead, 0, RELAXED)
     store32(&a.leaving, 0, RELAXED)
+    return True
 
 
 cdef class Region:
@@ -1377,9 +1417,9 @@ cdef class Region:
         r.parked = <Parked *> malloc(PARKED_MAX * sizeof(Parked))
         r.memfd = memfd_create(b"ramster-region", MFD_CLOEXEC | MFD_ALLOW_SEALING)
         if r.states == NULL or r.parked == NULL or r.memfd < 0 or \
-                resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + OVERDRAFT) != 0 or \
+                resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + SPARE_MAX + OVERDRAFT) != 0 or \
                 ftruncate(r.memfd, <long> (pages * PAGE)) != 0 or \
-                fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0:
+                fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
         r.pool = 0xffffffffu
         result = store_create_pool(r.store, True, pages, False, &r.pool)
@@ -1393,7 +1433,12 @@ cdef class Region:
         cdef int i
         if r == NULL:
             return
-        self.shut()
+        try:
+            self.shut()
+        except errors.RamsterError:
+            pass
+        if r.abandoned:
+            return                  # a thread still uses all of it
         if r.memfd >= 0:
             close(r.memfd)
         for i in range(BATCHES_MAX):
@@ -1507,7 +1552,9 @@ cdef class Region:
         cdef Attachment *a = self.attachment(number)
         if load32(&a.leaving, RELAXED):
             raise errors.UsageError("this process is being detached already")
-        leave(a)
+        if not leave(a):
+            a.region.abandoned = True
+            raise errors.RamsterError(STUCK)
         a.used = False
 
     cdef Region_t *begin(self, Attachment *a, uint64_t first, uint64_t count) except NULL:
@@ -1777,12 +1824,17 @@ cdef class Region:
         with nogil:
             for i in range(ATTACHMENTS_MAX):
                 if r.attachments[i].used:
-                    leave(&r.attachments[i])
-                    r.attachments[i].used = False
+                    if leave(&r.attachments[i]):
+                        r.attachments[i].used = False
+                    else:
+                        r.abandoned = True
             pthread_mutex_lock(&r.lock)
             pthread_cond_broadcast(&r.work)
             pthread_cond_broadcast(&r.changed)
             pthread_mutex_unlock(&r.lock)
+        if r.abandoned:
+            raise errors.RamsterError(STUCK)
+        with nogil:
             for i in range(r.evictors_started):
                 pthread_join(r.evictors[i], NULL)
             # Gets under way end within give_up: their replies must not find this memory gone.

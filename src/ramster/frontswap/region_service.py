@@ -30,6 +30,7 @@ from ramster.config.units import format_bytes
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import PermissionMissing, PortTaken, ProtocolError, RamsterError, Refused, RegionLost, UsageError
 from ramster.frontswap import messages
+from ramster.frontswap._client import FEATURES
 
 _log = logging.getLogger("ramster.regions")
 
@@ -43,6 +44,7 @@ WORKERS: Final = 8
 HANDSHAKE_DEADLINE_S: Final = 10.0
 ACCEPT_PAUSE_S: Final = 0.1
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
+_UFFD_INITIALIZED: Final = 1 << 31  # as /proc/PID/fdinfo shows it
 
 _T = TypeVar("_T")
 
@@ -361,9 +363,7 @@ class _Connection:
             region, number = self.shared.region, self.attachment
             if request.base % PAGE_BYTES or request.base + region.pages * PAGE_BYTES >= 1 << 63:
                 raise UsageError(f"base: {request.base:#x} is no place for {region.pages} pages")
-            # Anything else would answer the engine's requests in its own way, or block it.
-            if not _is_userfaultfd(uffd):
-                raise UsageError("the descriptor is no userfaultfd")
+            _check_userfaultfd(uffd, request.features)
         except BaseException:
             os.close(uffd)
             raise
@@ -435,8 +435,21 @@ class _Connection:
         self.sock.close()
 
 
-def _is_userfaultfd(fd: int) -> bool:
-    return Path(f"/proc/self/fd/{fd}").readlink() == Path("anon_inode:[userfaultfd]")
+def _check_userfaultfd(fd: int, features: int) -> None:
+    """Raises UsageError for what would answer the engine's requests in its own way, or block it."""
+    if Path(f"/proc/self/fd/{fd}").readlink() != Path("anon_inode:[userfaultfd]"):
+        raise UsageError("the descriptor is no userfaultfd")
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    state = next((line.split(":")[2] for line in lines if line.startswith("API:")), "0")
+    settled = int(state, 16)
+    if not settled & _UFFD_INITIALIZED:
+        raise UsageError("the userfaultfd has not settled its features yet (UFFDIO_API)")
+    # With others, of events beside faults, requests wait for whoever reads those; and claiming one that is off would
+    # make the engine's requests fail.
+    if extra := settled & ~(FEATURES | _UFFD_INITIALIZED):
+        raise UsageError(f"the userfaultfd has features that a region must not have: {extra:#x}")
+    if missing := features & ~settled:
+        raise UsageError(f"features: {missing:#x} are not on in the userfaultfd")
 
 
 def _peer(sock: socket.socket) -> tuple[int, int, int | None]:
