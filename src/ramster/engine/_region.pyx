@@ -35,7 +35,7 @@ they are joined before its descriptors are closed.
 from libc.errno cimport EAGAIN, EEXIST, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset, strerror
+from libc.string cimport memcmp, memcpy, memset, strerror
 from posix.unistd cimport usleep
 
 from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, load64, sched_yield, store32, sub32
@@ -769,6 +769,26 @@ cdef void read_ahead(Attachment *a, Plan *plan, bint remote, bint write) noexcep
             bring_in(r, b)
 
 
+# --- what the application removed ----------------------------------------------------------------------------------
+
+cdef inline bint is_hole(Region_t *r, uint64_t page) noexcept nogil:
+    """The memfd has nothing there."""
+    return lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE)
+
+
+cdef int removed(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a resident page has vanished from the memfd, which only the application can have done (MADV_REMOVE,
+    fallocate). If what is stored equals it, nothing is lost. Else its only copy is gone: zeros, which MADV_REMOVE promises, would
+    be the truth here and the old bytes where the page was away, so it is said to be gone. Its new state."""
+    cdef int state = PAGE_AWAY if state_of(r, page) == PAGE_CLEAN and stored_copy_good(r, page) else PAGE_DAMAGED
+    set_state(r, page, state)
+    resident_gone(&r.set, <uint32_t> page)
+    r.resident -= 1
+    r.lost += state == PAGE_DAMAGED
+    pthread_cond_broadcast(&r.changed)
+    return state
+
+
 # --- fault threads -------------------------------------------------------------------------------------------------
 
 cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
@@ -776,18 +796,25 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     cdef Plan plan
     cdef Batch *b
     cdef int state, met
+    cdef bint said = False
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
     if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
         set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
         state = PAGE_AWAY
+    if (state == PAGE_CLEAN or state == PAGE_DIRTY) and is_hole(r, page):
+        state = removed(r, page)
+        said = state == PAGE_DAMAGED
     if state != PAGE_AWAY:
         if state == PAGE_FETCHING or state == PAGE_EVICTING:
             r.states[page] |= FLAG_WAITERS
             pthread_mutex_unlock(&r.lock)
             return
         pthread_mutex_unlock(&r.lock)
+        if said:
+            tell_guard(a, GUARD_NOTE, page, 1, b"the process removed a page (MADV_REMOVE): lost; SIGBUS", 0)
+            await_note(a, now_ns() + NOTE_NS)
         if state == PAGE_LOST or state == PAGE_DAMAGED:
             poison(a, page)
         else:
@@ -887,7 +914,7 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
                 plan.high = page + 1
         take_alike(r, page, plan.low, plan.high, &first, &end)
         pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
-    elif lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE):
+    elif is_hole(r, page):
         pthread_mutex_unlock(&r.lock)
         wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
         return
@@ -1016,9 +1043,17 @@ cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
     return where == OK or where == MISS or (where == REMOTE and links_slot_reachable(r.links, peer, slot))
 
 
-cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, uint8_t *buffer) noexcept nogil:
+cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
+    return (<const uint64_t *> page)[0] == 0 and memcmp(page, page + 8, PAGE - 8) == 0
+
+
+cdef enum:
+    VANISHED = 2                    # of 'gone' below
+
+
+cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, uint8_t *buffer, uint64_t wait_ns) noexcept nogil:
     """Write out pages that this thread has put into state evicting (sorted; clean[i]: it was clean). Returns how many
-    left; those for which there was no room stay resident, dirty and writable."""
+    left; those for which there was no room within wait_ns stay resident, dirty and writable."""
     cdef uint32_t i, j, k, evicted = 0
     cdef uint64_t zero[3]
     cdef uint8_t gone[BATCH]
@@ -1044,9 +1079,12 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
             first = <uint64_t> pages[i]
             got = pread(r.memfd, buffer, (j - i) * PAGE, <long> (first * PAGE))
             for k in range(i, j):
-                if not full and got >= <ssize_t> ((k - i + 1) * PAGE):
-                    full = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, r.full_wait_ns) != OK
+                if got >= <ssize_t> ((k - i + 1) * PAGE) and all_zeros(buffer + (k - i) * PAGE) and is_hole(r, pages[k]):
+                    gone[k] = VANISHED
+                elif not full and got >= <ssize_t> ((k - i + 1) * PAGE):
+                    full = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, wait_ns) != OK
                     gone[k] = not full
+                    stored += not full
         i = j
     # 3. Give the memory back: the next touch is a missing fault.
     i = 0
@@ -1061,6 +1099,10 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
         i = j
     pthread_mutex_lock(&r.lock)
     for i in range(n):
+        if gone[i] == VANISHED:
+            waiters[i] = r.states[pages[i]] & FLAG_WAITERS
+            removed(r, pages[i])
+            continue
         waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_FETCHING)
         if gone[i]:
             resident_gone(&r.set, pages[i])
@@ -1114,7 +1156,7 @@ cdef void refuse(Region_t *r) noexcept nogil:
         if who >> k & 1:
             tell_guard(&r.attachments[k], GUARD_NOTE, refused[0].page, n,
                        b"region full: no room here and no lender has any; SIGBUS", 0)
-    deadline = now_ns() + 100000000ull
+    deadline = now_ns() + NOTE_NS
     for k in range(r.attachments_used):
         if who >> k & 1:
             await_note(&r.attachments[k], deadline)
