@@ -437,6 +437,16 @@ def probe():
     return enabled, bool(user_mode_only)
 
 
+cdef class Entered:
+    """A context manager that knows whether it was entered. Natively, since an interrupt (Ctrl-C) may come before the first line
+    of a Python function: then __exit__ would not be called, and nobody would know."""
+    cdef readonly bint entered
+
+    def __enter__(self):
+        self.entered = True
+        return self
+
+
 # -- mapping ---------------------------------------------------------------------------------------------------------
 
 cdef object _os_error(str what):

@@ -21,6 +21,7 @@ import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -168,6 +169,7 @@ class _Connection:
         self.shared: _Shared | None = None
         self.attachment: int | None = None
         self.attached = False
+        self._groups: dict[int, list[tuple[int, int]]] = {}  # what Undo takes back
         self._gone = False
         self._waiting: asyncio.Future[None] | None = None
         if self.pidfd is not None:
@@ -266,6 +268,8 @@ class _Connection:
                 case messages.Close():
                     await self._leave_region()
                     reply = messages.Reply(ok=True)
+                case messages.Undo():
+                    reply = messages.Reply(ok=True, pages=await self._undo(request.group))
                 case messages.Statistics():
                     reply = messages.Reply(ok=True, statistics=await self.service.run(self._ready()[0].statistics))
                 case _:
@@ -382,6 +386,10 @@ class _Connection:
         match request:
             case messages.Pin():
                 await run(lambda: region.pin(number, first, count))
+                if request.group:
+                    self._groups.setdefault(request.group, []).append((first, count))
+                    if len(self._groups) > messages.GROUPS_MAX:
+                        del self._groups[next(iter(self._groups))]
                 return messages.Reply(ok=True)
             case messages.Unpin():
                 await run(lambda: region.unpin(number, first, count))
@@ -397,6 +405,14 @@ class _Connection:
                 runs = await run(lambda: region.check(first, count))
                 more = runs[messages.RUNS_MAX][0] if len(runs) > messages.RUNS_MAX else None
                 return messages.Reply(ok=True, runs=runs[: messages.RUNS_MAX], next_page=more)
+
+    async def _undo(self, group: int) -> int:
+        region, number = self._ready()
+        pages = 0
+        for first, count in self._groups.pop(group, []):
+            await self.service.run(partial(region.unpin, number, first, count))
+            pages += count
+        return pages
 
     def _ready(self) -> tuple[EngineRegion, int]:
         if self.shared is None or self.attachment is None or not self.attached:
