@@ -128,6 +128,14 @@ cdef struct Region_t:
     uint64_t evictions
     uint64_t evictions_clean
     uint64_t refused
+    uint64_t came                   # pages that came in, ever
+    uint64_t returned               # of them, those that had left not long before
+    uint64_t waited_ns              # that faults took, all together
+    uint64_t looked_ns              # when the last three were looked at last, and what they were
+    uint64_t looked_came
+    uint64_t looked_returned
+    uint64_t looked_waited_ns
+    uint64_t enough                 # the budget that would end its thrashing; 0: it does not thrash
     Histogram local_ns
     Histogram remote_ns
 

@@ -63,11 +63,11 @@ from ramster.engine._prefetch cimport (
     pattern_runs, pattern_skip, pattern_took, range_of)
 from ramster.engine._prefetch import ADVICE
 from ramster.engine._resident cimport (
-    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NOBODY, resident_add, resident_free, resident_gone, resident_init,
+    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NEW, NOBODY, Q_GHOST, enough_pages, resident_add, resident_free, resident_gone, resident_init,
     resident_leave_free, resident_pin, resident_unpin, resident_victim)
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
-    store_destroy_pool, store_flush, store_get, store_put, store_where)
+    AGAIN_MS, BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
+    store_destroy_pool, store_flush, store_get, store_in_vain, store_patience, store_put, store_short_of_frames, store_where)
 
 from ramster import errors
 
@@ -398,10 +398,13 @@ cdef inline int hints_of(Region_t *r, uint64_t page) noexcept nogil:
 cdef void arrived(Region_t *r, uint64_t first, uint64_t count, int state) noexcept nogil:
     """Pages that were being fetched are resident now."""
     cdef uint64_t page
+    cdef int met
     cdef bint waiters = False
     pthread_mutex_lock(&r.lock)
     for page in range(first, first + count):
-        if resident_add(&r.set, <uint32_t> page, hints_of(r, page)) == MISSED:
+        met = resident_add(&r.set, <uint32_t> page, hints_of(r, page))
+        r.returned += met != NEW
+        if met == MISSED:
             pattern_missed(&r.reads)
         waiters |= set_state(r, page, state)
     if r.condemned:
@@ -563,6 +566,7 @@ cdef void finish_batch(Batch *b) noexcept nogil:
         serve_run(b, i, j, b.kinds[i])
         i = j
     if b.fault:
+        add64(&r.waited_ns, now_ns() - b.started_ns, RELAXED)
         record(&r.remote_ns if b.remote else &r.local_ns, now_ns() - b.started_ns)
     pthread_mutex_lock(&r.lock)
     b.used = False
@@ -716,7 +720,14 @@ cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ah
         if b.ours[at - first]:
             r.states[at] = <uint8_t> (r.states[at] | PAGE_FETCHING | (FLAG_AHEAD if ahead or (b.fault and at != page) else 0))
             b.taken += 1
+            if spare:
+                if r.spare_count == SPARE_MAX:
+                    r.spare_first += 1
+                    r.spare_count -= 1
+                r.spare[(r.spare_first + r.spare_count) % SPARE_MAX] = <uint32_t> at
+                r.spare_count += 1
     r.resident += b.taken
+    r.came += b.taken
     want_room(r)
 
 
@@ -1172,6 +1183,38 @@ cdef void refuse(Region_t *r) noexcept nogil:
     pthread_mutex_unlock(&r.lock)
 
 
+cdef uint32_t clean_first(uint32_t *pages, uint8_t *clean, uint32_t n) noexcept nogil:
+    """Sorted pages: the clean ones before the others, each kind in its order. How many are clean."""
+    cdef uint32_t others[BATCH]
+    cdef uint32_t i, k = 0, m = 0
+    for i in range(n):
+        if clean[i]:
+            pages[k] = pages[i]
+            k += 1
+        else:
+            others[m] = pages[i]
+            m += 1
+    for i in range(m):
+        pages[k + i] = others[i]
+    memset(clean, 1, k)
+    memset(clean + k, 0, m)
+    return k
+
+
+cdef void look_for_thrashing(Region_t *r) noexcept nogil:
+    """Under the lock, from time to time."""
+    cdef uint64_t now = now_ns(), waited = load64(&r.waited_ns, RELAXED)
+    if now < r.looked_ns + THRASH_NS:
+        return
+    if r.looked_ns:
+        r.enough = min(r.pages, enough_pages(r.budget, r.set.count[<int> Q_GHOST], r.came - r.looked_came, r.returned - r.looked_returned,
+                                             waited - r.looked_waited_ns, now - r.looked_ns))
+    r.looked_ns = now
+    r.looked_came = r.came
+    r.looked_returned = r.returned
+    r.looked_waited_ns = waited
+
+
 cdef void *evictor_main(void *argument) noexcept nogil:
     cdef Region_t *r = <Region_t *> argument
     cdef uint32_t pages[BATCH]
@@ -1193,8 +1236,14 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             resident_leave_free(&r.set, r.reserve - r.reserve_least)
             r.reserve_changed_ns = now_ns()
         n = 0
+        if not is_short(r):
+            r.full = False
+        short = may_overdraw(r)
+        most = FULL_BATCH if r.full else BATCH
+        wait = min(r.full_wait_ns, <uint64_t> AGAIN_MS * 1000000) if r.full else store_patience(r.store, &r.in_vain, r.full_wait_ns)
+        look_for_thrashing(r)
         looked = 2 * BATCH if is_short(r) else 0
-        while n < BATCH and looked > 0 and r.resident + r.reserve > r.budget + n:
+        while n < most and looked > 0 and r.resident + r.reserve > r.budget + n:
             looked -= 1
             page = resident_victim(&r.set)
             if page == NOBODY:
@@ -1827,7 +1876,7 @@ cdef class Region:
         cdef uint64_t page = 0
         cdef uint32_t n
         cdef uint8_t states[CENSUS]
-        cdef uint64_t now[15]
+        cdef uint64_t now[16]
         memset(census, 0, sizeof(census))
         with nogil:
             while page < r.pages:
@@ -1846,7 +1895,7 @@ cdef class Region:
             faults_local=load64(&r.faults_local, RELAXED), faults_remote=load64(&r.faults_remote, RELAXED),
             faults_zero=load64(&r.faults_zero, RELAXED), faults_wp=now[6], faults_minor=now[7], faults_parked=now[8],
             prefetched=now[12], prefetch_hits=now[13], prefetch_wasted=now[14], evictions=now[9], evictions_clean=now[10], refused=now[11], full=now[4],
-            polled_us=load64(&r.polled_ns, RELAXED) // 1000,
+            thrashing=1 if now[15] else 0, enough_pages=now[15], polled_us=load64(&r.polled_ns, RELAXED) // 1000,
             fault_local_p50_us=quantile(&r.local_ns, 0.5) // 1000, fault_local_p99_us=quantile(&r.local_ns, 0.99) // 1000,
             fault_remote_p50_us=quantile(&r.remote_ns, 0.5) // 1000, fault_remote_p99_us=quantile(&r.remote_ns, 0.99) // 1000)
         # Most of a large region is not looked at, so this is what is left.

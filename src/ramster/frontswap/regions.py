@@ -103,6 +103,10 @@ class RegionStatistics:
     """Evictions that stored nothing, because the stored copy was still right; the others are puts."""
     refused: int = 0
     """Faults that waited for room in vain and ended by SIGBUS."""
+    thrashing: bool = False
+    """Threads spend their time waiting for pages that left not long before, as it was in the last two seconds."""
+    enough_pages: int = 0
+    """Where it is thrashing: a budget with which that would end, estimated from how soon pages come back."""
     polled_us: int = 0
     """CPU time that fault threads spent asking for faults instead of sleeping (`busy_poll_us`)."""
     full: bool = False
@@ -140,8 +144,11 @@ class _Control:
 
     def ask(self, request: messages.Request, fds: Sequence[int] = ()) -> messages.Reply:
         """Send and wait. Raises the error that the node reports, NodeUnreachable, ProtocolError."""
-        with self._lock:
-            return self._result(self._wait(self._send(request, fds)))
+        try:
+            with self._lock:
+                return self._result(self._wait(self._send(request, fds)))
+        finally:
+            self._settle()
 
     def ask_for_descriptors(self, request: messages.Request, count: int) -> tuple[messages.Reply, list[int]]:
         """As `ask`, for an answer that brings `count` descriptors, which the caller then owns."""
@@ -467,7 +474,8 @@ class Region(Mapping):
         known = {
             field.name: values[field.name] for field in dataclasses.fields(RegionStatistics) if field.name in values
         }
-        known["full"] = bool(known.get("full", 0))
+        for flag in ("full", "thrashing"):
+            known[flag] = bool(known.get(flag, 0))
         return RegionStatistics(**known)
 
     def close(self) -> None:
