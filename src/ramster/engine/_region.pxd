@@ -12,6 +12,7 @@ cdef enum:
     BATCH = 64                      # pages evicted at once
     THREADS_MAX = 16
     ATTACHMENTS_MAX = 32            # processes of one region; the bits of Parked.who
+    SPARE_MAX = 64                  # pages that reads may bring in beyond the budget while nothing can be written out
     BATCHES_MAX = 32                # windows on their way in at once; 0.5 MiB each once used
 
 # State of a page of a region. Low nibble; the flags above it.
@@ -52,6 +53,7 @@ cdef struct Attachment:             # one process that has the region mapped
 
 cdef struct Parked:                 # faults that wait for room
     uint32_t page
+    bint write                      # none of them only reads
     uint32_t who                    # a bit per attachment
 
 cdef struct Batch:                  # the pages of one fault, on their way in together
@@ -94,6 +96,11 @@ cdef struct Region_t:
     Parked *parked                  # faults that wait for room
     uint64_t parked_count
     uint64_t parked_since_ns
+    uint64_t parked_taken           # frames that the store's puts had got then
+    uint64_t in_vain                # see store_patience
+    uint32_t spare[64]              # a ring: pages that came in beyond the budget, the oldest first
+    uint32_t spare_first
+    uint32_t spare_count
     bint parked_overflow            # more faults wait than 'parked' holds
     uint64_t resident
     uint64_t pinned                 # pages that somebody has pinned
@@ -149,7 +156,7 @@ cdef class Region:
     cdef int shut(self) except -1
     cdef Region_t *begin(self, Attachment *a, uint64_t first, uint64_t count) except NULL
     cdef int end(self, Region_t *r, Attachment *a) except -1
-    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1
+    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable, uint64_t *done) except -1
     cdef int drop_pins(self, Attachment *a, uint64_t first, uint64_t count) except -1
     cdef object fail(self, int outcome, uint64_t first, uint64_t count)
     cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count)

@@ -378,6 +378,12 @@ cdef inline bint is_short(Region_t *r) noexcept nogil:
     return r.resident + r.reserve // 2 > r.budget
 
 
+cdef inline bint may_overdraw(Region_t *r) noexcept nogil:
+    """Nothing can be written out now, or only after a wait: what reads bring in may lie beyond the budget meanwhile. It is
+    clean, so whoever needs its place drops it without the store."""
+    return r.full or store_short_of_frames(r.store)
+
+
 cdef void want_room(Region_t *r) noexcept nogil:
     """Under the lock: evictors sleep until half of the reserve is used, then work in whole batches until it is full again.
     Woken for each page they would write out pages one by one, five times as dear."""
@@ -444,7 +450,7 @@ cdef inline uint32_t bit_of(Attachment *a) noexcept nogil:
     return <uint32_t> 1 << <uint32_t> (a - &a.region.attachments[0])
 
 
-cdef void park(Attachment *a, uint64_t page) noexcept nogil:
+cdef void park(Attachment *a, uint64_t page, bint write) noexcept nogil:
     """Under the lock: a fault waits until an evictor has made room; the evictor wakes it."""
     cdef Region_t *r = a.region
     cdef uint64_t i, now = now_ns()
@@ -456,14 +462,17 @@ cdef void park(Attachment *a, uint64_t page) noexcept nogil:
         r.reserve_changed_ns = now
     if r.parked_count == 0:
         r.parked_since_ns = now
+        r.parked_taken = load64(&r.store.frames_taken, ACQUIRE)
     for i in range(r.parked_count):
         if r.parked[i].page == page:
             r.parked[i].who |= bit_of(a)
+            r.parked[i].write = r.parked[i].write and write
             break
     else:
         if r.parked_count < PARKED_MAX:
             r.parked[r.parked_count].page = <uint32_t> page
             r.parked[r.parked_count].who = bit_of(a)
+            r.parked[r.parked_count].write = write
             r.parked_count += 1
         else:
             r.parked_overflow = True
@@ -484,11 +493,108 @@ cdef void unpark(Region_t *r) noexcept nogil:
         everybody = r.parked_overflow       # those for whom there was no entry: costs what waits, not what there is
         r.parked_overflow = False
     r.parked_since_ns = now_ns()
+    r.parked_taken = load64(&r.store.frames_taken, ACQUIRE)
     pthread_mutex_unlock(&r.lock)
     for i in range(n):
         wake(r, woken[i].page, 1, woken[i].who)
     if everybody:
         wake(r, 0, r.pages)
+
+
+cdef void unpark_reads(Region_t *r) noexcept nogil:
+    """They need not wait for a put: they ask again, and may go beyond the budget now."""
+    cdef Parked woken[PARKED_MAX]
+    cdef uint64_t n = 0, kept = 0, i
+    pthread_mutex_lock(&r.lock)
+    for i in range(r.parked_count):
+        if r.parked[i].write:
+            r.parked[kept] = r.parked[i]
+            kept += 1
+        else:
+            woken[n] = r.parked[i]
+            n += 1
+    r.parked_count = kept
+    pthread_mutex_unlock(&r.lock)
+    for i in range(n):
+        wake(r, woken[i].page, 1, woken[i].who)
+
+
+cdef void drop(Region_t *r, uint32_t *pages, uint32_t n) noexcept nogil:
+    """Clean pages that this thread has put into state evicting leave: only the memory is given back. Any thread may do that, since
+    it waits for nothing."""
+    cdef uint32_t i
+    cdef bint waiters[SPARE_MAX]
+    cdef bint gone[SPARE_MAX]
+    for i in range(n):
+        gone[i] = fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> pages[i] * PAGE, PAGE) == 0
+    pthread_mutex_lock(&r.lock)
+    for i in range(n):
+        waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_CLEAN)
+        if gone[i]:
+            resident_gone(&r.set, pages[i])
+            r.resident -= 1
+            r.evictions += 1
+            r.evictions_clean += 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+    for i in range(n):
+        if waiters[i]:
+            wake(r, pages[i], 1)
+
+
+cdef uint32_t pick_spare(Region_t *r, uint64_t but, uint32_t most, uint32_t *pages) noexcept nogil:
+    """Under the lock: put up to so many of the pages that came in beyond the budget, the oldest first, into state evicting. What
+    has been written since, is pinned, or cannot be had again at once stays and counts as any other. 'but': not this page."""
+    cdef uint32_t n = 0, page, left = r.spare_count
+    while left > 0 and n < most:
+        left -= 1
+        page = r.spare[r.spare_first % SPARE_MAX]
+        r.spare_first += 1
+        r.spare_count -= 1
+        if page == but:
+            r.spare[(r.spare_first + r.spare_count) % SPARE_MAX] = page
+            r.spare_count += 1
+        elif state_of(r, page) == PAGE_CLEAN and not r.states[page] & FLAG_PINNED and stored_copy_at_hand(r, page):
+            r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_EVICTING)
+            pages[n] = page
+            n += 1
+    return n
+
+
+cdef bint make_spare(Region_t *r, uint64_t but, uint64_t most) noexcept nogil:
+    """Under the lock, which it lets go meanwhile: at most so many pages are resident then, if dropping pages that came in beyond
+    the budget is enough. 'but': not this one. True: the lock was let go."""
+    cdef uint32_t pages[SPARE_MAX]
+    cdef uint32_t n
+    if r.resident <= most:
+        return False
+    n = pick_spare(r, but, <uint32_t> min(r.resident - most, <uint64_t> SPARE_MAX), pages)
+    if n == 0:
+        return False
+    pthread_mutex_unlock(&r.lock)
+    drop(r, pages, n)
+    pthread_mutex_lock(&r.lock)
+    return True
+
+
+cdef bint yields(Attachment *a, uint64_t page) noexcept nogil:
+    """Under the lock: a clean page is to become dirty. While nothing can be written out, what lies beyond the budget must stay
+    clean, or reads would stand still: then others of these leave, else this page does, whose writer faults again and waits with
+    those who need a page of the budget. True: it left, or is in other hands now, and the lock is released."""
+    cdef Region_t *r = a.region
+    cdef uint32_t self_page = <uint32_t> page
+    if r.resident <= r.budget or not may_overdraw(r):
+        return False
+    if make_spare(r, page, r.budget):
+        pthread_mutex_unlock(&r.lock)
+        wake_in(a, page, 1)             # looked at anew
+        return True
+    if r.states[page] & FLAG_PINNED or not stored_copy_at_hand(r, page):
+        return False
+    r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_EVICTING | FLAG_WAITERS)
+    pthread_mutex_unlock(&r.lock)
+    drop(r, &self_page, 1)
+    return True
 
 
 # --- bringing pages in ---------------------------------------------------------------------------------------------
@@ -699,7 +805,9 @@ cdef inline bint is_away(Region_t *r, uint64_t page) noexcept nogil:
 cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ahead, Batch *b) noexcept nogil:
     """Under the lock, with room for a page: put the wanted page and those of its window that are away too into state
     fetching. What is resident among them stays as it is: pages that are kept for long must not cut windows short."""
-    cdef uint64_t first = page, end = page + 1, at = page + 1, room = r.budget - r.resident - 1
+    cdef bint spare = r.resident >= r.budget
+    cdef uint64_t first = page, end = page + 1, at = page + 1
+    cdef uint64_t room = (SPARE_WINDOW if spare else r.budget - r.resident) - 1
     while at < high and room > 0:
         if is_away(r, at):
             end = at + 1
@@ -831,9 +939,16 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
         else:
             wake_in(a, page, 1)     # it came in meanwhile
         return
-    b = take_batch(a) if has_room(r) else NULL
+    if not has_room(r) and not write and may_overdraw(r):
+        if make_spare(r, NOBODY, r.budget + SPARE_MAX - SPARE_WINDOW):
+            pthread_mutex_unlock(&r.lock)
+            wake_in(a, page, 1)     # looked at anew
+            return
+        b = take_batch(a) if r.resident + SPARE_WINDOW <= r.budget + SPARE_MAX else NULL
+    else:
+        b = take_batch(a) if has_room(r) else NULL
     if b == NULL:
-        park(a, page)
+        park(a, page, write)
         pthread_mutex_unlock(&r.lock)
         return
     b.fault = True
@@ -877,6 +992,8 @@ cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
     pthread_mutex_lock(&r.lock)
     r.faults_wp += 1
     state = state_of(r, page)
+    if state == PAGE_CLEAN and yields(a, page):
+        return
     if state == PAGE_CLEAN or state == PAGE_DIRTY:
         # A dirty page that is still protected was written in another process, or given back by an evictor that found no room.
         # It too is taken in hand while its protection is lifted: an evictor that came in between would lose the write that
@@ -916,6 +1033,8 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
         return
     clean = state == PAGE_CLEAN
+    if clean and write and yields(a, page):
+        return
     if state == PAGE_CLEAN or state == PAGE_DIRTY:
         pattern_fault(&r.maps, page, &plan)
         if clean and (write or not a.can_continue_protected):
@@ -929,8 +1048,8 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
         wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
         return
-    elif r.resident >= r.budget + OVERDRAFT:
-        park(a, page)
+    elif r.resident >= r.budget + SPARE_MAX + OVERDRAFT:
+        park(a, page, write)
         pthread_mutex_unlock(&r.lock)
         return
     else:
@@ -1072,6 +1191,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     cdef ssize_t got
     cdef bint full = False
     cdef uint64_t first
+    cdef uint32_t stored = 0
     for i in range(n):
         gone[i] = 0
         if clean[i] and not stored_copy_at_hand(r, pages[i]):
@@ -1103,7 +1223,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
         j = i + 1
         while j < n and pages[j] == pages[j - 1] + 1 and gone[j] == gone[i]:
             j += 1
-        if gone[i]:
+        if gone[i] == 1:
             if fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> pages[i] * PAGE, <long> (j - i) * PAGE) != 0:
                 for k in range(i, j):
                     gone[k] = 0
@@ -1122,8 +1242,8 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
             r.evictions += 1
             if clean[i]:
                 r.evictions_clean += 1
-    if evicted:
-        r.full = False
+    if stored:
+        r.full = False              # what was clean tells nothing of the store
     if full:
         r.full = True
     pthread_cond_broadcast(&r.changed)
@@ -1138,15 +1258,20 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     return evicted
 
 
-cdef void refuse(Region_t *r) noexcept nogil:
-    """Faults have waited for room as long as they may: their processes are told plainly, by SIGBUS and a line on stderr."""
+cdef void refuse(Region_t *r, bint reads) noexcept nogil:
+    """Writes, or all faults, have waited for room as long as they may: their processes are told plainly, by SIGBUS and a line on
+    stderr."""
     cdef Parked refused[PARKED_MAX]
-    cdef uint64_t n = 0, i, deadline
+    cdef uint64_t n = 0, kept = 0, i, deadline
     cdef uint32_t who = 0, k
     cdef bint everybody
     pthread_mutex_lock(&r.lock)
+    store_in_vain(r.store, &r.in_vain, r.parked_taken)
     for i in range(r.parked_count):
-        if state_of(r, r.parked[i].page) == PAGE_AWAY:      # what came in meanwhile has been woken
+        if not reads and not r.parked[i].write:
+            r.parked[kept] = r.parked[i]
+            kept += 1
+        elif state_of(r, r.parked[i].page) == PAGE_AWAY:    # what came in meanwhile has been woken
             refused[n] = r.parked[i]
             n += 1
             set_state(r, r.parked[i].page, PAGE_LOST)
@@ -1155,7 +1280,7 @@ cdef void refuse(Region_t *r) noexcept nogil:
             for k in range(r.attachments_used):
                 if r.parked[i].who >> k & 1 and r.can_poison:
                     condemn(&r.attachments[k], r.parked[i].page)
-    r.parked_count = 0
+    r.parked_count = kept
     everybody = r.parked_overflow               # asks again, and is refused in its turn
     r.parked_overflow = False
     r.refused += n
@@ -1221,7 +1346,8 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef uint8_t clean[BATCH]
     cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
     cdef uint32_t n
-    cdef uint64_t looked, waited
+    cdef uint32_t most, done
+    cdef uint64_t looked, waited, wait
     cdef int64_t page
     cdef int state
     cdef bint parked, room, short, full
@@ -1262,8 +1388,14 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             clean[looked] = state_of(r, pages[looked]) == PAGE_CLEAN
             r.states[pages[looked]] = <uint8_t> ((r.states[pages[looked]] & ~STATE_MASK) | PAGE_EVICTING)
         pthread_mutex_unlock(&r.lock)
-        if n:
-            evict(r, pages, n, clean, buffer)
+        done = 0
+        if short and n:
+            # A put may have to wait. What needs none goes first, and nobody who only reads waits for the rest.
+            done = clean_first(pages, clean, n)
+            evict(r, pages, done, clean, buffer, 0)
+            unpark_reads(r)
+        if done < n:
+            evict(r, pages + done, n - done, clean + done, buffer, wait)
         pthread_mutex_lock(&r.lock)
         parked = r.parked_count != 0
         room = has_room(r)
@@ -1276,9 +1408,15 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         elif parked:
             # What waits for a lender's answer makes room within give_up; only a store that refuses is full before.
             if waited > r.full_wait_ns + (0 if full else r.links.give_up_ns):
-                refuse(r)
+                refuse(r, True)
+            elif full and waited > store_patience(r.store, &r.in_vain, r.full_wait_ns):
+                refuse(r, False)
             pthread_mutex_lock(&r.lock)
             cond_wait_until(&r.work, &r.lock, now_ns() + 5000000ull)
+            pthread_mutex_unlock(&r.lock)
+        elif full:
+            pthread_mutex_lock(&r.lock)         # looked at again from time to time, or when somebody faults
+            cond_wait_until(&r.work, &r.lock, now_ns() + FULL_PAUSE_NS)
             pthread_mutex_unlock(&r.lock)
         elif n == 0 and short:
             pthread_mutex_lock(&r.lock)         # everything is pinned or in other hands
@@ -1305,6 +1443,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
     cdef Batch *b
     cdef int state
     cdef bint all_there
+    cdef uint64_t began = now_ns()
     while True:
         all_there = True
         pthread_mutex_lock(&r.lock)
@@ -1345,6 +1484,9 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                 pthread_mutex_unlock(&r.lock)
                 bring_in(r, b)
             else:
+                if r.full and state == PAGE_AWAY and not has_room(r) and now_ns() > began + store_patience(r.store, &r.in_vain, r.full_wait_ns):
+                    pthread_mutex_unlock(&r.lock)
+                    return GONE_FULL
                 pthread_cond_signal(&r.work)
                 cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
                 pthread_mutex_unlock(&r.lock)
@@ -1671,14 +1813,15 @@ cdef class Region:
         pthread_mutex_unlock(&r.lock)
         return 0
 
-    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1:
-        """Make a run resident, in windows, each with its own deadline."""
+    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable, uint64_t *done) except -1:
+        """Make a run resident, in windows, each with its own deadline. 'done': pages of the windows that are."""
         cdef Region_t *r = a.region
         cdef uint64_t page = first, end
         cdef int outcome = DONE
         with nogil:
             while page < first + count and outcome == DONE:
                 end = min(page + WINDOW_MAX, first + count)
+                done[0] = page - first
                 outcome = make_resident(a, page, end, writable,
                                         now_ns() + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
                 page = end
@@ -1714,7 +1857,7 @@ cdef class Region:
                 raise errors.RegionFull(
                     f"cannot pin {count} pages: {fresh} are pinned, and at most {r.budget - r.reserve_least} of the {r.budget} "
                     "resident pages may be")
-            outcome = self.wait_in(a, first, count, True)
+            outcome = self.wait_in(a, first, count, True, &fresh)
             if outcome != DONE:
                 self.drop_pins(a, first, count)
                 self.fail(outcome, first, count)
@@ -1757,7 +1900,7 @@ cdef class Region:
     def prefetch(self, uint32_t number, uint64_t first, uint64_t count):
         cdef Attachment *a = self.attachment(number)
         cdef Region_t *r = self.begin(a, first, count)
-        cdef uint64_t pinned
+        cdef uint64_t pinned, done = 0
         cdef int outcome
         try:
             runs = self.lost_runs(r, first, count)
@@ -1767,7 +1910,11 @@ cdef class Region:
             pinned = r.pinned
             pthread_mutex_unlock(&r.lock)
             count = min(count, r.budget - r.reserve_least - min(pinned, r.budget - r.reserve_least))
-            outcome = self.wait_in(a, first, count, False) if count else GONE_FULL
+            if count == 0:
+                return 0                # all that may be is pinned
+            outcome = self.wait_in(a, first, count, False, &done)
+            if outcome == GONE_FULL:
+                return done             # what the budget allows is no more, now
             if outcome != DONE:
                 self.fail(outcome, first, count)
             return count
@@ -1803,7 +1950,7 @@ cdef class Region:
                         page += 1
                     pthread_mutex_unlock(&r.lock)
                     if n:
-                        left = evict(r, pages, n, clean, buffer)
+                        left = evict(r, pages, n, clean, buffer, r.full_wait_ns)
                         evicted += left
                         full = left < n
                         unpark(r)
@@ -1887,7 +2034,7 @@ cdef class Region:
                 page = store_census(r.store, r.pool, page, n, states, census)
             pthread_mutex_lock(&r.lock)
             now[:] = [r.resident, r.pinned, r.lost, r.attached, r.full, r.faults, r.faults_wp, r.faults_minor, r.faults_parked,
-                      r.evictions, r.evictions_clean, r.refused, r.reads.prefetched, r.reads.hits, r.reads.wasted]
+                      r.evictions, r.evictions_clean, r.refused, r.reads.prefetched, r.reads.hits, r.reads.wasted, r.enough]
             pthread_mutex_unlock(&r.lock)
         values = dict(
             pages=r.pages, resident_pages=now[0], budget_pages=r.budget, pinned_pages=now[1], attached_processes=now[3],
