@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ramster import errors
-from ramster.engine._resident import CAPACITY_MAX, ResidentSet
+from ramster.engine._resident import CAPACITY_MAX, ResidentSet, enough
 
 PAGES = st.integers(0, 300)
 
@@ -324,3 +324,53 @@ def test_wrong_pages() -> None:
         resident.add(page)
     with pytest.raises(errors.UsageError):
         resident.add(1 << 20)
+
+
+SECOND = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("budget", "ghosts", "came", "returned", "waited_s", "expected", "what"),
+    [
+        (1000, 1000, 0, 0, 0.0, 0, "nothing comes in"),
+        (1000, 1000, 63, 63, 2.0, 0, "hardly anything does"),
+        (1000, 1000, 5000, 0, 2.0, 0, "a pass that never comes back"),
+        (1000, 1000, 5000, 312, 2.0, 0, "one page in 17 comes back: what is in use is far more than can be known"),
+        (1000, 1000, 5000, 313, 2.0, 16974, "one in 16"),
+        (1000, 1000, 5000, 5000, 0.2, 0, "they come back, and hardly anybody waits for them"),
+        (1000, 1000, 5000, 5000, 0.25, 2000, "an eighth of the time"),
+        (1000, 200, 5000, 5000, 2.0, 1200, "passes over 1,200 pages"),
+        (1000, 1000, 6000, 1000, 2.0, 7000, "anywhere in 7,000: one ghost in six that are outside"),
+        (1000, 1000, 6000, 1000, 64.0, 7000, "many threads wait at once"),
+    ],
+)
+def test_a_budget_that_would_be_enough(
+    budget: int, ghosts: int, came: int, returned: int, waited_s: float, expected: int, what: str
+) -> None:
+    assert enough(budget, ghosts, came, returned, int(waited_s * SECOND), 2 * SECOND) == expected, what
+
+
+@pytest.mark.parametrize("used", [1200, 1800, 4000, 7000])
+@pytest.mark.parametrize("load", ["cyclic", "random"])
+def test_the_estimate_meets_what_is_in_use(used: int, load: str) -> None:
+    """Of a pass over more than twice the budget no page comes back while it is remembered: nothing can be said."""
+    capacity = 1000
+    tested = ResidentSet(capacity)
+    rng = np.random.default_rng(1)
+    resident: set[int] = set()
+    came = returned = 0
+    for i in range(20_000):
+        page = i % used if load == "cyclic" else int(rng.integers(used))
+        if page in resident:
+            continue
+        if len(resident) >= capacity:
+            victim = tested.victim()
+            assert victim is not None
+            tested.gone(victim)
+            resident.remove(victim)
+        came += i >= 10_000
+        returned += (tested.add(page) != "new") and i >= 10_000
+        resident.add(page)
+    estimate = enough(capacity, len(tested.queues()["ghosts"]), came, returned, SECOND, SECOND)
+    if load == "random" or used < 2 * capacity:
+        assert 0.8 * used < estimate < 1.25 * used

@@ -241,3 +241,10 @@ def test_nodes_start_in_any_order_and_come_and_go(make: Callable[..., Cluster]) 
     cluster["alpha"].wait(lambda status: status["peers"][0]["state"] == "down", "the death is seen")
     cluster["beta"].start()
     cluster.wait_up()
+
+
+def test_a_node_that_does_not_close_ends_all_the_same() -> None:
+    code = "import threading\nfrom ramster.node.main import end_within\nend_within(0.1)\nthreading.Event().wait()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert "the node does not close within 0.1 s" in ended.stderr and "Thread 0x" in ended.stderr

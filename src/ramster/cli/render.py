@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -188,7 +188,19 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
             f"{_int(region, 'fault_local_p50_us')}/{_int(region, 'fault_local_p99_us')} us",
             f"{_int(region, 'fault_remote_p50_us')}/{_int(region, 'fault_remote_p99_us')} us",
         )
-    return table
+    return Group(table, *(Text(line, style="yellow") for line in map(thrashing, regions) if line))
+
+
+def thrashing(region: Mapping[str, Any]) -> str:
+    """What to say of a region that thrashes; nothing of others."""
+    enough = _int(region, "enough_pages")
+    if not region.get("thrashing"):
+        return ""
+    return (
+        f"region {region.get('name') or region.get('id', '?')} is thrashing: pages come back soon after they left; "
+        f"about {show_size(enough * PAGE_BYTES)} resident would end it "
+        f"(it may have {show_size(_int(region, 'budget_pages') * PAGE_BYTES)})"
+    )
 
 
 def export_table(exports: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -50,7 +50,7 @@ from ramster.engine._c.pthread cimport (
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, peer_certificate, reply_bytes, reply_next
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_put,
+    BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_in_vain, store_patience, store_put,
     store_short_of_frames, store_slot, store_where)
 
 import os
@@ -60,7 +60,6 @@ from ramster import errors
 cdef enum:
     SEND_S = 120                    # a client that takes nothing for so long is gone; a paused virtual machine comes back sooner
     LEAVE_MS = 50
-    AGAIN_MS = 10                   # that a put waits for room after another one waited in vain
     PATCH_LOOKS = 100               # at a page that goes away with another content each time that it is fetched
     PATIENCE_S = 60                 # for a page, at least: a disk is given 30 s
     SOCKET_BYTES = 4194304          # asked for; the system gives what it allows
@@ -121,15 +120,12 @@ cdef int load_page(Server_t *s, Export *e, uint64_t page, uint8_t *bytes, Remote
 
 
 cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
-    """A put that waits in vain for room makes the next ones wait shortly, so that a client that goes on writing is refused quickly.
-    Each frame that puts get doubles the wait, up to full_wait again: then room is made at a pace worth waiting for."""
-    cdef uint64_t vain = load64(&s.in_vain, ACQUIRE), taken = load64(&s.store.frames_taken, ACQUIRE), wait = s.store.full_wait_ns
-    cdef int result
-    if vain:
-        wait = min(wait, <uint64_t> AGAIN_MS * 1000000 << min(taken + 1 - vain, <uint64_t> 20))
-    result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, wait, True)
-    if result == FULL and load64(&s.store.frames_taken, RELAXED) == taken:
-        store64(&s.in_vain, taken + 1, RELEASE)
+    """A put that waits in vain for room makes the next ones wait shortly."""
+    cdef uint64_t taken = load64(&s.store.frames_taken, ACQUIRE)
+    cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes,
+                                store_patience(s.store, &s.in_vain, s.store.full_wait_ns), True)
+    if result == FULL:
+        store_in_vain(s.store, &s.in_vain, taken)
     if result != OK:
         set_failed(e, page, True)
         add64(&e.refusals, 1, RELEASE)

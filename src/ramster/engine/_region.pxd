@@ -12,6 +12,7 @@ cdef enum:
     BATCH = 64                      # pages evicted at once
     THREADS_MAX = 16
     ATTACHMENTS_MAX = 32            # processes of one region; the bits of Parked.who
+    SPARE_MAX = 64                  # pages that reads may bring in beyond the budget while nothing can be written out
     BATCHES_MAX = 32                # windows on their way in at once; 0.5 MiB each once used
 
 # State of a page of a region. Low nibble; the flags above it.
@@ -49,9 +50,11 @@ cdef struct Attachment:             # one process that has the region mapped
     uint64_t noted_ns               # when it was last told of a lost page
     pthread_t threads[16]
     uint32_t started
+    uint32_t ended                  # of them; changes under the region's lock
 
 cdef struct Parked:                 # faults that wait for room
     uint32_t page
+    bint write                      # none of them only reads
     uint32_t who                    # a bit per attachment
 
 cdef struct Batch:                  # the pages of one fault, on their way in together
@@ -95,6 +98,11 @@ cdef struct Region_t:
     Parked *parked                  # faults that wait for room
     uint64_t parked_count
     uint64_t parked_since_ns
+    uint64_t parked_taken           # frames that the store's puts had got then
+    uint64_t in_vain                # see store_patience
+    uint32_t spare[64]              # a ring: pages that came in beyond the budget, the oldest first
+    uint32_t spare_first
+    uint32_t spare_count
     bint parked_overflow            # more faults wait than 'parked' holds
     uint64_t resident
     uint64_t pinned                 # pages that somebody has pinned
@@ -106,6 +114,7 @@ cdef struct Region_t:
     uint64_t revive_after_ns        # ... and when
     bint reviving                   # soon: more are waiting
     uint64_t users                  # threads inside prefetch, pin, evict
+    bint abandoned                  # a thread of it did not end: its memory stays
     bint full
     uint64_t full_wait_ns
     uint64_t hold_ns                # how long a fault waits for room: full_wait_ns, or longer where its process wants that
@@ -133,6 +142,14 @@ cdef struct Region_t:
     uint64_t evictions
     uint64_t evictions_clean
     uint64_t refused
+    uint64_t came                   # pages that came in, ever
+    uint64_t returned               # of them, those that had left not long before
+    uint64_t waited_ns              # that faults took, all together
+    uint64_t looked_ns              # when the last three were looked at last, and what they were
+    uint64_t looked_came
+    uint64_t looked_returned
+    uint64_t looked_waited_ns
+    uint64_t enough                 # the budget that would end its thrashing; 0: it does not thrash
     Histogram local_ns
     Histogram remote_ns
 
@@ -146,7 +163,7 @@ cdef class Region:
     cdef int shut(self) except -1
     cdef Region_t *begin(self, Attachment *a, uint64_t first, uint64_t count) except NULL
     cdef int end(self, Region_t *r, Attachment *a) except -1
-    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1
+    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable, uint64_t *done) except -1
     cdef int drop_pins(self, Attachment *a, uint64_t first, uint64_t count) except -1
     cdef object fail(self, int outcome, uint64_t first, uint64_t count)
     cdef list lost_runs(self, Region_t *r, uint64_t first, uint64_t count, bint by_touch, bint at_once, uint64_t *undecided)

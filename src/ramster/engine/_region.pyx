@@ -36,7 +36,7 @@ from libc.errno cimport EAGAIN, EEXIST, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.stdio cimport snprintf
-from libc.string cimport memcpy, memset, strerror
+from libc.string cimport memcmp, memcpy, memset, strerror
 from posix.unistd cimport usleep
 
 from ramster.engine._c.atomic cimport ACQ_REL, ACQUIRE, RELAXED, RELEASE, add32, add64, load32, load64, sched_yield, store32, sub32
@@ -44,16 +44,17 @@ from ramster.engine._c.check cimport ASSERT
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.linux cimport (
     AF_UNIX, EFD_CLOEXEC, EFD_NONBLOCK, F_ADD_SEALS, F_GETFL, F_SEAL_GROW, F_SEAL_SHRINK, F_SETFL, FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, CPU_AND, CPU_COUNT, CPU_EQUAL, cpu_set_t, sched_getaffinity, sched_setaffinity, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
+    FALLOC_FL_PUNCH_HOLE, MFD_ALLOW_SEALING, MFD_CLOEXEC, MSG_DONTWAIT, MSG_NOSIGNAL, O_NONBLOCK, CPU_AND, CPU_COUNT, CPU_EQUAL, cpu_set_t, sched_getaffinity, sched_setaffinity, F_SEAL_SEAL, POLLIN, POLLOUT, SEEK_DATA, SOCK_CLOEXEC, SOCK_SEQPACKET,
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
     UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
     memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
-    cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    cond_init_monotonic, cond_wait_until, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
-    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread)
+    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread,
+    take_nudges)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
@@ -64,11 +65,11 @@ from ramster.engine._prefetch cimport (
     pattern_runs, pattern_skip, pattern_took, range_of)
 from ramster.engine._prefetch import ADVICE
 from ramster.engine._resident cimport (
-    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NOBODY, resident_add, resident_free, resident_gone, resident_init,
+    HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NEW, NOBODY, Q_GHOST, enough_pages, resident_add, resident_free, resident_gone, resident_init,
     resident_leave_free, resident_pin, resident_unpin, resident_victim)
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
-    store_destroy_pool, store_flush, store_get, store_put, store_where)
+    AGAIN_MS, BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
+    store_destroy_pool, store_flush, store_get, store_in_vain, store_patience, store_put, store_short_of_frames, store_where)
 
 from ramster import errors
 
@@ -86,11 +87,20 @@ cdef enum:
     FOLLOW_READS = 64               # between two looks where the application runs; one costs half a microsecond
     AHEAD_WINDOWS = 8               # that pin and prefetch have under way while they wait for the first of them
     OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
+    SPARE_WINDOW = 8                # pages at once of these: no more than that is dropped for them
+    FULL_PAUSE_NS = 50000000        # between two looks at whether the store has room again
+    NOTE_NS = 100000000             # that a guardian has to write a note before its process dies
+    FULL_BATCH = 8                  # pages that an evictor tries while the store is full
+    THRASH_NS = 2000000000          # a look at whether a region thrashes
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
+    NUDGE_NS = 5000000              # between two signals to a thread that is to end ...
+    END_NS = 10000000000            # ... for so long; what it waits for by itself, a guardian, takes a second
     GUARD_LOST = 1
     GUARD_NOTE = 2
     GUARD_TEXT = 128
     LOSS_NOTE_NS = 10000000000      # a process that lives on after a lost page is told of the next one this much later
+
+STUCK = "a thread that served its faults does not end; what the region holds stays until the node ends"
 
 cdef packed struct GuardMessage:    # docs/regions.md
     uint32_t op
@@ -384,7 +394,7 @@ cdef void note_loss(Attachment *a, uint64_t page, int state) noexcept nogil:
         snprintf(text, sizeof(text), b"region %s: page %llu is lost (the node that kept it is gone or out of reach); SIGBUS",
                  a.region.label, <unsigned long long> page)
     tell_guard(a, GUARD_NOTE, page, 1, text, 0)
-    await_note(a, now + 100000000ull)
+    await_note(a, now + NOTE_NS)
 
 
 cdef inline bint has_room(Region_t *r) noexcept nogil:
@@ -393,6 +403,12 @@ cdef inline bint has_room(Region_t *r) noexcept nogil:
 
 cdef inline bint is_short(Region_t *r) noexcept nogil:
     return r.resident + r.reserve // 2 > r.budget
+
+
+cdef inline bint may_overdraw(Region_t *r) noexcept nogil:
+    """Nothing can be written out now, or only after a wait: what reads bring in may lie beyond the budget meanwhile. It is
+    clean, so whoever needs its place drops it without the store."""
+    return r.full or store_short_of_frames(r.store)
 
 
 cdef void want_room(Region_t *r) noexcept nogil:
@@ -415,10 +431,13 @@ cdef inline int hints_of(Region_t *r, uint64_t page) noexcept nogil:
 cdef void arrived(Region_t *r, uint64_t first, uint64_t count, int state) noexcept nogil:
     """Pages that were being fetched are resident now."""
     cdef uint64_t page
+    cdef int met
     cdef bint waiters = False
     pthread_mutex_lock(&r.lock)
     for page in range(first, first + count):
-        if resident_add(&r.set, <uint32_t> page, hints_of(r, page)) == MISSED:
+        met = resident_add(&r.set, <uint32_t> page, hints_of(r, page))
+        r.returned += met != NEW
+        if met == MISSED:
             pattern_missed(&r.reads)
         waiters |= set_state(r, page, state)
     if r.condemned:
@@ -458,7 +477,7 @@ cdef inline uint32_t bit_of(Attachment *a) noexcept nogil:
     return <uint32_t> 1 << <uint32_t> (a - &a.region.attachments[0])
 
 
-cdef void park(Attachment *a, uint64_t page) noexcept nogil:
+cdef void park(Attachment *a, uint64_t page, bint write) noexcept nogil:
     """Under the lock: a fault waits until an evictor has made room; the evictor wakes it."""
     cdef Region_t *r = a.region
     cdef uint64_t i, now = now_ns()
@@ -470,14 +489,17 @@ cdef void park(Attachment *a, uint64_t page) noexcept nogil:
         r.reserve_changed_ns = now
     if r.parked_count == 0:
         r.parked_since_ns = ran_ns(&r.store.running)
+        r.parked_taken = load64(&r.store.frames_taken, ACQUIRE)
     for i in range(r.parked_count):
         if r.parked[i].page == page:
             r.parked[i].who |= bit_of(a)
+            r.parked[i].write = r.parked[i].write and write
             break
     else:
         if r.parked_count < PARKED_MAX:
             r.parked[r.parked_count].page = <uint32_t> page
             r.parked[r.parked_count].who = bit_of(a)
+            r.parked[r.parked_count].write = write
             r.parked_count += 1
         else:
             r.parked_overflow = True
@@ -498,11 +520,108 @@ cdef void unpark(Region_t *r) noexcept nogil:
         everybody = r.parked_overflow       # those for whom there was no entry: costs what waits, not what there is
         r.parked_overflow = False
     r.parked_since_ns = ran_ns(&r.store.running)
+    r.parked_taken = load64(&r.store.frames_taken, ACQUIRE)
     pthread_mutex_unlock(&r.lock)
     for i in range(n):
         wake(r, woken[i].page, 1, woken[i].who)
     if everybody:
         wake(r, 0, r.pages)
+
+
+cdef void unpark_reads(Region_t *r) noexcept nogil:
+    """They need not wait for a put: they ask again, and may go beyond the budget now."""
+    cdef Parked woken[PARKED_MAX]
+    cdef uint64_t n = 0, kept = 0, i
+    pthread_mutex_lock(&r.lock)
+    for i in range(r.parked_count):
+        if r.parked[i].write:
+            r.parked[kept] = r.parked[i]
+            kept += 1
+        else:
+            woken[n] = r.parked[i]
+            n += 1
+    r.parked_count = kept
+    pthread_mutex_unlock(&r.lock)
+    for i in range(n):
+        wake(r, woken[i].page, 1, woken[i].who)
+
+
+cdef void drop(Region_t *r, uint32_t *pages, uint32_t n) noexcept nogil:
+    """Clean pages that this thread has put into state evicting leave: only the memory is given back. Any thread may do that, since
+    it waits for nothing."""
+    cdef uint32_t i
+    cdef bint waiters[SPARE_MAX]
+    cdef bint gone[SPARE_MAX]
+    for i in range(n):
+        gone[i] = fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> pages[i] * PAGE, PAGE) == 0
+    pthread_mutex_lock(&r.lock)
+    for i in range(n):
+        waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_CLEAN)
+        if gone[i]:
+            resident_gone(&r.set, pages[i])
+            r.resident -= 1
+            r.evictions += 1
+            r.evictions_clean += 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+    for i in range(n):
+        if waiters[i]:
+            wake(r, pages[i], 1)
+
+
+cdef uint32_t pick_spare(Region_t *r, uint64_t but, uint32_t most, uint32_t *pages) noexcept nogil:
+    """Under the lock: put up to so many of the pages that came in beyond the budget, the oldest first, into state evicting. What
+    has been written since, is pinned, or cannot be had again at once stays and counts as any other. 'but': not this page."""
+    cdef uint32_t n = 0, page, left = r.spare_count
+    while left > 0 and n < most:
+        left -= 1
+        page = r.spare[r.spare_first % SPARE_MAX]
+        r.spare_first += 1
+        r.spare_count -= 1
+        if page == but:
+            r.spare[(r.spare_first + r.spare_count) % SPARE_MAX] = page
+            r.spare_count += 1
+        elif state_of(r, page) == PAGE_CLEAN and not r.states[page] & FLAG_PINNED and stored_copy_at_hand(r, page):
+            r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_EVICTING)
+            pages[n] = page
+            n += 1
+    return n
+
+
+cdef bint make_spare(Region_t *r, uint64_t but, uint64_t most) noexcept nogil:
+    """Under the lock, which it lets go meanwhile: at most so many pages are resident then, if dropping pages that came in beyond
+    the budget is enough. 'but': not this one. True: the lock was let go."""
+    cdef uint32_t pages[SPARE_MAX]
+    cdef uint32_t n
+    if r.resident <= most:
+        return False
+    n = pick_spare(r, but, <uint32_t> min(r.resident - most, <uint64_t> SPARE_MAX), pages)
+    if n == 0:
+        return False
+    pthread_mutex_unlock(&r.lock)
+    drop(r, pages, n)
+    pthread_mutex_lock(&r.lock)
+    return True
+
+
+cdef bint yields(Attachment *a, uint64_t page) noexcept nogil:
+    """Under the lock: a clean page is to become dirty. While nothing can be written out, what lies beyond the budget must stay
+    clean, or reads would stand still: then others of these leave, else this page does, whose writer faults again and waits with
+    those who need a page of the budget. True: it left, or is in other hands now, and the lock is released."""
+    cdef Region_t *r = a.region
+    cdef uint32_t self_page = <uint32_t> page
+    if r.resident <= r.budget or not may_overdraw(r):
+        return False
+    if make_spare(r, page, r.budget):
+        pthread_mutex_unlock(&r.lock)
+        wake_in(a, page, 1)             # looked at anew
+        return True
+    if r.states[page] & FLAG_PINNED or not stored_copy_at_hand(r, page):
+        return False
+    r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_EVICTING | FLAG_WAITERS)
+    pthread_mutex_unlock(&r.lock)
+    drop(r, &self_page, 1)
+    return True
 
 
 # --- bringing pages in ---------------------------------------------------------------------------------------------
@@ -580,6 +699,7 @@ cdef void finish_batch(Batch *b) noexcept nogil:
         serve_run(b, i, j, b.kinds[i])
         i = j
     if b.fault:
+        add64(&r.waited_ns, now_ns() - b.started_ns, RELAXED)
         record(&r.remote_ns if b.remote else &r.local_ns, now_ns() - b.started_ns)
     pthread_mutex_lock(&r.lock)
     b.used = False
@@ -712,7 +832,9 @@ cdef inline bint is_away(Region_t *r, uint64_t page) noexcept nogil:
 cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ahead, Batch *b) noexcept nogil:
     """Under the lock, with room for a page: put the wanted page and those of its window that are away too into state
     fetching. What is resident among them stays as it is: pages that are kept for long must not cut windows short."""
-    cdef uint64_t first = page, end = page + 1, at = page + 1, room = r.budget - r.resident - 1
+    cdef bint spare = r.resident >= r.budget
+    cdef uint64_t first = page, end = page + 1, at = page + 1
+    cdef uint64_t room = (SPARE_WINDOW if spare else r.budget - r.resident) - 1
     while at < high and room > 0:
         if is_away(r, at):
             end = at + 1
@@ -733,7 +855,14 @@ cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ah
         if b.ours[at - first]:
             r.states[at] = <uint8_t> (r.states[at] | PAGE_FETCHING | (FLAG_AHEAD if ahead or (b.fault and at != page) else 0))
             b.taken += 1
+            if spare:
+                if r.spare_count == SPARE_MAX:
+                    r.spare_first += 1
+                    r.spare_count -= 1
+                r.spare[(r.spare_first + r.spare_count) % SPARE_MAX] = <uint32_t> at
+                r.spare_count += 1
     r.resident += b.taken
+    r.came += b.taken
     want_room(r)
 
 
@@ -786,6 +915,26 @@ cdef void read_ahead(Attachment *a, Plan *plan, bint remote, bint write) noexcep
             bring_in(r, b)
 
 
+# --- what the application removed ----------------------------------------------------------------------------------
+
+cdef inline bint is_hole(Region_t *r, uint64_t page) noexcept nogil:
+    """The memfd has nothing there."""
+    return lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE)
+
+
+cdef int removed(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a resident page has vanished from the memfd, which only the application can have done (MADV_REMOVE,
+    fallocate). If what is stored equals it, nothing is lost. Else its only copy is gone: zeros, which MADV_REMOVE promises, would
+    be the truth here and the old bytes where the page was away, so it is said to be gone. Its new state."""
+    cdef int state = PAGE_AWAY if state_of(r, page) == PAGE_CLEAN and stored_copy_good(r, page) else PAGE_DAMAGED
+    set_state(r, page, state)
+    resident_gone(&r.set, <uint32_t> page)
+    r.resident -= 1
+    r.lost += state == PAGE_DAMAGED
+    pthread_cond_broadcast(&r.changed)
+    return state
+
+
 # --- fault threads -------------------------------------------------------------------------------------------------
 
 cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
@@ -793,7 +942,7 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     cdef Plan plan
     cdef Batch *b
     cdef int state, met
-    cdef bint refused
+    cdef bint refused, said = False
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
@@ -801,22 +950,35 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
         set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
         state = PAGE_AWAY
+    if (state == PAGE_CLEAN or state == PAGE_DIRTY) and is_hole(r, page):
+        state = removed(r, page)
+        said = state == PAGE_DAMAGED
     if state != PAGE_AWAY:
         if state == PAGE_FETCHING or state == PAGE_EVICTING:
             r.states[page] |= FLAG_WAITERS
             pthread_mutex_unlock(&r.lock)
             return
         pthread_mutex_unlock(&r.lock)
+        if said:
+            tell_guard(a, GUARD_NOTE, page, 1, b"the process removed a page (MADV_REMOVE): lost; SIGBUS", 0)
+            await_note(a, now_ns() + NOTE_NS)
         if state == PAGE_LOST or state == PAGE_DAMAGED:
-            if not refused:         # that it is full has been said
+            if not refused and not said:    # that it is full has been said
                 note_loss(a, page, state)
             poison(a, page)
         else:
             wake_in(a, page, 1)     # it came in meanwhile
         return
-    b = take_batch(a) if has_room(r) else NULL
+    if not has_room(r) and not write and may_overdraw(r):
+        if make_spare(r, NOBODY, r.budget + SPARE_MAX - SPARE_WINDOW):
+            pthread_mutex_unlock(&r.lock)
+            wake_in(a, page, 1)     # looked at anew
+            return
+        b = take_batch(a) if r.resident + SPARE_WINDOW <= r.budget + SPARE_MAX else NULL
+    else:
+        b = take_batch(a) if has_room(r) else NULL
     if b == NULL:
-        park(a, page)
+        park(a, page, write)
         pthread_mutex_unlock(&r.lock)
         return
     b.fault = True
@@ -860,6 +1022,8 @@ cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
     pthread_mutex_lock(&r.lock)
     r.faults_wp += 1
     state = state_of(r, page)
+    if state == PAGE_CLEAN and yields(a, page):
+        return
     if state == PAGE_CLEAN or state == PAGE_DIRTY:
         # A dirty page that is still protected was written in another process, or given back by an evictor that found no room.
         # It too is taken in hand while its protection is lifted: an evictor that came in between would lose the write that
@@ -899,6 +1063,8 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         pthread_mutex_unlock(&r.lock)
         return
     clean = state == PAGE_CLEAN
+    if clean and write and yields(a, page):
+        return
     if state == PAGE_CLEAN or state == PAGE_DIRTY:
         pattern_fault(&r.maps, page, &plan)
         if clean and (write or not a.can_continue_protected):
@@ -908,12 +1074,12 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
                 plan.high = page + 1
         take_alike(r, page, plan.low, plan.high, &first, &end)
         pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
-    elif lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE):
+    elif is_hole(r, page):
         pthread_mutex_unlock(&r.lock)
         wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
         return
-    elif r.resident >= r.budget + OVERDRAFT:
-        park(a, page)
+    elif r.resident >= r.budget + SPARE_MAX + OVERDRAFT:
+        park(a, page, write)
         pthread_mutex_unlock(&r.lock)
         return
     else:
@@ -971,6 +1137,7 @@ cdef void *fault_main(void *argument) noexcept nogil:
     cdef uint64_t page, gap = r.busy_poll_ns
     # With several threads each takes one event: what one thread has read no other can serve.
     cdef size_t room = sizeof(events) if r.fault_threads == 1 else sizeof(uffd_msg_t)
+    take_nudges()
     sched_getaffinity(0, sizeof(cpu_set_t), &all_cpus)
     cpus = all_cpus
     fds[0].fd = a.uffd
@@ -978,8 +1145,12 @@ cdef void *fault_main(void *argument) noexcept nogil:
     fds[0].events = fds[1].events = POLLIN
     while not load32(&a.leaving, ACQUIRE) and not load32(&a.dead, RELAXED):
         await_events(r, fds, &gap)
+        # O_NONBLOCK belongs to the open file, which the application shares: it may have cleared it, and then this waits for
+        # its next fault, or for leave() to nudge.
         got = read(a.uffd, events, room)
         if got <= 0:
+            if fds[0].revents & ~POLLIN:
+                poll(&fds[1], 1, 1)         # nothing to wait for, now: never in a tight circle
             continue
         if reads % FOLLOW_READS == 0:
             follow(<int> events[0].ptid, &all_cpus, &cpus)
@@ -996,6 +1167,10 @@ cdef void *fault_main(void *argument) noexcept nogil:
                 on_minor(a, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
             else:
                 on_missing(a, page, (events[i].flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
+    pthread_mutex_lock(&r.lock)
+    a.ended += 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
     return NULL
 
 
@@ -1028,9 +1203,17 @@ cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
     return where == OK or where == MISS or (where == REMOTE and links_slot_reachable(r.links, peer, slot))
 
 
-cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, uint8_t *buffer) noexcept nogil:
+cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
+    return (<const uint64_t *> page)[0] == 0 and memcmp(page, page + 8, PAGE - 8) == 0
+
+
+cdef enum:
+    VANISHED = 2                    # of 'gone' below
+
+
+cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, uint8_t *buffer, uint64_t wait_ns) noexcept nogil:
     """Write out pages that this thread has put into state evicting (sorted; clean[i]: it was clean). Returns how many
-    left; those for which there was no room stay resident, dirty and writable."""
+    left; those for which there was no room within wait_ns stay resident, dirty and writable."""
     cdef uint32_t i, j, k, evicted = 0
     cdef uint64_t zero[3]
     cdef uint8_t gone[BATCH]
@@ -1038,6 +1221,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     cdef ssize_t got
     cdef bint full = False
     cdef uint64_t first
+    cdef uint32_t stored = 0
     for i in range(n):
         gone[i] = 0
         if clean[i] and not stored_copy_at_hand(r, pages[i]):
@@ -1056,9 +1240,12 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
             first = <uint64_t> pages[i]
             got = pread(r.memfd, buffer, (j - i) * PAGE, <long> (first * PAGE))
             for k in range(i, j):
-                if not full and got >= <ssize_t> ((k - i + 1) * PAGE):
-                    full = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, r.full_wait_ns) != OK
+                if got >= <ssize_t> ((k - i + 1) * PAGE) and all_zeros(buffer + (k - i) * PAGE) and is_hole(r, pages[k]):
+                    gone[k] = VANISHED
+                elif not full and got >= <ssize_t> ((k - i + 1) * PAGE):
+                    full = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, wait_ns) != OK
                     gone[k] = not full
+                    stored += not full
         i = j
     # 3. Give the memory back: the next touch is a missing fault.
     i = 0
@@ -1066,13 +1253,17 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
         j = i + 1
         while j < n and pages[j] == pages[j - 1] + 1 and gone[j] == gone[i]:
             j += 1
-        if gone[i]:
+        if gone[i] == 1:
             if fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> pages[i] * PAGE, <long> (j - i) * PAGE) != 0:
                 for k in range(i, j):
                     gone[k] = 0
         i = j
     pthread_mutex_lock(&r.lock)
     for i in range(n):
+        if gone[i] == VANISHED:
+            waiters[i] = r.states[pages[i]] & FLAG_WAITERS
+            removed(r, pages[i])
+            continue
         waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_FETCHING)
         if gone[i]:
             resident_gone(&r.set, pages[i])
@@ -1081,8 +1272,8 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
             r.evictions += 1
             if clean[i]:
                 r.evictions_clean += 1
-    if evicted:
-        r.full = False
+    if stored:
+        r.full = False              # what was clean tells nothing of the store
     if full:
         r.full = True
     pthread_cond_broadcast(&r.changed)
@@ -1097,15 +1288,20 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     return evicted
 
 
-cdef void refuse(Region_t *r) noexcept nogil:
-    """Faults have waited for room as long as they may: their processes are told plainly, by SIGBUS and a line on stderr."""
+cdef void refuse(Region_t *r, bint reads) noexcept nogil:
+    """Writes, or all faults, have waited for room as long as they may: their processes are told plainly, by SIGBUS and a line on
+    stderr."""
     cdef Parked refused[PARKED_MAX]
-    cdef uint64_t n = 0, i, deadline
+    cdef uint64_t n = 0, kept = 0, i, deadline
     cdef uint32_t who = 0, k
     cdef bint everybody
     pthread_mutex_lock(&r.lock)
+    store_in_vain(r.store, &r.in_vain, r.parked_taken)
     for i in range(r.parked_count):
-        if state_of(r, r.parked[i].page) == PAGE_AWAY:      # what came in meanwhile has been woken
+        if not reads and not r.parked[i].write:
+            r.parked[kept] = r.parked[i]
+            kept += 1
+        elif state_of(r, r.parked[i].page) == PAGE_AWAY:    # what came in meanwhile has been woken
             refused[n] = r.parked[i]
             n += 1
             set_state(r, r.parked[i].page, PAGE_LOST)
@@ -1114,7 +1310,7 @@ cdef void refuse(Region_t *r) noexcept nogil:
             for k in range(r.attachments_used):
                 if r.parked[i].who >> k & 1 and r.can_poison:
                     condemn(&r.attachments[k], r.parked[i].page)
-    r.parked_count = 0
+    r.parked_count = kept
     everybody = r.parked_overflow               # asks again, and is refused in its turn
     r.parked_overflow = False
     r.refused += n
@@ -1126,7 +1322,7 @@ cdef void refuse(Region_t *r) noexcept nogil:
         if who >> k & 1:
             tell_guard(&r.attachments[k], GUARD_NOTE, refused[0].page, n,
                        b"region full: no room here and no lender has any; SIGBUS", 0)
-    deadline = now_ns() + 100000000ull
+    deadline = now_ns() + NOTE_NS
     for k in range(r.attachments_used):
         if who >> k & 1:
             await_note(&r.attachments[k], deadline)
@@ -1245,13 +1441,46 @@ cdef void say_that_it_holds(Region_t *r) noexcept nogil:
     pthread_mutex_unlock(&r.lock)
 
 
+cdef uint32_t clean_first(uint32_t *pages, uint8_t *clean, uint32_t n) noexcept nogil:
+    """Sorted pages: the clean ones before the others, each kind in its order. How many are clean."""
+    cdef uint32_t others[BATCH]
+    cdef uint32_t i, k = 0, m = 0
+    for i in range(n):
+        if clean[i]:
+            pages[k] = pages[i]
+            k += 1
+        else:
+            others[m] = pages[i]
+            m += 1
+    for i in range(m):
+        pages[k + i] = others[i]
+    memset(clean, 1, k)
+    memset(clean + k, 0, m)
+    return k
+
+
+cdef void look_for_thrashing(Region_t *r) noexcept nogil:
+    """Under the lock, from time to time."""
+    cdef uint64_t now = now_ns(), waited = load64(&r.waited_ns, RELAXED)
+    if now < r.looked_ns + THRASH_NS:
+        return
+    if r.looked_ns:
+        r.enough = min(r.pages, enough_pages(r.budget, r.set.count[<int> Q_GHOST], r.came - r.looked_came, r.returned - r.looked_returned,
+                                             waited - r.looked_waited_ns, now - r.looked_ns))
+    r.looked_ns = now
+    r.looked_came = r.came
+    r.looked_returned = r.returned
+    r.looked_waited_ns = waited
+
+
 cdef void *evictor_main(void *argument) noexcept nogil:
     cdef Region_t *r = <Region_t *> argument
     cdef uint32_t pages[BATCH]
     cdef uint8_t clean[BATCH]
     cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
     cdef uint32_t n
-    cdef uint64_t looked, waited
+    cdef uint32_t most, done
+    cdef uint64_t looked, waited, wait
     cdef int64_t page
     cdef int state
     cdef bint parked, room, short, full
@@ -1266,8 +1495,14 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             resident_leave_free(&r.set, r.reserve - r.reserve_least)
             r.reserve_changed_ns = now_ns()
         n = 0
+        if not is_short(r):
+            r.full = False
+        short = may_overdraw(r)
+        most = FULL_BATCH if r.full else BATCH
+        wait = min(r.full_wait_ns, <uint64_t> AGAIN_MS * 1000000) if r.full else store_patience(r.store, &r.in_vain, r.full_wait_ns)
+        look_for_thrashing(r)
         looked = 2 * BATCH if is_short(r) else 0
-        while n < BATCH and looked > 0 and r.resident + r.reserve > r.budget + n:
+        while n < most and looked > 0 and r.resident + r.reserve > r.budget + n:
             looked -= 1
             page = resident_victim(&r.set)
             if page == NOBODY:
@@ -1286,8 +1521,14 @@ cdef void *evictor_main(void *argument) noexcept nogil:
             clean[looked] = state_of(r, pages[looked]) == PAGE_CLEAN
             r.states[pages[looked]] = <uint8_t> ((r.states[pages[looked]] & ~STATE_MASK) | PAGE_EVICTING)
         pthread_mutex_unlock(&r.lock)
-        if n:
-            evict(r, pages, n, clean, buffer)
+        done = 0
+        if short and n:
+            # A put may have to wait. What needs none goes first, and nobody who only reads waits for the rest.
+            done = clean_first(pages, clean, n)
+            evict(r, pages, done, clean, buffer, 0)
+            unpark_reads(r)
+        if done < n:
+            evict(r, pages + done, n - done, clean + done, buffer, wait)
         revive(r)
         pthread_mutex_lock(&r.lock)
         parked = r.parked_count != 0
@@ -1303,11 +1544,18 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         elif parked:
             # What waits for a lender's answer makes room within give_up; only a store that refuses is full before.
             if waited > r.hold_ns + (0 if full else r.links.give_up_ns):
-                refuse(r)
-            elif full and waited > r.full_wait_ns:
-                say_that_it_holds(r)
+                refuse(r, True)
+            elif full and r.hold_ns > r.full_wait_ns:
+                if waited > r.full_wait_ns:
+                    say_that_it_holds(r)
+            elif full and waited > store_patience(r.store, &r.in_vain, r.full_wait_ns):
+                refuse(r, False)
             pthread_mutex_lock(&r.lock)
             cond_wait_until(&r.work, &r.lock, now_ns() + 5000000ull)
+            pthread_mutex_unlock(&r.lock)
+        elif full:
+            pthread_mutex_lock(&r.lock)         # looked at again from time to time, or when somebody faults
+            cond_wait_until(&r.work, &r.lock, now_ns() + FULL_PAUSE_NS)
             pthread_mutex_unlock(&r.lock)
         elif n == 0 and short:
             pthread_mutex_lock(&r.lock)         # everything is pinned or in other hands
@@ -1334,6 +1582,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
     cdef Batch *b
     cdef int state
     cdef bint all_there
+    cdef uint64_t began = now_ns()
     while True:
         all_there = True
         pthread_mutex_lock(&r.lock)
@@ -1374,6 +1623,9 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                 pthread_mutex_unlock(&r.lock)
                 bring_in(r, b)
             else:
+                if r.full and state == PAGE_AWAY and not has_room(r) and now_ns() > began + store_patience(r.store, &r.in_vain, r.full_wait_ns):
+                    pthread_mutex_unlock(&r.lock)
+                    return GONE_FULL
                 pthread_cond_signal(&r.work)
                 cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
                 pthread_mutex_unlock(&r.lock)
@@ -1442,17 +1694,37 @@ cdef inline void unpin_page(Attachment *a, uint64_t page) noexcept nogil:
         r.pinned -= 1
 
 
-cdef void leave(Attachment *a) noexcept nogil:
-    """Its threads end, its pins go, its descriptors are closed. Whatever is under way for it ends within its own bounds."""
+cdef bint end_threads(Attachment *a) noexcept nogil:
+    """Its fault threads end, also one that blocks in a call on the application's descriptor. False: one did not, for far
+    longer than anything that it may wait for takes; it still uses the region."""
     cdef Region_t *r = a.region
-    cdef uint64_t page = 0, i
+    cdef uint64_t deadline = now_ns() + END_NS
     cdef uint32_t n
-    cdef uint16_t *pins
-    cdef int uffd = a.uffd
     store32(&a.leaving, 1, RELEASE)
     eventfd_write(a.stop_fd, 1)
+    pthread_mutex_lock(&r.lock)
+    while a.ended < a.started and now_ns() < deadline:
+        for n in range(a.started):
+            nudge(a.threads[n])
+        cond_wait_until(&r.changed, &r.lock, now_ns() + NUDGE_NS)
+    n = a.ended
+    pthread_mutex_unlock(&r.lock)
+    if n < a.started:
+        return False
     for n in range(a.started):
         pthread_join(a.threads[n], NULL)
+    return True
+
+
+cdef bint leave(Attachment *a) noexcept nogil:
+    """Its threads end, its pins go, its descriptors are closed. Whatever is under way for it ends within its own bounds. False:
+    a thread did not end, and what it uses stays as it is."""
+    cdef Region_t *r = a.region
+    cdef uint64_t page = 0, i
+    cdef uint16_t *pins
+    cdef int uffd = a.uffd
+    if not end_threads(a):
+        return False
     pthread_mutex_lock(&r.lock)
     pthread_cond_broadcast(&r.changed)
     while a.users:
@@ -1487,9 +1759,10 @@ cdef void leave(Attachment *a) noexcept nogil:
     close(a.stop_fd)
     free(pins)
     a.guard = a.stop_fd = -1
-    a.started = 0
+    a.started = a.ended = 0
     store32(&a.dead, 0, RELAXED)
     store32(&a.leaving, 0, RELAXED)
+    return True
 
 
 cdef class Region:
@@ -1540,9 +1813,9 @@ cdef class Region:
         r.parked = <Parked *> malloc(PARKED_MAX * sizeof(Parked))
         r.memfd = memfd_create(b"ramster-region", MFD_CLOEXEC | MFD_ALLOW_SEALING)
         if r.states == NULL or r.parked == NULL or r.memfd < 0 or \
-                resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + OVERDRAFT) != 0 or \
+                resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + SPARE_MAX + OVERDRAFT) != 0 or \
                 ftruncate(r.memfd, <long> (pages * PAGE)) != 0 or \
-                fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0:
+                fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
         label = name.encode(errors="replace")[:sizeof(r.label) - 1]
         memcpy(r.label, <const char *> label, len(label))
@@ -1558,7 +1831,12 @@ cdef class Region:
         cdef int i
         if r == NULL:
             return
-        self.shut()
+        try:
+            self.shut()
+        except errors.RamsterError:
+            pass
+        if r.abandoned:
+            return                  # a thread still uses all of it
         if r.memfd >= 0:
             close(r.memfd)
         for i in range(BATCHES_MAX):
@@ -1678,7 +1956,9 @@ cdef class Region:
         cdef Attachment *a = self.attachment(number)
         if load32(&a.leaving, RELAXED):
             raise errors.UsageError("this process is being detached already")
-        leave(a)
+        if not leave(a):
+            a.region.abandoned = True
+            raise errors.RamsterError(STUCK)
         a.used = False
 
     cdef Region_t *begin(self, Attachment *a, uint64_t first, uint64_t count) except NULL:
@@ -1704,8 +1984,8 @@ cdef class Region:
         pthread_mutex_unlock(&r.lock)
         return 0
 
-    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable) except -1:
-        """Make a run resident, in windows, each with its own deadline."""
+    cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable, uint64_t *done) except -1:
+        """Make a run resident, in windows, each with its own deadline. 'done': pages of the windows that are."""
         cdef Region_t *r = a.region
         cdef uint64_t page = first, end
         cdef int outcome = DONE
@@ -1714,6 +1994,7 @@ cdef class Region:
                 end = min(page + WINDOW_MAX, first + count)
                 if end < first + count:
                     ask_ahead(a, page, min(page + AHEAD_WINDOWS * WINDOW_MAX, first + count), writable)
+                done[0] = page - first
                 outcome = make_resident(a, page, end, writable,
                                         ran_ns(&r.store.running) + r.links.give_up_ns + r.full_wait_ns + 1000000000ull)
                 page = end
@@ -1749,7 +2030,7 @@ cdef class Region:
                 raise errors.RegionFull(
                     f"cannot pin {count} pages: {fresh} are pinned, and at most {r.budget - r.reserve_least} of the {r.budget} "
                     "resident pages may be")
-            outcome = self.wait_in(a, first, count, True)
+            outcome = self.wait_in(a, first, count, True, &fresh)
             if outcome != DONE:
                 self.drop_pins(a, first, count)
                 self.fail(outcome, first, count)
@@ -1792,7 +2073,7 @@ cdef class Region:
     def prefetch(self, uint32_t number, uint64_t first, uint64_t count):
         cdef Attachment *a = self.attachment(number)
         cdef Region_t *r = self.begin(a, first, count)
-        cdef uint64_t pinned
+        cdef uint64_t pinned, done = 0
         cdef int outcome
         try:
             runs = self.lost_runs(r, first, count, False, False, NULL)
@@ -1802,7 +2083,11 @@ cdef class Region:
             pinned = r.pinned
             pthread_mutex_unlock(&r.lock)
             count = min(count, r.budget - r.reserve_least - min(pinned, r.budget - r.reserve_least))
-            outcome = self.wait_in(a, first, count, False) if count else GONE_FULL
+            if count == 0:
+                return 0                # all that may be is pinned
+            outcome = self.wait_in(a, first, count, False, &done)
+            if outcome == GONE_FULL:
+                return done             # what the budget allows is no more, now
             if outcome != DONE:
                 self.fail(outcome, first, count)
             return count
@@ -1838,7 +2123,7 @@ cdef class Region:
                         page += 1
                     pthread_mutex_unlock(&r.lock)
                     if n:
-                        left = evict(r, pages, n, clean, buffer)
+                        left = evict(r, pages, n, clean, buffer, r.full_wait_ns)
                         evicted += left
                         full = left < n
                         unpark(r)
@@ -1936,7 +2221,7 @@ cdef class Region:
         cdef uint64_t page = 0
         cdef uint32_t n
         cdef uint8_t states[CENSUS]
-        cdef uint64_t now[15]
+        cdef uint64_t now[16]
         memset(census, 0, sizeof(census))
         with nogil:
             while page < r.pages:
@@ -1947,7 +2232,7 @@ cdef class Region:
                 page = store_census(r.store, r.pool, page, n, states, census)
             pthread_mutex_lock(&r.lock)
             now[:] = [r.resident, r.pinned, r.lost, r.attached, r.full, r.faults, r.faults_wp, r.faults_minor, r.faults_parked,
-                      r.evictions, r.evictions_clean, r.refused, r.reads.prefetched, r.reads.hits, r.reads.wasted]
+                      r.evictions, r.evictions_clean, r.refused, r.reads.prefetched, r.reads.hits, r.reads.wasted, r.enough]
             pthread_mutex_unlock(&r.lock)
         values = dict(
             pages=r.pages, resident_pages=now[0], budget_pages=r.budget, pinned_pages=now[1], attached_processes=now[3],
@@ -1955,7 +2240,7 @@ cdef class Region:
             faults_local=load64(&r.faults_local, RELAXED), faults_remote=load64(&r.faults_remote, RELAXED),
             faults_zero=load64(&r.faults_zero, RELAXED), faults_wp=now[6], faults_minor=now[7], faults_parked=now[8],
             prefetched=now[12], prefetch_hits=now[13], prefetch_wasted=now[14], evictions=now[9], evictions_clean=now[10], refused=now[11], full=now[4],
-            polled_us=load64(&r.polled_ns, RELAXED) // 1000,
+            thrashing=1 if now[15] else 0, enough_pages=now[15], polled_us=load64(&r.polled_ns, RELAXED) // 1000,
             fault_local_p50_us=quantile(&r.local_ns, 0.5) // 1000, fault_local_p99_us=quantile(&r.local_ns, 0.99) // 1000,
             fault_remote_p50_us=quantile(&r.remote_ns, 0.5) // 1000, fault_remote_p99_us=quantile(&r.remote_ns, 0.99) // 1000)
         # Most of a large region is not looked at, so this is what is left.
@@ -1983,12 +2268,17 @@ cdef class Region:
         with nogil:
             for i in range(ATTACHMENTS_MAX):
                 if r.attachments[i].used:
-                    leave(&r.attachments[i])
-                    r.attachments[i].used = False
+                    if leave(&r.attachments[i]):
+                        r.attachments[i].used = False
+                    else:
+                        r.abandoned = True
             pthread_mutex_lock(&r.lock)
             pthread_cond_broadcast(&r.work)
             pthread_cond_broadcast(&r.changed)
             pthread_mutex_unlock(&r.lock)
+        if r.abandoned:
+            raise errors.RamsterError(STUCK)
+        with nogil:
             for i in range(r.evictors_started):
                 pthread_join(r.evictors[i], NULL)
             # Gets under way end within give_up: their replies must not find this memory gone.

@@ -307,6 +307,25 @@ cdef inline void resident_gone(Resident *set, uint32_t page) noexcept nogil:
             return
 
 
+cdef enum:
+    THRASH_WAIT_SHARE = 8           # threads wait for faults for at least this part of the time ...
+    THRASH_RETURN_SHARE = 16        # ... and of what comes in at least this part had left not long ago
+    THRASH_PAGES_MIN = 64
+
+
+cdef inline uint64_t enough_pages(uint64_t budget, uint64_t ghosts, uint64_t came, uint64_t returned, uint64_t waited_ns,
+                                  uint64_t passed_ns) noexcept nogil:
+    """The budget with which a thrashing set would be at rest, estimated; 0: it does not thrash.
+
+    came: pages that came in within passed_ns; returned: those of them that were remembered; ghosts: how many are. If each page
+    outside is as likely to be asked for as any other, as many are in use outside as make the share of ghosts among them
+    that of returns among arrivals. In a pass over and over again each of them is a ghost, or none returns and nothing is said.
+    """
+    if came < THRASH_PAGES_MIN or returned * THRASH_RETURN_SHARE < came or waited_ns * THRASH_WAIT_SHARE < passed_ns:
+        return 0
+    return budget + ghosts * came // returned
+
+
 cdef class ResidentSet:
     cdef Resident set
     cdef readonly int spare

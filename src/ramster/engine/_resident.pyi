@@ -5,6 +5,14 @@ from numpy.typing import NDArray
 
 CAPACITY_MAX: int
 
+def enough(budget: int, ghosts: int, came: int, returned: int, waited_ns: int, passed_ns: int) -> int:
+    """The budget, in pages, that would end thrashing, estimated from what happened within passed_ns; 0: it does not
+    thrash.
+
+    ghosts: pages that left not long ago; came, returned: pages that came in, and those of them that were ghosts;
+    waited_ns: time that faults took.
+    """
+
 class ResidentSet:
     """A region's replacement policy by itself, for tests and for replaying traces; not for several threads at once.
 

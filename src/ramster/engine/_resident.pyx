@@ -61,6 +61,10 @@ cdef void resident_free(Resident *set) noexcept nogil:
     set.buckets = NULL
 
 
+def enough(uint64_t budget, uint64_t ghosts, uint64_t came, uint64_t returned, uint64_t waited_ns, uint64_t passed_ns):
+    return enough_pages(budget, ghosts, came, returned, waited_ns, passed_ns)
+
+
 cdef class ResidentSet:
     """See the stub."""
 

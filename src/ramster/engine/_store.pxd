@@ -1,6 +1,7 @@
 """The store's native interface: what links and regions may call. See _store.pyx for the rules."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from ramster.engine._c.atomic cimport ACQUIRE, RELAXED, RELEASE, load64, store64
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
@@ -323,6 +324,27 @@ cdef struct Store_t:
 
 cdef int store_put(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, const uint8_t *page,
                    uint64_t wait_ns, bint keep=*) noexcept nogil
+
+# Whoever has waited for room in vain makes the next waits short, so that one who goes on writing is refused quickly. Each frame
+# that puts get doubles the wait, up to all of it again: then room is made at a pace worth waiting for.
+cdef enum:
+    AGAIN_MS = 10                   # the short wait
+
+
+cdef inline uint64_t store_patience(Store_t *s, const uint64_t *in_vain, uint64_t wait_ns) noexcept nogil:
+    """How long to wait; in_vain: as store_in_vain left it, 0 at first."""
+    cdef uint64_t vain = load64(in_vain, ACQUIRE)
+    if vain == 0:
+        return wait_ns
+    return min(wait_ns, <uint64_t> AGAIN_MS * 1000000 << min(load64(&s.frames_taken, ACQUIRE) + 1 - vain, <uint64_t> 20))
+
+
+cdef inline void store_in_vain(Store_t *s, uint64_t *in_vain, uint64_t taken) noexcept nogil:
+    """There was no room within that time; 'taken': the store's frames_taken at its beginning."""
+    if load64(&s.frames_taken, RELAXED) == taken:
+        store64(in_vain, taken + 1, RELEASE)
+
+
 cdef int store_get(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
                    RemoteRef *ref) noexcept nogil
 cdef int store_where(Store_t *s, uint32_t pool, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil

@@ -1,8 +1,16 @@
+from typing import Self
+
+FEATURES: int
 FEATURE_POISON: int
 FEATURE_THREAD_ID: int
 NO_PERMISSION: str
 
 def probe() -> tuple[int, bool]: ...
+
+class Entered:
+    @property
+    def entered(self) -> bool: ...
+    def __enter__(self) -> Self: ...
 
 class Mapping:
     def __init__(self) -> None: ...

@@ -20,6 +20,7 @@ from libc.errno cimport EAGAIN, EEXIST, EINTR, EINVAL, ENOSYS, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
+from libc.string cimport strrchr
 
 from ramster.engine._c.atomic cimport RELAXED, add64, load64
 from ramster.engine._c.linux cimport *
@@ -34,6 +35,7 @@ cdef enum:
     GUARD_NOTE = 2
     GUARD_TEXT = 128
     EVENTS = 16
+    LOOK_MS = 1000            # between two looks at whether the process still needs a guardian
     STACK = 256 * 1024        # static TLS of other libraries is carved from a thread's stack, so not the bare minimum
 
 cdef uint64_t REQUIRED = (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM
@@ -41,6 +43,7 @@ cdef uint64_t REQUIRED = (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_
 # WP_UNPOPULATED: nothing of it is used, but a kernel that has it also has the write-protecting UFFDIO_CONTINUE (both 6.4).
 cdef uint64_t OPTIONAL = UFFD_FEATURE_POISON | UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_WP_UNPOPULATED
 
+FEATURES = REQUIRED | OPTIONAL       # all that a mapping's userfaultfd may have
 FEATURE_POISON = UFFD_FEATURE_POISON
 FEATURE_THREAD_ID = UFFD_FEATURE_THREAD_ID
 
@@ -68,6 +71,27 @@ cdef void say(const char *text) noexcept nogil:
         size = <int> sizeof(line) - 1
     if size > 0:
         write(STDERR_FILENO, line, <size_t> size)
+
+
+cdef bint process_ends() noexcept nogil:
+    """The main thread has ended, and this one is no reason for the process to go on. An interpreter may end its main thread so
+    when it exits while another interpreter of the process holds objects."""
+    cdef char path[64]
+    cdef char text[512]
+    cdef int fd
+    cdef ssize_t size
+    cdef char *at
+    snprintf(path, sizeof(path), b"/proc/self/task/%d/stat", <int> getpid())
+    fd = open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return False
+    size = read(fd, text, sizeof(text) - 1)
+    close(fd)
+    if size <= 0:
+        return False
+    text[size] = 0
+    at = strrchr(text, c")")            # behind the name, which may hold anything
+    return at != NULL and (at[2] == c"Z" or at[2] == c"X")
 
 
 cdef bint stopped(Guard *guard, int timeout_ms) noexcept nogil:
@@ -178,12 +202,15 @@ cdef void serve_alone(Guard *guard) noexcept nogil:
     waiting[1].events = POLLIN
     while True:
         waiting[0].revents = waiting[1].revents = 0
-        if poll(waiting, 2, -1) < 0:
+        i = poll(waiting, 2, LOOK_MS)
+        if i < 0:
             if errno == EINTR:
                 continue
             return
-        if waiting[1].revents:
+        if waiting[1].revents or (i == 0 and process_ends()):
             return
+        if i == 0:
+            continue
         size = read(guard.uffd, events, sizeof(events))
         if size <= 0:
             if size < 0 and (errno == EAGAIN or errno == EINTR):
@@ -222,6 +249,7 @@ cdef void *guardian(void *argument) noexcept nogil:
     cdef pollfd waiting[2]
     cdef GuardMessage message
     cdef ssize_t size
+    cdef int ready
     pthread_setname_np(pthread_self(), b"ramster-guard")
     waiting[0].fd = guard.channel
     waiting[0].events = POLLIN
@@ -229,18 +257,21 @@ cdef void *guardian(void *argument) noexcept nogil:
     waiting[1].events = POLLIN
     while True:
         waiting[0].revents = waiting[1].revents = 0
-        if poll(waiting, 2, -1) < 0:
+        ready = poll(waiting, 2, LOOK_MS)
+        if ready < 0:
             if errno == EINTR:
                 continue
             return NULL
-        if waiting[1].revents:
+        if waiting[1].revents or (ready == 0 and process_ends()):
             return NULL
+        if ready == 0:
+            continue
         size = recv(guard.channel, &message, sizeof(message), MSG_DONTWAIT)
         if size == <ssize_t> sizeof(message):
             obey(guard, &message)
         elif size == 0 or (size < 0 and errno != EAGAIN and errno != EINTR):
             break                       # end of file; or a reset, where the node went with our answers unread
-    if stopped(guard, guard.node_wait_ms):
+    if stopped(guard, guard.node_wait_ms) or process_ends():
         return NULL
     store_release(&guard.node_gone, 1)
     say(b"the node of a region is gone: pages that were away are lost (SIGBUS), resident pages stay usable")
@@ -405,6 +436,16 @@ def probe():
     cdef int fd = negotiate(OPTIONAL, &enabled, &user_mode_only)
     close(fd)
     return enabled, bool(user_mode_only)
+
+
+cdef class Entered:
+    """A context manager that knows whether it was entered. Natively, since an interrupt (Ctrl-C) may come before the first line
+    of a Python function: then __exit__ would not be called, and nobody would know."""
+    cdef readonly bint entered
+
+    def __enter__(self):
+        self.entered = True
+        return self
 
 
 # -- mapping ---------------------------------------------------------------------------------------------------------

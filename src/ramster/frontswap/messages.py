@@ -24,6 +24,8 @@ RUNS_MAX: Final = 1000
 # Pages that one pin, unpin, prefetch or evict may name (16 MiB): short enough that every answer comes within its
 # deadline.
 SPAN_MAX: Final = 4096
+# Groups of pins that a node remembers of one connection, the latest: the others can be taken back by `Unpin` alone.
+GROUPS_MAX: Final = 4096
 # Characters of a region's name; with the longest UTF-8 still a valid name for a memfd.
 NAME_MAX: Final = 48
 
@@ -82,8 +84,17 @@ class Attach(_Request, tag="attach"):
 
 
 class Pin(_Request, tag="pin"):
+    """group: a number that the application makes up, not 0, by which `Undo` takes back all pins that have it."""
+
     first: Page
     count: Count
+    group: int = 0
+
+
+class Undo(_Request, tag="undo"):
+    """Take back what was granted to pins of this group; again, or where there was nothing: does nothing."""
+
+    group: int
 
 
 class Unpin(_Request, tag="unpin"):
@@ -122,7 +133,7 @@ class Close(_Request, tag="close"):
 
 Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Advise | Check
 Request: TypeAlias = (
-    Create | Join | Capacity | Attach | Pin | Unpin | Prefetch | Evict | Advise | Check | Statistics | Close
+    Create | Join | Capacity | Attach | Pin | Undo | Unpin | Prefetch | Evict | Advise | Check | Statistics | Close
 )
 
 
@@ -140,7 +151,9 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     next_page: int | None = None
     """Check: where to go on, because more than RUNS_MAX runs were found."""
     pages: int = 0
-    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out."""
+    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out. Undo: pages that
+    have one pin less.
+    """
     region: int = 0
     name: str = ""
     """Create, Join: as `ramster status` shows it."""

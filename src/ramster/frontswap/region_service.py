@@ -21,6 +21,7 @@ import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -30,6 +31,7 @@ from ramster.config.units import format_bytes
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import PermissionMissing, PortTaken, ProtocolError, RamsterError, Refused, RegionLost, UsageError
 from ramster.frontswap import messages
+from ramster.frontswap._client import FEATURES
 from ramster.frontswap.trust import require_own_folder
 
 _log = logging.getLogger("ramster.regions")
@@ -44,6 +46,7 @@ WORKERS: Final = 8
 HANDSHAKE_DEADLINE_S: Final = 10.0
 ACCEPT_PAUSE_S: Final = 0.1
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
+_UFFD_INITIALIZED: Final = 1 << 31  # as /proc/PID/fdinfo shows it
 
 _T = TypeVar("_T")
 
@@ -180,6 +183,7 @@ class _Connection:
         self.shared: _Shared | None = None
         self.attachment: int | None = None
         self.attached = False
+        self._groups: dict[int, list[tuple[int, int]]] = {}  # what Undo takes back
         self._gone = False
         self._waiting: asyncio.Future[None] | None = None
         if self.pidfd is not None:
@@ -281,6 +285,8 @@ class _Connection:
                 case messages.Close():
                     await self._leave_region()
                     reply = messages.Reply(ok=True)
+                case messages.Undo():
+                    reply = messages.Reply(ok=True, pages=await self._undo(request.group))
                 case messages.Statistics():
                     reply = messages.Reply(ok=True, statistics=await self.service.run(self._ready()[0].statistics))
                 case _:
@@ -378,9 +384,7 @@ class _Connection:
             region, number = self.shared.region, self.attachment
             if request.base % PAGE_BYTES or request.base + region.pages * PAGE_BYTES >= 1 << 63:
                 raise UsageError(f"base: {request.base:#x} is no place for {region.pages} pages")
-            # Anything else would answer the engine's requests in its own way, or block it.
-            if not _is_userfaultfd(uffd):
-                raise UsageError("the descriptor is no userfaultfd")
+            _check_userfaultfd(uffd, request.features)
         except BaseException:
             os.close(uffd)
             raise
@@ -399,6 +403,10 @@ class _Connection:
         match request:
             case messages.Pin():
                 await run(lambda: region.pin(number, first, count))
+                if request.group:
+                    self._groups.setdefault(request.group, []).append((first, count))
+                    if len(self._groups) > messages.GROUPS_MAX:
+                        del self._groups[next(iter(self._groups))]
                 return messages.Reply(ok=True)
             case messages.Unpin():
                 await run(lambda: region.unpin(number, first, count))
@@ -414,6 +422,14 @@ class _Connection:
                 runs = await run(lambda: region.check(first, count))
                 more = runs[messages.RUNS_MAX][0] if len(runs) > messages.RUNS_MAX else None
                 return messages.Reply(ok=True, runs=runs[: messages.RUNS_MAX], next_page=more)
+
+    async def _undo(self, group: int) -> int:
+        region, number = self._ready()
+        pages = 0
+        for first, count in self._groups.pop(group, []):
+            await self.service.run(partial(region.unpin, number, first, count))
+            pages += count
+        return pages
 
     def _ready(self) -> tuple[EngineRegion, int]:
         if self.shared is None or self.attachment is None or not self.attached:
@@ -460,8 +476,21 @@ def _check_version(version: int) -> None:
         )
 
 
-def _is_userfaultfd(fd: int) -> bool:
-    return Path(f"/proc/self/fd/{fd}").readlink() == Path("anon_inode:[userfaultfd]")
+def _check_userfaultfd(fd: int, features: int) -> None:
+    """Raises UsageError for what would answer the engine's requests in its own way, or block it."""
+    if Path(f"/proc/self/fd/{fd}").readlink() != Path("anon_inode:[userfaultfd]"):
+        raise UsageError("the descriptor is no userfaultfd")
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    state = next((line.split(":")[2] for line in lines if line.startswith("API:")), "0")
+    settled = int(state, 16)
+    if not settled & _UFFD_INITIALIZED:
+        raise UsageError("the userfaultfd has not settled its features yet (UFFDIO_API)")
+    # With others, of events beside faults, requests wait for whoever reads those; and claiming one that is off would
+    # make the engine's requests fail.
+    if extra := settled & ~(FEATURES | _UFFD_INITIALIZED):
+        raise UsageError(f"the userfaultfd has features that a region must not have: {extra:#x}")
+    if missing := features & ~settled:
+        raise UsageError(f"features: {missing:#x} are not on in the userfaultfd")
 
 
 def _peer(sock: socket.socket) -> tuple[int, int, int | None]:

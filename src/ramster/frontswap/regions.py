@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import math
 import os
 import socket
@@ -46,7 +47,7 @@ from ramster.errors import (
     from_code,
 )
 from ramster.frontswap import arguments, capacity, messages, trust
-from ramster.frontswap._client import Mapping
+from ramster.frontswap._client import Entered, Mapping
 from ramster.frontswap.capacity import Capacity
 from ramster.frontswap.under_way import UnderWay, Use
 
@@ -108,6 +109,10 @@ class RegionStatistics:
     """Evictions that stored nothing, because the stored copy was still right; the others are puts."""
     refused: int = 0
     """Faults that waited for room in vain and ended by SIGBUS."""
+    thrashing: bool = False
+    """Threads spend their time waiting for pages that left not long before, as it was in the last two seconds."""
+    enough_pages: int = 0
+    """Where it is thrashing: a budget with which that would end, estimated from how soon pages come back."""
     polled_us: int = 0
     """CPU time that fault threads spent asking for faults instead of sleeping (`busy_poll_us`)."""
     full: bool = False
@@ -123,8 +128,10 @@ class _Control:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock: Any = threading.RLock()  # never taken twice; it knows whose it is
         self._last = 0
+        self._groups = itertools.count(1)
+        self._owed: list[int] = []  # groups that are to be taken back
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             self._socket.settimeout(CONNECT_DEADLINE_S)
@@ -151,8 +158,11 @@ class _Control:
 
     def ask(self, request: messages.Request, fds: Sequence[int] = ()) -> messages.Reply:
         """Send and wait. Raises the error that the node reports, NodeUnreachable, ProtocolError."""
-        with self._lock:
-            return self._result(self._wait(self._send(request, fds)))
+        try:
+            with self._lock:
+                return self._result(self._wait(self._send(request, fds)))
+        finally:
+            self._settle()
 
     def ask_for_descriptors(self, request: messages.Request, count: int) -> tuple[messages.Reply, list[int]]:
         """As `ask`, for an answer that brings `count` descriptors, which the caller then owns."""
@@ -168,19 +178,31 @@ class _Control:
                 raise
             return reply, fds
 
-    def ask_undoable(self, request: messages.Request, undo: messages.Request) -> messages.Reply:
-        """As `ask`, but an interrupt (Ctrl-C) meanwhile waits for the node's answer and takes back what was granted."""
-        with self._lock:
-            number = self._send(request)
+    def group(self) -> int:
+        """A number for pins that are taken back together."""
+        return next(self._groups)
+
+    def take_back(self, group: int) -> None:
+        """Whatever the node has granted, or is about to grant, to this group. Without waiting for it: an interrupt
+        (Ctrl-C) may have come at any moment of a request. Where another thread asks just now, that one says it.
+        """
+        self._owed.append(group)
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._owed:
             try:
-                return self._result(self._wait(number))
-            except RamsterError:
-                raise
-            except BaseException:
-                with contextlib.suppress(RamsterError):
-                    self._result(self._wait(number))
-                    self._result(self._wait(self._send(undo)))
-                raise
+                if not self._lock.acquire(blocking=False):
+                    return
+                with contextlib.suppress(RamsterError):  # a node that is gone holds nothing
+                    while self._owed:
+                        self._send(messages.Undo(group=self._owed[0]))
+                        del self._owed[0]
+                self._owed.clear()
+            finally:
+                # An interrupt may come between getting it and knowing that.
+                if self._lock._is_owned():
+                    self._lock.release()
 
     def _send(self, request: messages.Request, fds: Sequence[int] = ()) -> int:
         self._last += 1
@@ -215,8 +237,9 @@ class _Control:
                 except msgspec.DecodeError as error:
                     raise ProtocolError(f"the node's answer makes no sense: {error}") from error
                 if fds is not None and reply.id == number:
-                    fds.extend(received)
-                    received = []
+                    # In this order: an interrupt in between leaves one open, but never closes one twice.
+                    taken, received = received, []
+                    fds.extend(taken)
             finally:
                 for fd in received:
                     os.close(fd)
@@ -255,23 +278,33 @@ def _other_than_a_region_socket(path: Path, error: OSError) -> str | None:
     return None
 
 
-class Pin:
+class Pin(Entered):
     """Pages that stay in RAM and in place until `unpin` or the end of the `with` block."""
 
-    def __init__(self, region: Region, first: int, count: int) -> None:
+    def __init__(self, region: Region, first: int, count: int, group: int) -> None:
         self._region = region
         self._first = first
         self._count = count
+        self._group = group
         self._active = True
 
     def unpin(self) -> None:
         """Let the pages go; again: does nothing. Raises ForkedError, NodeUnreachable."""
-        if self._active:
-            self._region._unpin(self._first, self._count)
+        try:
+            if self._active:
+                self._region._unpin(self._first, self._count, self._group)
+                self._active = False
+        except RamsterError:
+            raise
+        except BaseException:  # interrupted: it goes all the same, and nobody waits for that
+            self._region._take_back(self._group)
             self._active = False
+            raise
 
-    def __enter__(self) -> Self:
-        return self
+    def __del__(self) -> None:
+        # An interrupt may come before the first line of __exit__. A pin that was never entered is somebody's to unpin.
+        if self.entered and getattr(self, "_active", False):
+            self._region._take_back(self._group)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -415,20 +448,16 @@ class Region(Mapping):
         ForkedError; nothing is pinned then.
         """
         first, count = self._span(where)
-        done = 0
+        group = self._control.group()
         try:
             for at, size in _chunks(first, count):
-                self._control.ask_undoable(
-                    messages.Pin(first=at, count=size), undo=messages.Unpin(first=at, count=size)
-                )
-                done += size
+                self._control.ask(messages.Pin(first=at, count=size, group=group))
                 # Maps each page writable in this process, so that no system call has to fault on it.
                 self.touch(at, size)
+            return Pin(self, first, count, group)
         except BaseException:
-            with contextlib.suppress(RamsterError):
-                self._unpin(first, done)
+            self._control.take_back(group)
             raise
-        return Pin(self, first, count)
 
     @_under_way
     def unpin(self, where: Range = None) -> None:
@@ -438,10 +467,16 @@ class Region(Mapping):
         self._unpin(*self._span(where))
 
     @_under_way
-    def _unpin(self, first: int, count: int) -> None:
+    def _unpin(self, first: int, count: int, group: int = 0) -> None:
         self._own()
+        if group and self._control.ask(messages.Undo(group=group)).pages:
+            return
         for at, size in _chunks(first, count):
             self._control.ask(messages.Unpin(first=at, count=size))
+
+    def _take_back(self, group: int) -> None:
+        if group and self.creator == os.getpid() and not self.closed:
+            self._control.take_back(group)
 
     @_under_way
     def prefetch(self, where: Range = None) -> int:
@@ -514,7 +549,8 @@ class Region(Mapping):
         known = {
             field.name: values[field.name] for field in dataclasses.fields(RegionStatistics) if field.name in values
         }
-        known["full"] = bool(known.get("full", 0))
+        for flag in ("full", "thrashing"):
+            known[flag] = bool(known.get(flag, 0))
         return RegionStatistics(**known)
 
     def close(self) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
+import os
 import signal
+import threading
+from typing import Final
 
 from ramster import logs
 from ramster.config.knobs import Config
@@ -13,6 +17,9 @@ from ramster.node.node import Node
 from ramster.node.privileges import Guard, dumps, forbid_dumps
 
 log = logging.getLogger(__name__)
+
+# Each wait of a close has its own, shorter deadline; `ramster stop` waits a minute.
+END_S: Final = 45.0
 
 
 def run(config: Config) -> int:
@@ -73,9 +80,23 @@ async def _run(config: Config, guard: Guard, arena_fd: int | None) -> int:
     try:
         await node.wait()
     finally:
+        end_within(END_S)
         await node.close()
     log.info("node %s has stopped", config.node.name)
     return 0
+
+
+def end_within(seconds: float) -> None:
+    """Whatever a close then waits for, the process ends: a node that was told to stop must not stay half-closed."""
+
+    def end() -> None:
+        log.error("the node does not close within %g s: it ends at once; this is where it stood", seconds)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def describe_loss(lost: dict[str, object]) -> str:

@@ -43,9 +43,19 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
+    int sigemptyset(sigset_t *) noexcept
     int sigfillset(sigset_t *) noexcept
+    int sigaddset(sigset_t *, int number) noexcept
     int SIG_SETMASK
+    int SIG_UNBLOCK
+    int SIGRTMAX
     int pthread_sigmask(int how, sigset_t *new, sigset_t *old) noexcept
+    int pthread_kill(pthread_t, int number) noexcept
+    struct sigaction_t "sigaction":
+        void (*sa_handler)(int) noexcept nogil
+        sigset_t sa_mask
+        int sa_flags
+    int sigaction(int number, const sigaction_t *new, sigaction_t *old) noexcept
 
 cdef extern from "<time.h>" nogil:
     int CLOCK_MONOTONIC
@@ -100,3 +110,31 @@ cdef inline int start_thread(pthread_t *thread, void *(*body)(void *) noexcept n
     if result == 0:
         pthread_setname_np(thread[0], name)
     return result
+
+
+cdef inline int nudge_number() noexcept nogil:
+    """The signal that makes a thread return from a system call, and does nothing else."""
+    return SIGRTMAX - 2
+
+
+cdef inline void on_nudge(int number) noexcept nogil:
+    pass
+
+
+cdef inline void take_nudges() noexcept nogil:
+    """By a thread that may block in a call on somebody else's descriptor: nudge() makes that call fail with EINTR. No
+    SA_RESTART, or it would go on."""
+    cdef sigaction_t action
+    cdef sigset_t ours
+    sigemptyset(&action.sa_mask)
+    action.sa_handler = on_nudge
+    action.sa_flags = 0
+    sigaction(nudge_number(), &action, NULL)
+    sigemptyset(&ours)
+    sigaddset(&ours, nudge_number())
+    pthread_sigmask(SIG_UNBLOCK, &ours, NULL)
+
+
+cdef inline void nudge(pthread_t thread) noexcept nogil:
+    """Again and again until the thread has answered: one may arrive just before the call."""
+    pthread_kill(thread, nudge_number())
