@@ -8,11 +8,13 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ramster import limits
 from ramster.errors import NodeUnreachable, PermissionMissing, ProtocolError, RamsterError, from_code
 
 TIMEOUT_S = 10.0
@@ -34,8 +36,12 @@ class _UnixConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
+        # A connect() with Python's timeout fails at once where the node's queue is full; this one waits its turn.
+        self.sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", max(1, int(self.timeout or 0)), 0)
+        )
         self.sock.connect(str(self._path))
+        self.sock.settimeout(self.timeout)
 
 
 class ControlClient:
@@ -139,12 +145,14 @@ class ControlClient:
                 f"this user may not use {self.path}; "
                 "run the command as the node's user or as a member of the socket's group"
             ) from None
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise NodeUnreachable(
                 f"the node on {self.path} gave no answer within {self._timeout_s:g} s; "
                 "it may be overloaded or suspended, try again"
             ) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, MemoryError) as error:
+            if (limit := limits.reached(error, f"ask the node on {self.path}")) is not None:
+                raise limit from None
             raise NodeUnreachable(
                 f"the connection to {self.path} failed ({str(error) or type(error).__name__}); "
                 "see the node's log, then try again"

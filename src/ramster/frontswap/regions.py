@@ -16,6 +16,7 @@ import dataclasses
 import math
 import os
 import socket
+import struct
 import threading
 import time
 import warnings
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, SupportsIndex, TypeAlias, ge
 
 import msgspec
 
+from ramster import limits
 from ramster.config.paths import default_run_dir
 from ramster.config.units import parse_bytes
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
@@ -119,9 +121,12 @@ class _Control:
         self._path = path
         self._lock = threading.Lock()
         self._last = 0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        with limits.named(f"connect to {path}"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            self._socket.settimeout(CONNECT_DEADLINE_S)
+            # A connect() with Python's timeout fails at once where the node's queue is full; this one waits its turn.
+            timeout = struct.pack("@ll", int(CONNECT_DEADLINE_S), 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
             self._socket.connect(os.fspath(path))
         except PermissionError as error:
             self._socket.close()
@@ -194,12 +199,16 @@ class _Control:
             try:
                 if not data:
                     raise self._gone(None)
-                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                if flags & socket.MSG_TRUNC:
                     raise ProtocolError("the node's answer is too long")
+                if flags & socket.MSG_CTRUNC:  # it never sends more descriptors than are waited for here
+                    raise limits.descriptors("take the descriptors of a region from the node")
                 try:
                     reply = messages.decode_reply(data)
                 except msgspec.DecodeError as error:
                     raise ProtocolError(f"the node's answer makes no sense: {error}") from error
+                if reply.id == messages.ANY_ID:
+                    return reply
                 if fds is not None and reply.id == number:
                     fds.extend(received)
                     received = []
@@ -304,7 +313,8 @@ class Region(Mapping):
         self._control = _Control(Path(socket))
         try:
             made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
-            self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
+            with limits.named("map a region"):
+                self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
             self._control.ask(
                 messages.Attach(base=self.address, features=self.features, user_mode_only=self.user_mode_only),
                 [self.fault_fd],
