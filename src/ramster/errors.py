@@ -222,6 +222,18 @@ class RegionBusy(RamsterError, BufferError):
     retryable = True
 
 
+class LimitReached(RamsterError):
+    """A limit of the system on a process is reached: descriptors, address space, memory or threads.
+
+    The message names the process and the limit (`ulimit -n`, `ulimit -v` ...); nothing was changed.
+    """
+
+    code = "limit-reached"
+    exit_code = 16
+    blame = "environment"
+    retryable = True
+
+
 def every_error() -> Iterator[type[RamsterError]]:
     """RamsterError and the subclasses declared here, in that order."""
     yield RamsterError

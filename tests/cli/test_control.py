@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import stat
@@ -17,7 +18,7 @@ import pytest
 from ramster.cli import main
 from ramster.cli.control_client import ControlClient
 from ramster.errors import NodeUnreachable, PortTaken, ProtocolError, RamsterError, Refused, UsageError
-from ramster.node.control import REQUESTS_MAX, ControlServer
+from ramster.node.control import REQUESTS_MAX, WAITING_MAX, WAITING_OF_ONE_MAX, ControlServer
 
 STATUS: dict[str, Any] = {
     "name": "alpha",
@@ -308,6 +309,33 @@ def test_many_clients_at_once_are_all_answered(node: Node) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(ask, range(4 * REQUESTS_MAX)))
+
+
+@pytest.mark.parametrize(
+    "half", [b"", b"GET /v1/sta", b"POST /v1/stop HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"]
+)
+def test_half_requests_keep_nobody_out(node: Node, half: bytes) -> None:
+    idle = []
+    for _ in range(2 * WAITING_MAX):
+        idle.append(socket.socket(socket.AF_UNIX))
+        idle[-1].connect(str(node.path))
+        idle[-1].sendall(half)
+    assert node.client.status()["name"] == "alpha"
+    idle[0].settimeout(20)
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while part := idle[0].recv(65536):
+            said += part
+    assert b"503" in said and b"try again" in said, "the oldest made room, and is told"
+    assert len(node.server._waiting) <= WAITING_OF_ONE_MAX
+    for each in idle:
+        each.close()
+    assert node.view.stopped == []
+
+
+def test_a_half_request_is_given_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramster.node.control.REQUEST_S", 0.2)
+    assert b"408" in raw(node.path, b"GET /v1/status HTTP/1.1\r\nHo")
 
 
 def test_something_else_on_the_socket(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from ramster.engine.links import Links, TlsContext
 from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
 from ramster.errors import CertificateError, PortTaken, Refused, UsageError
-from ramster.frontswap.nbd import EXPORTS_MAX, HANDSHAKES_MAX, ExportService, objection
+from ramster.frontswap.nbd import EXPORTS_MAX, HANDSHAKES_MAX, HANDSHAKES_OF_ONE_MAX, ExportService, objection
 from ramster.testing.nbd import NbdClient
 from ramster.testing.nbd_handshake import Dialled
 from ramster.testing.proxy import wait_until
@@ -443,16 +443,54 @@ def test_one_connection_too_many_is_told_why_and_may_come_back(tmp_path: Path) -
 def test_clients_that_never_choose_are_limited_in_number_and_time(tmp_path: Path) -> None:
     served = Served(tmp_path / "run", NbdKnobs(handshake_timeout_ms=1500), None)
     served.create("swap")
-    idle = [served.dial() for _ in range(HANDSHAKES_MAX)]
-    with pytest.raises(ConnectionError):
-        served.dial()
-    for client in idle:
+    idle = [served.dial() for _ in range(HANDSHAKES_OF_ONE_MAX)]
+    late = served.dial()
+    idle[0].socket.settimeout(1.0)  # less than they have
+    assert idle[0].closed() == b"", "the oldest one makes room"
+    wait_until(lambda: served.service.counters.refused == 1, "it is counted")
+    for client in [*idle, late]:
         assert client.closed() == b""
         client.close()
-    wait_until(lambda: served.service.counters.unfinished == HANDSHAKES_MAX, "all are counted")
+    wait_until(lambda: served.service.counters.unfinished == HANDSHAKES_OF_ONE_MAX, "all are counted")
     assert served.service.counters.refused == 1
     served.client("swap").close()
     served.close()
+
+
+def test_idle_connections_by_tcp_shut_neither_the_unix_socket_nor_tcp(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(listen=(LOOPBACK,)), None)
+    served.create("swap")
+    idle = [Dialled(served.address) for _ in range(2 * HANDSHAKES_MAX)]
+    for n in range(10):
+        idle.append(Dialled(served.address))
+        served.client("swap").close()
+        with Dialled(served.address) as client:
+            client.go("swap").write(0, page(n))
+    for each in idle:
+        each.close()
+    served.close()
+    assert served.service.counters.connections == 20
+
+
+def test_an_export_in_demand_leaves_connections_to_others_and_the_last_to_swap(tmp_path: Path) -> None:
+    served = Served(tmp_path / "run", NbdKnobs(listen=(LOOPBACK,), connections_max=8), None)
+    for name in ("vm", "db"):
+        served.create(name)
+    served.create("swap", swap=True)
+    held = [Dialled(served.address).go("vm") for _ in range(4)]
+    for name, why in (("vm", b"the export has 4"), ("db", b"127.0.0.1 has 4")):
+        with Dialled(served.address) as client:
+            [(reply, text)] = client.option(Option.GO, nbd.pack_info(name))
+            assert reply == OptionReply.ERR_POLICY and why in text
+    held += [served.client("db") for _ in range(3)]
+    with served.dial() as client:
+        [(reply, text)] = client.option(Option.GO, nbd.pack_info("db"))
+        assert reply == OptionReply.ERR_POLICY and b"swaps on" in text
+    held.append(served.client("swap"))
+    for each in held:
+        each.close()
+    served.close()
+    assert served.service.counters.refused == 3
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
 from ramster.errors import RegionFull
 from ramster.frontswap import messages
-from ramster.frontswap.region_service import RegionService
+from ramster.frontswap.region_service import WAITING_MAX, RegionService
+from ramster.frontswap.shares import REGIONS_OF_A_PROCESS_MAX
 
 StartNode = Callable[..., Node]
 
@@ -32,8 +33,8 @@ class Talker:
 
     def __init__(self, node: Node | Engines) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(str(node.socket))  # waits its turn; with a timeout it would not
         self.socket.settimeout(DEADLINE)
-        self.socket.connect(str(node.socket))
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +175,32 @@ def test_application_killed(start_node: StartNode) -> None:
     script.kill()
     assert node.line() == "gone victim"
     assert finish(script)[1] == ""
+
+
+def test_idle_connections_keep_nobody_out(start_node: StartNode) -> None:
+    node = start_node()
+    idle = [Talker(node) for _ in range(2 * WAITING_MAX)]
+    said = json.loads(idle[0].socket.recv(REGION_MESSAGE_BYTES_MAX))
+    assert (said["error"], said["id"]) == ("refused", messages.ANY_ID) and "make room" in said["message"]
+    assert idle[0].ended()
+    with Talker(node) as talker:
+        assert talker.create()["ok"]
+    for each in idle:
+        each.socket.close()
+
+
+def test_one_process_does_not_get_every_region(start_node: StartNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = start_node()
+    held = []
+    for _ in range(REGIONS_OF_A_PROCESS_MAX):
+        held.append(Talker(node))
+        assert held[-1].create(pages=1)["ok"]
+    with Talker(node) as late:
+        answer = late.create(pages=1)
+        assert not answer["ok"] and "this process has 128 regions" in answer["message"]
+    run_script("ramster.connect(sys.argv[1]).region(4096).close()", node.socket)
+    for each in held:
+        each.socket.close()
 
 
 def test_second_node_is_refused_and_a_dead_ones_socket_replaced(start_node: StartNode, directory: Path) -> None:

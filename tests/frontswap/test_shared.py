@@ -265,7 +265,7 @@ def test_the_region_lives_while_one_process_has_it(engines: MakeEngines) -> None
     assert d.ask("a[:, 3].tolist()") == list(range(64))
     d.run("del a; region.close()")
     assert served.describe() == [] and served.store.statistics().pages_stored == 0
-    assert served.service.regions_count == served.service.reserved_pages == 0
+    assert served.service.made.total() == served.service.reserved_pages == 0
     code, message = d.ask("client.attach('shared')")
     assert code == "usage" and "yours: none" in message
 

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+from ramster import limits
 from ramster.errors import NodeAbsent, NodeUnreachable, PermissionMissing, ProtocolError, RamsterError, from_code
 from ramster.frontswap import trust
 
@@ -61,8 +63,12 @@ class _UnixConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
+        # A connect() with Python's timeout fails at once where the node's queue is full; this one waits its turn.
+        self.sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", max(1, int(self.timeout or 0)), 0)
+        )
         self.sock.connect(str(self._path))
+        self.sock.settimeout(self.timeout)
         # Root may ask anybody's node how it is; other users' commands name exports that data then goes to.
         if self._strict or os.geteuid() != 0:
             trust.check(self.sock, self._path)
@@ -186,12 +192,14 @@ class ControlClient:
                 f"this user may not use {self.path}; "
                 "run the command as the node's user or as a member of the socket's group"
             ) from None
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise NodeUnreachable(
                 f"the node on {self.path} gave no answer within {self._timeout_s:g} s; "
                 "it may be overloaded or suspended, try again"
             ) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, MemoryError) as error:
+            if (limit := limits.reached(error, f"ask the node on {self.path}")) is not None:
+                raise limit from None
             raise NodeUnreachable(
                 f"the connection to {self.path} failed ({str(error) or type(error).__name__}); "
                 "see the node's log, then try again"

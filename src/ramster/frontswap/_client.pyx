@@ -16,7 +16,7 @@ lands on it).
 """
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
-from libc.errno cimport EAGAIN, EEXIST, EINTR, EINVAL, ENOSYS, errno
+from libc.errno cimport EAGAIN, EEXIST, EINTR, EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
@@ -360,7 +360,7 @@ WAYS = ("auto", "syscall", "device", "user-mode")
 
 cdef int open_fault_channel(str way, bint *user_mode_only) except -1:
     """A new userfaultfd: as full a one as this process may have, or made in one of the WAYS alone."""
-    cdef int fd, device
+    cdef int fd, device, failure = 0
     tried = []
     user_mode_only[0] = False
     if way in ("auto", "syscall"):
@@ -369,7 +369,8 @@ cdef int open_fault_channel(str way, bint *user_mode_only) except -1:
             return fd
         if errno == ENOSYS:
             raise KernelUnsupported("this kernel has no userfaultfd (CONFIG_USERFAULTFD); regions need Linux 5.19 or later")
-        tried.append(f"userfaultfd: {os.strerror(errno)}")
+        failure = errno
+        tried.append(f"userfaultfd: {os.strerror(failure)}")
     if way in ("auto", "device"):
         device = open(b"/dev/userfaultfd", O_RDWR | O_CLOEXEC)
         fd = -1
@@ -387,7 +388,10 @@ cdef int open_fault_channel(str way, bint *user_mode_only) except -1:
         if fd >= 0:
             user_mode_only[0] = True
             return fd
-        tried.append(f"for faults of user mode alone: {os.strerror(errno)}")
+        failure = errno
+        tried.append(f"for faults of user mode alone: {os.strerror(failure)}")
+    if failure == EMFILE or failure == ENFILE or failure == ENOMEM:     # of the last way that was tried
+        raise OSError(failure, "no userfaultfd")
     raise PermissionMissing(f"{NO_PERMISSION} ({'; '.join(tried)})")
 
 

@@ -34,6 +34,9 @@ GUARD: Final = struct.Struct("<IIQQ128s")
 GUARD_LOST: Final = 1
 GUARD_NOTE: Final = 2
 
+# As the id of an answer to whatever was asked or will be: the connection ends with it.
+ANY_ID: Final = -1
+
 # How a range will be used; see docs/regions.md.
 Advice: TypeAlias = Literal["normal", "sequential", "random", "cyclic"]
 

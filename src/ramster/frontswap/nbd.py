@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,26 +20,32 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
+from ramster import limits
+from ramster.admission import Limits, Table, source_of
 from ramster.config.units import format_bytes
 from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES, POOL_PAGES_MAX
 from ramster.engine.links import TlsContext
 from ramster.engine.nbd import NbdConnection, NbdServer
 from ramster.engine.store import Store
 from ramster.errors import CertificateError, RamsterError, Refused, UsageError
-from ramster.frontswap.sockets import listen_tcp, listen_unix
+from ramster.frontswap.shares import NbdClient, nbd_refusal
+from ramster.frontswap.sockets import Acceptor, is_own, listen_tcp, listen_unix, peer_of
 from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve, StartTls, Tls
 
 log = logging.getLogger("ramster.nbd")
 
 # As many as the engine has rows for; a machine has a handful.
 EXPORTS_MAX: Final = 256
-# Connections that have not chosen an export yet. Beyond, new ones are closed unheard.
+# Connections of one listener that have not chosen an export yet. Beyond, one of those that wait has to go; and new ones
+# are closed unheard while as many are on their way out.
 HANDSHAKES_MAX: Final = 32
 # Names on one export's allow list.
 ALLOW_MAX: Final = 64
+# Of one address, or of one process; on nbd.sock a part is kept for root and the node's user.
+HANDSHAKES_OF_ONE_MAX: Final = 24
+HANDSHAKES_KEPT: Final = 8
 # How long a connection that was told to end may take: its requests under way have deadlines of their own.
 END_S: Final = 10.0
-ACCEPT_PAUSE_S: Final = 0.1
 # Why a page of an export reads as EIO, by the engine's word for it.
 _WORDS: Final = {
     "lost": "is lost, the node that kept it is gone",
@@ -175,6 +180,12 @@ class _Listener:
     sock: socket.socket
     tls: Tls
     where: str
+    undecided: Table
+    acceptor: Acceptor
+
+    @property
+    def local(self) -> bool:
+        return self.sock.family == socket.AF_UNIX
 
 
 class _Connection:
@@ -183,10 +194,13 @@ class _Connection:
     def __init__(self, service: ExportService, sock: socket.socket, listener: _Listener) -> None:
         self.service = service
         self.tls = listener.tls
-        self.local = sock.family == socket.AF_UNIX
+        self.local = listener.local
         self.name: str | None = None
         """What its certificate has proved."""
-        self.who = _describe_peer(sock, listener.where)
+        self.listener = listener
+        self.who, self.source, self.user, self.own = _peer(sock, listener.where)
+        self.key = 0  # among those that are undecided
+        self.displaced = False
         self.export: _Export | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
@@ -199,8 +213,19 @@ class _Connection:
         try:
             self.thread.start()
         except RuntimeError:  # no more threads
-            self._connection.close()
+            self.drop()
             raise
+
+    def drop(self) -> None:
+        """In place of `start`."""
+        self.listener.undecided.leave(self.key)
+        self._closed = True
+        self._connection.close()
+
+    def displace(self) -> None:
+        """From any thread: another one needs its place."""
+        self.displaced = True
+        self.shutdown()
 
     def shutdown(self) -> None:
         """From any thread: it ends soon."""
@@ -217,7 +242,10 @@ class _Connection:
         return self.service.find(name, self)
 
     def enter(self, name: str) -> Export | Refusal:
-        return self.service.enter(name, self)
+        found = self.service.enter(name, self)
+        if isinstance(found, Export) and not self.listener.undecided.leave(self.key):
+            raise ConnectionError("it had to make room")
+        return found
 
     # --- in its thread --------------------------------------------------------------------------------------------
 
@@ -227,12 +255,17 @@ class _Connection:
         except TimeoutError:
             self.service.counters.unfinished += 1
             log.info("%s took too long to choose an export", self.who)
-        except (OSError, RamsterError) as error:
+        except (OSError, RamsterError, MemoryError) as error:
+            if self.displaced:
+                self.service.counters.refused += 1
+                log.info("%s had to make room: %d others were choosing an export", self.who, HANDSHAKES_MAX)
+                return
             self.service.counters.unfinished += self.export is None
             log.info("%s: %s", self.who, str(error) or type(error).__name__)
         except Exception:
             log.exception("%s: its connection failed", self.who)
         finally:
+            self.listener.undecided.leave(self.key)
             with self._open:
                 self._closed = True
                 self._connection.close()
@@ -277,15 +310,17 @@ class _Connection:
                     return
 
 
-def _describe_peer(sock: socket.socket, where: str) -> str:
-    """For the log: who it is, as far as the system knows."""
+def _peer(sock: socket.socket, where: str) -> tuple[str, str, str, bool]:
+    """As far as the system knows, (who it is, for the log; its process or address; its user or address; whether it is
+    one of ours).
+    """
     with contextlib.suppress(OSError):
         if sock.family == socket.AF_UNIX:
-            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            return f"process {pid} of user {uid}"
+            pid, uid = peer_of(sock)
+            return f"process {pid} of user {uid}", f"process {pid} of user {uid}", f"user {uid}", is_own(uid)
         host, port = sock.getpeername()[:2]
-        return f"{host} port {port}"
-    return f"a client on {where}"
+        return f"{host} port {port}", source_of(host), source_of(host), False
+    return f"a client on {where}", "nobody", "nobody", False
 
 
 class ExportService:
@@ -325,7 +360,7 @@ class ExportService:
         for each in exports:
             await self.create(each.name, each.size_bytes, each.max_size_bytes, each.read_only, allow=each.allow)
         offered = Tls.OFF if self.credentials is None else Tls.OFFERED
-        self._listen(_Listener(listen_unix(self.path), offered, str(self.path)))
+        self._listen(listen_unix(self.path), offered, str(self.path))
         for address in self.settings.listen:
             required = self.settings.tls == "require" or not address.loopback
             if required and self.credentials is None:
@@ -333,7 +368,7 @@ class ExportService:
             sock = listen_tcp(address.host, address.port, "[nbd] listen")
             host, port = sock.getsockname()[:2]
             where = _join(host, port)
-            self._listen(_Listener(sock, Tls.REQUIRED if required else offered, where))
+            self._listen(sock, Tls.REQUIRED if required else offered, where)
             self.addresses.append(where)
             shown = self._host(host)
             if required and shown not in self._hosts():
@@ -535,7 +570,7 @@ class ExportService:
         """Where clients reach an export; the first is on this machine."""
         uris = [f"nbd+unix:///{name}?socket={quote(str(self.path))}"]
         for listener in self._listeners:
-            if listener.sock.family != socket.AF_UNIX:
+            if not listener.local:
                 address, port = listener.sock.getsockname()[:2]
                 scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
                 uris.append(f"{scheme}://{_join(self._host(address), port)}/{name}")
@@ -586,12 +621,13 @@ class ExportService:
             found = self._find(name, connection)
             if isinstance(found, Refusal):
                 return found
+            clients = [_client(export, each) for export in self._exports.values() for each in export.clients]
             limit = self.settings.connections_max
-            if sum(len(export.clients) for export in self._exports.values()) >= limit:
+            refused = nbd_refusal(limit, clients, _client(found, connection), swap=found.swap)
+            if refused:
                 self.counters.refused += 1
-                return Refusal(
-                    OptionReply.ERR_POLICY, f"this node serves {limit} connections already ([nbd] connections_max)"
-                )
+                log.warning("export %s: refused %s: %s", name, connection.who, refused)
+                return Refusal(OptionReply.ERR_POLICY, refused)
             connection.export = found
             found.clients.add(connection)
             return found.wire()
@@ -632,45 +668,39 @@ class ExportService:
         if not connection.ended.done():
             connection.ended.set_result(None)
 
-    def _listen(self, listener: _Listener) -> None:
-        listener.sock.setblocking(False)
+    def _listen(self, sock: socket.socket, tls: Tls, where: str) -> None:
+        kept = HANDSHAKES_KEPT if sock.family == socket.AF_UNIX else 0
+        undecided = Table(Limits(HANDSHAKES_MAX, HANDSHAKES_OF_ONE_MAX, kept))
+        acceptor = Acceptor(sock, where, lambda accepted: self._accept(listener, accepted))
+        listener = _Listener(sock, tls, where, undecided, acceptor)
         self._listeners.append(listener)
-        asyncio.get_running_loop().add_reader(listener.sock, self._accept, listener)
 
-    def _accept(self, listener: _Listener) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            sock, _ = listener.sock.accept()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError | InterruptedError | ConnectionError):
-                # Out of descriptors, as a rule: the connection stays in the queue, so look again a little later.
-                log.error("cannot accept on %s: %s", listener.where, error)
-                loop.remove_reader(listener.sock)
-                loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
-            return
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(sock)
-            if sum(each.export is None for each in self._connections) >= HANDSHAKES_MAX:
+    def _accept(self, listener: _Listener, sock: socket.socket) -> None:
+        with sock:
+            here = sum(each.export is None and each.listener is listener for each in self._connections)
+            if here >= 2 * HANDSHAKES_MAX:  # half of them are on their way out
                 self.counters.refused += 1
-                log.warning(
-                    "closed a connection on %s: %d others are choosing an export", listener.where, HANDSHAKES_MAX
-                )
+                log.warning("closed a connection on %s: %d others are choosing an export", listener.where, here)
                 return
-            if sock.family != socket.AF_UNIX:
-                for level, option, value in _KEEPALIVE:
-                    sock.setsockopt(level, option, value)
             try:
+                if not listener.local:
+                    for level, option, value in _KEEPALIVE:
+                        sock.setsockopt(level, option, value)
                 connection = _Connection(self, sock, listener)
+                key = listener.undecided.enter(connection.source, connection.own, connection.displace)
+                if isinstance(key, str):
+                    self.counters.refused += 1
+                    log.warning("closed the connection of %s on %s: %s", connection.who, listener.where, key)
+                    connection.drop()
+                    return
+                connection.key = key
                 connection.start()
             except (RuntimeError, RamsterError, OSError, MemoryError) as error:
                 self.counters.refused += 1
-                log.error("cannot serve a connection on %s: %s", listener.where, error)
+                reason = limits.reached(error, f"serve a connection on {listener.where}", "the node")
+                log.error("%s", reason or f"cannot serve a connection on {listener.where}: {error}")
                 return
             self._connections.add(connection)
-
-    def _accept_again(self, listener: _Listener) -> None:
-        if not self._closing:
-            asyncio.get_running_loop().add_reader(listener.sock, self._accept, listener)
 
     def _watch(self) -> None:
         """The engine found pages that nobody has any more."""
@@ -694,21 +724,23 @@ class ExportService:
         """
         with self._lock:
             self._closing = True
-        loop = asyncio.get_running_loop()
         if self._listeners:
             self.path.unlink(missing_ok=True)
         for listener in self._listeners:
-            loop.remove_reader(listener.sock)
-            listener.sock.close()
+            listener.acceptor.close()
         self._listeners.clear()
         async with self._changing:
             if still := await _end(list(self._connections)):
                 log.error("%d connections did not end within %g s", still, END_S)
             if self._watched is not None:
-                loop.remove_reader(self._watched)
+                asyncio.get_running_loop().remove_reader(self._watched)
                 self._watched = None
             if self.server is not None:
                 await asyncio.to_thread(self.server.stop)
+
+
+def _client(export: _Export, connection: _Connection) -> NbdClient:
+    return NbdClient(export.name, connection.user, connection.listener.local, connection.own)
 
 
 async def _end(connections: Sequence[_Connection]) -> int:

@@ -17,8 +17,8 @@ import logging
 import os
 import socket
 import stat
-import struct
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,24 +27,28 @@ from typing import Final, Protocol, TypeVar
 
 import msgspec
 
+from ramster import limits
+from ramster.admission import Limits, Table
 from ramster.config.units import format_bytes
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import PermissionMissing, PortTaken, ProtocolError, RamsterError, Refused, RegionLost, UsageError
 from ramster.frontswap import messages
 from ramster.frontswap._client import FEATURES
+from ramster.frontswap.shares import region_refusal
+from ramster.frontswap.sockets import Acceptor, is_own, peer_of
 from ramster.frontswap.trust import require_own_folder
 
 _log = logging.getLogger("ramster.regions")
 
-# Each region costs threads, two sockets and a page table; far above what one machine's applications need.
-REGIONS_MAX: Final = 256
-# Connections that have no region yet: beyond, new ones are closed at once.
+# Connections that have no region yet: beyond, one of those that wait has to go. Of one process at most so many, and a
+# part is kept for root and the node's user.
 WAITING_MAX: Final = 64
+WAITING_OF_ONE_MAX: Final = 32
+WAITING_KEPT: Final = 16
 # Requests that may block at a time, all bounded by the engine's own waits.
 WORKERS: Final = 8
 # Two messages of a local process.
 HANDSHAKE_DEADLINE_S: Final = 10.0
-ACCEPT_PAUSE_S: Final = 0.1
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
 _UFFD_INITIALIZED: Final = 1 << 31  # as /proc/PID/fdinfo shows it
 
@@ -124,9 +128,12 @@ class RegionInfo:
 class _Shared:
     """A region and the connections that use it."""
 
-    def __init__(self, region: EngineRegion, name: str | None, shown: str, uid: int, reserved_pages: int) -> None:
+    def __init__(
+        self, region: EngineRegion, name: str | None, shown: str, pid: int, uid: int, reserved_pages: int
+    ) -> None:
         self.region = region
-        self.name, self.shown, self.uid, self.reserved_pages = name, shown, uid, reserved_pages
+        self.name, self.shown, self.reserved_pages = name, shown, reserved_pages
+        self.pid, self.uid = pid, uid  # of who made it
         self.number = 0
         self.members: list[_Connection] = []
         self._closed = False
@@ -184,7 +191,9 @@ class _Connection:
         self.attachment: int | None = None
         self.attached = False
         self._groups: dict[int, list[tuple[int, int]]] = {}  # what Undo takes back
+        self.key = 0  # among those that wait
         self._gone = False
+        self._displaced = False
         self._waiting: asyncio.Future[None] | None = None
         if self.pidfd is not None:
             self.loop.add_reader(self.pidfd, self.leave)
@@ -195,6 +204,11 @@ class _Connection:
         if self.pidfd is not None:
             self.loop.remove_reader(self.pidfd)
         self._notify()
+
+    def displace(self) -> None:
+        """Another one needs its place."""
+        self._displaced = True
+        self.leave()
 
     def _notify(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -230,6 +244,8 @@ class _Connection:
             finally:
                 self.loop.remove_reader(self.sock)
                 self._waiting = None
+            if self._displaced:
+                self._refuse(Refused("too many connections were waiting for a region, and this one had to make room"))
             if self._gone:
                 return None
             try:
@@ -298,8 +314,13 @@ class _Connection:
         except ValueError as error:
             reply = messages.Reply(ok=False, error=UsageError.code, message=str(error))
         except Exception as error:
-            _log.exception("region %s: %s failed", self.name, type(request).__name__)
-            reply = messages.Reply(ok=False, error=RamsterError.code, message=f"{type(error).__name__}: {error}")
+            doing = f"answer {type(request).__name__}"
+            if (limit := limits.reached(error, doing, f"the node (process {os.getpid()})")) is not None:
+                self.service.short(limit)
+                reply = messages.Reply(ok=False, error=limit.code, message=str(limit))
+            else:
+                _log.exception("region %s: %s failed", self.name, type(request).__name__)
+                reply = messages.Reply(ok=False, error=RamsterError.code, message=f"{type(error).__name__}: {error}")
         finally:
             for fd in fds:
                 os.close(fd)
@@ -324,24 +345,33 @@ class _Connection:
                 f"the region wants {format_bytes(resident * PAGE_BYTES)} resident; of the node's resident_max "
                 f"({format_bytes(limit * PAGE_BYTES)}) {free} is free"
             )
-        if service.regions_count >= REGIONS_MAX:
-            raise Refused(f"this node has {REGIONS_MAX} regions already, its limit")
+        refused = region_refusal(
+            service.made.total(),
+            sum(count for (pid, _), count in service.made.items() if pid == self.pid),
+            sum(count for (_, uid), count in service.made.items() if uid == self.uid),
+            own=is_own(self.uid),
+        )
+        if refused:
+            raise Refused(refused)
         # Reserved before the first await: two that come at once cannot both pass the check.
-        service.regions_count += 1
+        service.made[self.pid, self.uid] += 1
         service.reserved_pages += resident
         # It is shown on terminals and in logs.
         shown = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
+        service.waiting.leave(self.key)  # it is decided: nobody takes its place from here on
         try:
             region = await service.run(lambda: service.make_region(request.pages, resident, shown))
             if request.full == "wait":
                 region.wait_when_full(settings.full_hold_ms)
         except BaseException:
-            service.release(resident)
+            self._gone = True  # after the answer, since it stands in nobody's table any more
+            service.release(self.pid, self.uid, resident)
             raise
-        shared = _Shared(region, request.name, shown, self.uid, resident)
+        shared = _Shared(region, request.name, shown, self.pid, self.uid, resident)
         service.last_number += 1
         shared.number = service.last_number
         service.counters.regions_made += 1
+        service.enough()
         service.regions[shared.number] = shared
         reply, fds = await self._enter(shared)
         return msgspec.structs.replace(reply, capacity=await service.room()), fds
@@ -354,6 +384,7 @@ class _Connection:
     async def _enter(self, shared: _Shared) -> tuple[messages.Reply, list[int]]:
         # A member before anything is waited for: the region stays.
         self.shared = shared
+        self.service.waiting.leave(self.key)
         shared.members.append(self)
         channel = -1
         try:
@@ -455,9 +486,16 @@ class _Connection:
         finally:
             if last:
                 self.service.counters.regions_closed += 1
-                self.service.release(shared.reserved_pages)
+                self.service.release(shared.pid, shared.uid, shared.reserved_pages)
+
+    def _refuse(self, error: RamsterError) -> None:
+        """Without a request: whoever asks next reads it."""
+        self.service.counters.refused += 1
+        _log.warning("region socket: refused process %d: %s", self.pid, error)
+        send_refusal(self.sock, error)
 
     async def _end(self) -> None:
+        self.service.waiting.leave(self.key)
         if self.pidfd is not None:
             self.loop.remove_reader(self.pidfd)
             os.close(self.pidfd)
@@ -493,13 +531,20 @@ def _check_userfaultfd(fd: int, features: int) -> None:
         raise UsageError(f"features: {missing:#x} are not on in the userfaultfd")
 
 
+def send_refusal(sock: socket.socket, error: RamsterError) -> None:
+    """To an application that has not asked yet, as the answer to whatever it asks."""
+    reply = messages.Reply(id=messages.ANY_ID, ok=False, error=error.code, message=str(error))
+    with contextlib.suppress(OSError):
+        sock.send(messages.encode(reply), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
 def _peer(sock: socket.socket) -> tuple[int, int, int | None]:
     """(process id, user, pidfd) of the other side; no pidfd where it lives in another process namespace or has ended
     already.
 
     End of file alone does not tell that the application is gone: a child that it forked may hold the socket.
     """
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    pid, uid = peer_of(sock)
     with contextlib.suppress(OSError):
         return pid, uid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     with contextlib.suppress(OSError, ValueError):
@@ -530,11 +575,14 @@ class RegionService:
         self.before_leaving: Callable[[], None] = lambda: None
         """Called while a region that a process leaves can still be asked what happened to it."""
         self.regions: dict[int, _Shared] = {}
-        self.regions_count = 0
+        self.made: Counter[tuple[int, int]] = Counter()
+        """Regions by (process, user) that made them."""
+        self.waiting = Table(Limits(WAITING_MAX, WAITING_OF_ONE_MAX, WAITING_KEPT))
         self.reserved_pages = 0
         self.last_number = 0
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
-        self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
+        self._short_told = False
         self._lock: int | None = None
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ramster-region")
 
@@ -570,37 +618,21 @@ class RegionService:
             listener.close()
             self._unlock()
             raise
-        self._listener = listener
-        self._listen()
-
-    def _listen(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._acceptor = Acceptor(listener, str(self.path), self._accept, short=self._accept_short)
 
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            if not isinstance(error, (BlockingIOError, InterruptedError, ConnectionError)):
-                # Out of descriptors, as a rule: the connection stays in the queue, so look again a little later.
-                _log.error("region socket: cannot accept: %s", error)
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(self._listener)
-                loop.call_later(ACCEPT_PAUSE_S, self._listen)
-            return
+    def _accept(self, sock: socket.socket) -> None:
         self.counters.connections += 1
         sock.setblocking(False)
-        if sum(connection.shared is None for connection in self._connections) >= WAITING_MAX:
-            self.counters.refused += 1
-            sock.close()
-            return
         connection = _Connection(self, sock)
+        source = f"process {connection.pid} of user {connection.uid}"
+        key = self.waiting.enter(source, is_own(connection.uid), connection.displace)
+        assert isinstance(key, int), "nobody proves a name here, so somebody always makes room"
+        connection.key = key
         task = asyncio.get_running_loop().create_task(connection.serve(), name=f"region of {connection.pid}")
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._connections.pop(connection))
@@ -632,9 +664,29 @@ class RegionService:
             "resident_reserved_bytes": self.reserved_pages * PAGE_BYTES,
         }
 
-    def release(self, reserved_pages: int) -> None:
+    def _accept_short(self, sock: socket.socket, error: OSError) -> None:
+        """There is no descriptor for a region: say so, and which limit it is."""
+        with sock:
+            limit = limits.reached(error, "serve another application", f"the node (process {os.getpid()})")
+            if limit is not None:
+                self.counters.refused += 1
+                send_refusal(sock, limit)
+
+    def short(self, limit: RamsterError) -> None:
+        """A request failed for a limit of the system: said once, until one has made a region again."""
+        if not self._short_told:
+            self._short_told = True
+            _log.error("region socket: %s", limit)
+
+    def enough(self) -> None:
+        """There was room for a region."""
+        self._short_told = False
+
+    def release(self, pid: int, uid: int, reserved_pages: int) -> None:
         """A region is gone, or was not made after all."""
-        self.regions_count -= 1
+        self.made[pid, uid] -= 1
+        if not self.made[pid, uid]:
+            del self.made[pid, uid]
         self.reserved_pages -= reserved_pages
 
     def find(self, which: str | int, uid: int) -> _Shared:
@@ -669,10 +721,9 @@ class RegionService:
 
     async def close(self) -> None:
         """Stop listening, close every region, wait for the threads. Again: does nothing."""
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
             self.path.unlink(missing_ok=True)
         for connection in list(self._connections):
             connection.leave()

@@ -20,6 +20,7 @@ import math
 import os
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, Supp
 
 import msgspec
 
+from ramster import limits
 from ramster.config.paths import canonical_socket, default_run_dir
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX, REGION_SOCKET
 from ramster.errors import (
@@ -132,9 +134,12 @@ class _Control:
         self._last = 0
         self._groups = itertools.count(1)
         self._owed: list[int] = []  # groups that are to be taken back
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        with limits.named(f"connect to {path}"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            self._socket.settimeout(CONNECT_DEADLINE_S)
+            # A connect() with Python's timeout fails at once where the node's queue is full; this one waits its turn.
+            timeout = struct.pack("@ll", int(CONNECT_DEADLINE_S), 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
             self._socket.connect(os.fspath(path))
             trust.check(self._socket, path)
         except UntrustedNode:
@@ -230,12 +235,16 @@ class _Control:
             try:
                 if not data:
                     raise self._gone(None)
-                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                if flags & socket.MSG_TRUNC:
                     raise ProtocolError("the node's answer is too long")
+                if flags & socket.MSG_CTRUNC:  # it never sends more descriptors than are waited for here
+                    raise limits.descriptors("take the descriptors of a region from the node")
                 try:
                     reply = messages.decode_reply(data)
                 except msgspec.DecodeError as error:
                     raise ProtocolError(f"the node's answer makes no sense: {error}") from error
+                if reply.id == messages.ANY_ID:
+                    return reply
                 if fds is not None and reply.id == number:
                     # In this order: an interrupt in between leaves one open, but never closes one twice.
                     taken, received = received, []
@@ -389,7 +398,8 @@ class Region(Mapping):
         self._control = _Control(arguments.path("socket", socket))
         try:
             made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
-            self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
+            with limits.named("map a region"):
+                self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
             self._control.ask(
                 messages.Attach(base=self.address, features=self.features, user_mode_only=self.user_mode_only),
                 [self.fault_fd],

@@ -16,17 +16,28 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
+from ramster import limits
+from ramster.admission import Limits, Table
 from ramster.constants import SOCKET_PATH_BYTES_MAX
 from ramster.errors import PortTaken, RamsterError, Refused, UsageError
-from ramster.frontswap.sockets import BACKLOG, listen_unix
+from ramster.frontswap.sockets import Acceptor, is_own, listen_unix, peer_of
 
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 8192  # the largest request makes an export with 64 names
 REQUESTS_MAX = 32  # at a time; people and scrapers, not a data path
 SHUTDOWN_S = 2.0  # an answer under way may finish
-_ACCEPT_TURNS = 5
+# Connections whose request has not arrived whole. Beyond, one of them has to go; of one process at most so many, and a
+# part is kept for root and the node's user.
+WAITING_MAX = 32
+WAITING_OF_ONE_MAX = 24
+WAITING_KEPT = 8
+REQUEST_S = 5.0  # for a request to arrive; callers are on this machine
+ANSWER_S = 60.0  # for an answer to be made and taken: to forget a large export takes a while
+# Descriptors that are kept, so that a node that has run out of them still tells what it is about.
+SPARES = 4
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -72,7 +83,10 @@ class ControlServer:
         self._view = view
         self._path = path
         self._runner: web.AppRunner | None = None
-        self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting = Table(Limits(WAITING_MAX, WAITING_OF_ONE_MAX, WAITING_KEPT))
+        self._server: web.Server | None = None
         self._running = 0
         self._stopping = asyncio.Lock()
 
@@ -105,12 +119,47 @@ class ControlServer:
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:
-            self._listener = listen_unix(self._path)
-            await web.SockSite(runner, self._listener, backlog=BACKLOG).start()
+            listener = listen_unix(self._path)
         except BaseException:
             await runner.cleanup()
             raise
-        self._runner = runner
+        self._runner, self._server = runner, runner.server
+        self._acceptor = Acceptor(
+            listener, str(self._path), self._accept, short=lambda sock, _: self._accept(sock), spares=SPARES
+        )
+
+    def _accept(self, sock: socket.socket) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(sock))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One connection, which brings one request."""
+        assert self._server is not None
+        sock.setblocking(False)
+        pid, uid = peer_of(sock)
+        who = f"process {pid} of user {uid}"
+        caller = _Caller(self._server)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: caller, sock)
+        key = self._waiting.enter(who, is_own(uid), caller.displace)
+        assert isinstance(key, int), "nobody proves a name here, so somebody always makes room"
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                await caller.asked.wait()
+            self._waiting.leave(key)
+            async with asyncio.timeout(ANSWER_S):
+                await caller.ended.wait()
+        except TimeoutError:
+            if caller.asked.is_set():
+                log.warning("%s: %s did not take its answer, closed its connection", self._path, who)
+                caller.abort()
+            else:
+                log.warning("%s: %s did not send its whole request, closed its connection", self._path, who)
+                caller.refuse(408, "too-slow", f"the request did not arrive within {REQUEST_S:g} s")
+        finally:
+            self._waiting.leave(key)
+            if caller.displaced:
+                log.warning("%s: %s had to make room: %d others were waiting", self._path, who, WAITING_MAX)
 
     async def stop(self) -> None:
         """Stops serving and removes the socket. Answers under way get up to SHUTDOWN_S seconds. Idempotent."""
@@ -118,29 +167,43 @@ class ControlServer:
             runner, self._runner = self._runner, None
             if runner is not None:
                 self._path.unlink(missing_ok=True)
-                # A connection that was just accepted reaches aiohttp some turns of the loop later. Closing the listener
-                # in between leaks it (asyncio asserts in its transport), so accepting ends first.
-                assert self._listener is not None
-                asyncio.get_running_loop().remove_reader(self._listener.fileno())
-                for _ in range(_ACCEPT_TURNS):
-                    await asyncio.sleep(0)
+                assert self._acceptor is not None
+                self._acceptor.close()
+                await asyncio.sleep(0)  # those that were accepted just now are aiohttp's from here on
                 await runner.cleanup()
+                if self._tasks:
+                    await asyncio.wait(list(self._tasks))
 
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turns every failure into a JSON answer and bounds the requests at a time."""
+        try:
+            await request.read()  # all of it, before it counts as one that is served
+        except web.HTTPException as error:
+            response: web.StreamResponse = _http_error(request, error)
+        else:
+            response = await self._guarded(request, handler)
+        response.force_close()
+        return response
+
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if isinstance(request.protocol, _Caller):
+            request.protocol.asked.set()
         if self._running >= REQUESTS_MAX:
             return _error(503, "overloaded", f"more than {REQUESTS_MAX} requests at a time; try again")
         self._running += 1
         try:
             return await handler(request)
         except web.HTTPException as error:
-            code = {404: "not-found", 405: "method-not-allowed", 413: "too-large"}.get(error.status, "bad-request")
-            return _error(error.status, code, f"{request.method} {request.path}: {error.reason}")
+            return _http_error(request, error)
         except Refused as error:
             return _error(409, error.code, str(error))
         except RamsterError as error:
             return _error(400 if error.blame == "caller" else 500, error.code, str(error))
-        except Exception:
+        except Exception as error:
+            limit = limits.reached(error, f"answer {request.method} {request.path}", "the node")
+            if limit is not None:
+                log.error("control request: %s", limit)
+                return _error(500, limit.code, str(limit))
             log.exception("control request %s %s failed", request.method, request.path)
             return _error(500, "internal", "the node failed to answer; its log has the details")
         finally:
@@ -192,6 +255,41 @@ class ControlServer:
         return _answer({"stopping": True, "would_lose": would_lose})
 
 
+class _Caller(RequestHandler):
+    """aiohttp's side of one connection, and what becomes of it."""
+
+    __slots__ = ("asked", "displaced", "ended")
+
+    def __init__(self, server: web.Server) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type]
+        self.asked = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.displaced = False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self.asked.set()
+        self.ended.set()
+
+    def displace(self) -> None:
+        """Another one needs its place."""
+        self.displaced = True
+        self.refuse(503, "overloaded", f"{WAITING_MAX} others wait; send the request at once, or try again")
+
+    def abort(self) -> None:
+        """End it as it is."""
+        if isinstance(self.transport, asyncio.WriteTransport):
+            self.transport.abort()
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        """End it with an answer to a request that has not come."""
+        if self.transport is not None:
+            body = msgspec.json.encode({"error": code, "message": message})
+            head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: "
+            self.transport.write(f"{head}{len(body)}\r\n\r\n".encode() + body)
+            self.force_close()
+
+
 class NewExport(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /v1/exports."""
 
@@ -231,6 +329,11 @@ def _read(body: bytes, kind: type[_Order]) -> _Order:
 
 def _answer(data: dict[str, Any], status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(data), status=status, content_type="application/json")
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    code = {404: "not-found", 405: "method-not-allowed", 413: "too-large"}.get(error.status, "bad-request")
+    return _error(error.status, code, f"{request.method} {request.path}: {error.reason}")
 
 
 def _error(status: int, code: str, message: str) -> web.Response:
