@@ -116,6 +116,7 @@ class Peering:
         self._listener: socket.socket | None = None
         self._grace: dict[int, asyncio.TimerHandle] = {}
         self._stood_still_ms = 0
+        self._dice = random.Random()
 
     async def start(self) -> None:
         """Listen and begin to connect. PortTaken when somebody else listens there."""
@@ -284,7 +285,7 @@ class Peering:
         """Ends early when gets begin to wait, or the peer asks to be called."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        share = random.random()
+        share = self._dice.random()
         state.called[kind].clear()
         while True:
             low, high = self.redial.pause(tries, self.links.waited_for(state.peer.number))
@@ -305,7 +306,7 @@ class Peering:
             if await self._while_it_stands(state, kind):
                 tries = 0
                 continue
-            await asyncio.sleep(self.redial.look * random.uniform(0.5, 1.0))
+            await asyncio.sleep(self.redial.look * self._dice.uniform(0.5, 1.0))
             if self._stands(state, kind):
                 continue
             try:
