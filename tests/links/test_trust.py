@@ -62,7 +62,8 @@ class Refuser:
                     self.asked += 1
                     if self._answers:
                         status = 0 if self.accepts else FULL
-                        self._ends[BULK].send(frame(FrameType.SHIPPED, status, head[4], b"", head[7], head[8]), 5)
+                        answer = frame(FrameType.SHIPPED, status, head[4], b"", head[7], head[8], CLAIMED)
+                        self._ends[BULK].send(answer, 5)
 
     def close(self) -> None:
         self._thread.join()
