@@ -27,9 +27,11 @@ PAGES = 24
 Answer = Callable[[int, list[int]], list[bytes]]
 
 
-def frame(kind: int, status: int, request: int, body: bytes = b"", segment: int = 0, generation: int = 0) -> bytes:
+def frame(
+    kind: int, status: int, request: int, body: bytes = b"", segment: int = 0, generation: int = 0, credit: int = 9
+) -> bytes:
     head = HEADER.pack(
-        frames.MAGIC, frames.VERSION, kind, status, request, len(body), 9, segment, generation, 0, 0, 0, 0
+        frames.MAGIC, frames.VERSION, kind, status, request, len(body), credit, segment, generation, 0, 0, 0, 0
     )
     return head[:-4] + struct.pack("<I", frames.crc32c(head[:-4])) + body
 

@@ -813,7 +813,7 @@ def test_a_lender_that_stands_still_holds_up_no_other(pair: Pair, contexts: dict
             for segment, generation, *_ in segments[12:]:
                 assert pair.a.links.ship(segment, generation, LENDER)
             wait_until(lambda: pair.a.store.statistics().segments_remote == len(segments) - 12, "the others are there")
-            waiting = {number: shipping for number, _, _, shipping, _ in pair.a.links.lenders()}
+            waiting = {number: shipping for number, _, _, shipping, *_ in pair.a.links.lenders()}
             assert waiting == {LENDER: 0, OTHER_LENDER: 12}
             wait_until(lambda: pair.a.links.shipping() == IN_FLIGHT, "orders without progress are given up")
         wait_until(lambda: pair.a.links.shipping() == 0, "what was under way arrives late")

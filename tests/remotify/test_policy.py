@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from ramster.constants import SPILL_PEER
 from ramster.remotify.policy import (
-    BACKLOG_MAX,
     COPIES_MAX,
     SHIPS_PER_DECISION_MAX,
     URGENT_MAX,
@@ -23,6 +22,7 @@ from ramster.remotify.policy import (
     SpillRoom,
     Upkeep,
 )
+from ramster.remotify.trust import BACKLOG_MAX
 
 SETTINGS = Settings(high=0.75, low=0.60, cold_after_ms=30_000)
 
@@ -290,7 +290,9 @@ def test_in_any_situation(looks: list[Snapshot]) -> None:
         if used <= SETTINGS.low * now.frames_total or (used <= SETTINGS.high * now.frames_total and not was_draining):
             assert not young and not policy.draining
         going = now.under_way
-        if now.spill is not None and now.spill.ready and now.spill.free:
+        if any(each.stalled_ms < SETTINGS.stalled_ms for each in now.lenders) or (
+            now.spill is not None and now.spill.ready and now.spill.free
+        ):
             going -= sum(each.shipping for each in now.lenders if each.stalled_ms >= SETTINGS.stalled_ms)
         urgent = URGENT_MAX if now.spill is not None and now.frames_free <= 0.05 * now.frames_total else 0
         assert len(young) <= max(0, used - SETTINGS.low * now.frames_total - going, urgent)

@@ -142,10 +142,15 @@ def _peers(peers: list[Mapping[str, Any]]) -> RenderableType:
     for peer in peers:
         state = str(peer.get("state", "?"))
         reason = str(peer.get("reason") or "")
+        standing = str(peer.get("standing") or "trusted")
+        if state == "up" and standing != "trusted":
+            state, reason = "up, not trusted", standing
         trip = _int(peer, "round_trip_p50_us")
         table.add_row(
             str(peer.get("name", "?")),
-            Text(f"{state} ({reason})" if reason and state != "up" else state, style=_STATE_STYLES.get(state, "")),
+            Text(
+                f"{state} ({reason})" if reason and state != "up" else state, style=_STATE_STYLES.get(state, "yellow")
+            ),
             str(peer.get("address", "?")),
             str(_int(peer, "credit")),
             show_size(_int(peer, "bytes_sent")),

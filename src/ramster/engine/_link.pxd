@@ -12,9 +12,11 @@ from ramster.engine._store cimport ENTRY_BYTES_MAX, RemoteMeta, RemoteRef, Store
 cdef enum:
     PEERS_MAX = 255
     PENDING_MAX = 4096              # remote gets under way at one moment, all peers together
-    SHIPS_MAX = 64                  # segments on their way at one moment, all peers together
-    ORDERS_MAX = 256
-    ORDERS_PER_PEER = 64            # so that a lender that stands still leaves room for orders to others
+    SHIPS_MAX = 512                 # segments on their way at one moment, all peers together
+    ORDERS_MAX = 512
+    ORDERS_PER_PEER = 64
+    SHARE = 4                       # a peer may have a quarter of what is free: however many stand still, others find room
+    ORPHANS_MAX = 64
     IMAGES = 2                      # sealed segments that wait for one lender's connection: one is sent, one is sealed
     FRAME_BYTES = 48
     RECEIVE_BYTES = 32768
@@ -126,6 +128,7 @@ cdef struct Peer:
     uint64_t gets
     uint64_t segments_sent
     uint64_t refused
+    uint32_t refusal                # status of the last refusal
     uint32_t orphans[64]            # shipped, never answered: not shipped there again before it says that they are freed
     uint32_t orphan_generations[64]
     uint32_t orphan_count
@@ -269,9 +272,10 @@ cdef struct Links_t:
     bint reactors_done              # nothing will be added to the jobs any more
     # segments under way
     pthread_mutex_t ship_lock
-    Ship ships[64]
+    Ship ships[512]
+    uint32_t ships_used
     uint64_t ship_sequence
-    Order orders[256]               # oldest first
+    Order orders[512]               # oldest first
     uint32_t orders_count
     uint32_t sealing                # orders taken that are not in 'ships' yet
     EVP_CIPHER_CTX *seal_ctx

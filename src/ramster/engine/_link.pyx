@@ -1352,25 +1352,24 @@ cdef void *worker_main(void *argument) noexcept nogil:
 cdef void ship_done(Links_t *l, Peer *peer, uint32_t i) noexcept nogil:
     """Under ship_lock: this one is under way no more."""
     l.ships[i].id = 0
+    l.ships_used -= 1
     sub32(&peer.shipping, 1, RELAXED)
     peer.progress_ns = ran(l)
 
 
 cdef bint ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
     """False: nothing like that was sent on this connection."""
-    cdef uint32_t i
+    cdef uint32_t i = <uint32_t> (f.request & (SHIPS_MAX - 1))
     cdef uint64_t now = ran(l)
     cdef Ship ship
     ship.id = 0
     pthread_mutex_lock(&l.ship_lock)
-    for i in range(SHIPS_MAX):
-        if l.ships[i].id == f.request and f.request != 0 and l.ships[i].peer == peer.number:
-            ship = l.ships[i]
-            if load32(&peer.shipping, RELAXED) > 1:
-                peer.pace_ns = (7 * peer.pace_ns + now - max(peer.answered_ns, ship.sent_ns)) // 8
-            peer.answered_ns = now
-            ship_done(l, peer, i)
-            break
+    if l.ships[i].id == f.request and f.request != 0 and l.ships[i].peer == peer.number:
+        ship = l.ships[i]
+        if load32(&peer.shipping, RELAXED) > 1:
+            peer.pace_ns = (7 * peer.pace_ns + now - max(peer.answered_ns, ship.sent_ns)) // 8
+        peer.answered_ns = now
+        ship_done(l, peer, i)
     pthread_mutex_unlock(&l.ship_lock)
     if load32(&l.orders_count, RELAXED):
         eventfd_write(l.order_fd, 1)
@@ -1382,6 +1381,7 @@ cdef bint ship_answered(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
         say(&peer.segments_sent, 1)
     else:
         say(&l.ships_refused, 1)
+        store32(&peer.refusal, f.status, RELAXED)
         say(&peer.refused, 1)
         ship_failed(l, &ship)
     return ship.id != 0
@@ -1398,7 +1398,7 @@ cdef void ship_failed(Links_t *l, const Ship *ship) noexcept nogil:
 
 cdef void add_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept nogil:
     """Under ship_lock: this lender is to forget a segment that has another place, and gets none of this name before it did."""
-    if peer.orphan_count < 64 and not is_orphan(peer, segment, generation):
+    if peer.orphan_count < ORPHANS_MAX and not is_orphan(peer, segment, generation):
         peer.orphans[peer.orphan_count] = segment
         peer.orphan_generations[peer.orphan_count] = generation
         store32(&peer.orphan_count, peer.orphan_count + 1, RELAXED)
@@ -1499,8 +1499,9 @@ cdef void ship(Links_t *l, const Order *order) noexcept nogil:
     while l.ships[slot].id != 0:        # next_order saw a free one, and nobody else takes any
         slot += 1
     l.ship_sequence += 1
-    id = l.ship_sequence
+    id = l.ship_sequence * SHIPS_MAX + slot
     l.ships[slot].id = id
+    l.ships_used += 1
     l.ships[slot].segment = order.segment
     l.ships[slot].generation = order.generation
     l.ships[slot].peer = peer.number
@@ -1541,21 +1542,21 @@ cdef uint32_t ring_room(Channel *ch) noexcept nogil:
 cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
     """Take the oldest order whose lender can have a segment now. Orders for a lender that does not get any further are
     given up one by one; those for others pass them."""
-    cdef uint32_t i, k, slot = 0, kept = 0
+    cdef uint32_t i, kept = 0
     cdef uint64_t now = ran(l)
     cdef bint found = False, expired
     cdef Peer *peer
     cdef Order *o
     pthread_mutex_lock(&l.ship_lock)
-    while slot < SHIPS_MAX and l.ships[slot].id != 0:
-        slot += 1
     for i in range(l.orders_count):
         o = &l.orders[i]
         peer = peer_at(l, o.peer)
         expired = load32(&peer.gone, ACQUIRE) or load32(&peer.channels[BULK].up, ACQUIRE) == 0 or \
             is_orphan(peer, o.segment, o.generation) or \
             now > max(o.ordered_ns, peer.progress_ns) + ORDER_S * 1000000000ull
-        if not expired and (found or slot == SHIPS_MAX or peer.shipping >= l.bulk_in_flight or
+        # What is on its way may all become orphans.
+        if not expired and (found or peer.shipping >= min(l.bulk_in_flight, (SHIPS_MAX - l.ships_used) // SHARE) or
+                            peer.shipping + peer.orphan_count >= ORPHANS_MAX or
                             load32(&peer.channels[BULK].image_count, ACQUIRE) >= IMAGES):
             l.orders[kept] = o[0]
             kept += 1
@@ -2272,6 +2273,9 @@ cdef class Connection:
         return data
 
 
+REFUSALS = {S_FULL: "it is full", S_SHARE: "this node has its share of it", S_BAD: "it calls them malformed"}
+
+
 # --- Python: the links of a node -----------------------------------------------------------------------------------
 
 cdef class Links:
@@ -2650,7 +2654,7 @@ cdef class Links:
             queued = True               # whoever decides looks again before it has left
         elif number == SPILL_PEER:
             queued = l.spilling.order(l.spilling.spill, segment, generation)
-        elif l.orders_count < ORDERS_MAX and peer.ordered < ORDERS_PER_PEER:
+        elif peer.ordered < min(ORDERS_PER_PEER, (ORDERS_MAX - l.orders_count) // SHARE):
             order = &l.orders[l.orders_count]
             order.segment = segment
             order.generation = generation
@@ -2757,7 +2761,7 @@ cdef class Links:
 
     def lenders(self):
         """What a decision needs of each peer: (number, up, credit, segments ordered or on their way to it, for how many ms none
-        of them got any further)."""
+        of them got any further, how many it took, how many it refused, why it refused the last)."""
         cdef Links_t *l = self.live()
         cdef Peer *p
         cdef uint32_t i, waiting
@@ -2772,7 +2776,9 @@ cdef class Links:
                 since = p.progress_ns
                 pthread_mutex_unlock(&l.ship_lock)
                 stalled_ms = (ran(l) - since) // 1000000 if waiting else 0
-                result.append((i, up, load32(&p.credit, RELAXED), waiting, stalled_ms))
+                refusal = load32(&p.refusal, RELAXED)
+                result.append((i, up, load32(&p.credit, RELAXED), waiting, stalled_ms, load64(&p.segments_sent, RELAXED),
+                               load64(&p.refused, RELAXED), REFUSALS.get(refusal, f"status {refusal}")))
         return result
 
     def peers(self):

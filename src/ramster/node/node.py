@@ -85,7 +85,8 @@ class Node:
         # A put that waits for room must see a lender passed over well before it gives up.
         stalled_ms = max(10, min(c.arena.full_wait_ms, c.region.full_wait_ms) // 4)
         policy = Policy(Settings(r.enabled, r.high, r.low, r.cold_after_ms, stalled_ms))
-        self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill)
+        names = {peer.number: peer.name for peer in c.peers}
+        self.remotify = Worker(self.store, self.links, policy, r.tick_ms, self.spill, names)
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region, self.tiers)
         self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, credentials)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
@@ -255,6 +256,7 @@ class Node:
                     "number": peer.number,
                     "address": str(peer.address),
                     "state": state,
+                    "standing": self._standing(peer.number),
                     "reason": "" if state == "up" else reason,
                     **{key: row.get(key, 0) for key in _PEER_KEYS},
                 }
@@ -306,6 +308,11 @@ class Node:
                 "under_way": self.links.shipping(),
             },
         }
+
+    def _standing(self, number: int) -> str:
+        """What this node thinks of a peer, and why."""
+        shut_out = self.peering.shut_out(number) if self.peering is not None else ""
+        return shut_out or self.remotify.policy.trust.word(number)
 
     def _spill_status(self, arena: dict[str, Any]) -> dict[str, Any] | None:
         """None without a spill file."""

@@ -10,12 +10,14 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Final
 
 from ramster.engine.links import Links
 from ramster.engine.spill import Spill
 from ramster.engine.store import Store
 from ramster.remotify.policy import SHIPS_PER_DECISION_MAX, Lender, Policy, Segment, Snapshot, SpillRoom
+from ramster.remotify.trust import Change
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,16 @@ SAY_S: Final = 60.0
 class Worker:
     """Carries out the decisions of `policy`; `decisions` and `ordered` count them."""
 
-    def __init__(self, store: Store, links: Links, policy: Policy, tick_ms: int, spill: Spill | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        links: Links,
+        policy: Policy,
+        tick_ms: int,
+        spill: Spill | None = None,
+        names: Mapping[int, str] | None = None,
+    ) -> None:
+        self.names = names or {}
         self.store = store
         self.links = links
         self.spill = spill
@@ -79,6 +90,7 @@ class Worker:
     def step(self) -> int:
         """One look, one decision; returns the number of segments ordered."""
         lenders = [Lender(*row) for row in self.links.lenders()]
+        self._say(self.policy.look(time.monotonic_ns() // 1_000_000, lenders))
         spill = self._look_at_spill()
         if stalled := self.policy.stalled(lenders, spill):
             for number in stalled:
@@ -104,6 +116,19 @@ class Worker:
             care = self.policy.upkeep(snapshot)
             self.spill.tend(care.room, care.copies)
         return ordered
+
+    def _say(self, changes: list[Change]) -> None:
+        for change in changes:
+            name = self.names.get(change.number, str(change.number))
+            if change.trusted:
+                log.info("node %s takes segments again as it says", name)
+            else:
+                log.warning(
+                    "node %s gets no segments for %.1f s, and longer each time that it goes on: %s",
+                    name,
+                    change.pause_ms / 1000,
+                    change.why,
+                )
 
     def _look_at_spill(self) -> SpillRoom | None:
         """What a decision needs of it; a kind of trouble is said once."""
