@@ -77,6 +77,8 @@ class Settings(Protocol):
     @property
     def tls(self) -> str: ...
     @property
+    def tls_min(self) -> str: ...
+    @property
     def connections_max(self) -> int: ...
     @property
     def handshake_timeout_ms(self) -> int: ...
@@ -262,7 +264,8 @@ class _Connection:
                     pass
                 case StartTls():
                     assert self.service.credentials is not None
-                    connection.start_tls(self.service.credentials.context(), left())
+                    settings = self.service.settings
+                    connection.start_tls(self.service.credentials.context(), left(), settings.tls_min == "1.2")
                     handshake.tls_started()
                 case End(kind, reason):
                     self.service.ended(self, kind, reason)
