@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 
+from ramster import limits
 from ramster.config.knobs import Config
 from ramster.node import holder
 from ramster.node.node import Node
@@ -34,7 +35,9 @@ def run(config: Config) -> int:
 
 
 async def _run(config: Config, guard: Guard, arena_fd: int | None) -> int:
-    node = Node(config, guard, arena_fd)
+    limits.raise_descriptors()
+    with limits.named("start", "the node"):
+        node = Node(config, guard, arena_fd)
     loop = asyncio.get_running_loop()
     warned = False
 

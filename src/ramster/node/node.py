@@ -44,6 +44,7 @@ class Node:
             credentials = Credentials(files, c.cluster.id, c.node.name)
         self.generation = secrets.randbits(63)
         self.started = time.monotonic()
+        self.version = version("ramster")  # read now: later there may be no descriptor for it
         self.state = "starting"
         self.store = Store(
             c.arena.size_bytes,
@@ -243,7 +244,7 @@ class Node:
         return {
             "name": self.config.node.name,
             "number": self.config.node.number,
-            "version": version("ramster"),
+            "version": self.version,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self.started, 3),
             "generation": self.generation,
