@@ -370,3 +370,24 @@ def test_another_user_is_told_to_become_root(
 def test_status_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["swap", "status", "--json", "--socket", str(tmp_path / "control.sock")]) == 0
     assert json.loads(capsys.readouterr().out)["swaps"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "free", "stored", "warns"),
+    [
+        (100, 50, 10, 0, False),  # 2:1, as planned
+        (100, 95, 10, 0, True),
+        (100, 95, 400, 0, False),  # there is room for all of it
+        (100, 95, 10, 100, False),  # it is full already
+        (0, 0, 10, 0, False),
+    ],
+)
+def test_a_swap_that_noise_would_fill_is_warned_about(
+    given: int, kept: int, free: int, stored: int, warns: bool
+) -> None:
+    mib = 1 << 20
+    export = {"swap": True, "size_bytes": 100 * mib, "pages_stored": stored * mib // 4096}
+    arena = {"bytes_in": given * mib, "bytes_compressed": kept * mib, "segment_bytes": mib, "frames_free": free}
+    said = swap.overcommitted({"arena": arena, "exports": [export]})
+    assert bool(said) == warns and ("Add a lender" in said) == warns
+    assert swap.overcommitted({"arena": arena, "exports": [{**export, "swap": False}]}) == ""

@@ -247,7 +247,8 @@ class Engines:
         return self.regions[name]
 
     def _tiers(self) -> dict[str, int]:
-        return of_tiers(self.store.counters(), self.links.lenders(), None)
+        granted = [credit for _, up, credit, *_ in self.links.lenders() if up]
+        return of_tiers(self.store.counters(), granted, None)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE)

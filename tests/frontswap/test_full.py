@@ -53,12 +53,12 @@ def test_a_region_that_may_outgrow_what_there_is(beyond: int, room: Capacity, sa
 
 def test_what_the_tiers_can_take() -> None:
     arena = {"segment_bytes": MIB, "frames_total": 10, "live_bytes": 3 * MIB}
-    lenders = [(2, True, 5, 0, 0), (3, False, 50, 0, 0), (4, True, 0, 0, 0)]
-    assert decode(of_tiers(arena, lenders, None)) == Capacity(
+    granted = [5, 0]
+    assert decode(of_tiers(arena, granted, None)) == Capacity(
         arena_bytes=10 * MIB, arena_free_bytes=7 * MIB, lenders=1, lenders_free_bytes=5 * MIB
     )
     spill = {"bytes_total": 8 * MIB, "bytes_used": 2 * MIB, "mirror": True}
-    found = decode({**of_tiers(arena, lenders, spill), "of another version": 5})
+    found = decode({**of_tiers(arena, granted, spill), "of another version": 5})
     assert (found.spill_free_bytes, found.spill_mirror, found.free_bytes) == (6 * MIB, True, 13 * MIB)
 
 

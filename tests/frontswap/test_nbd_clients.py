@@ -146,6 +146,22 @@ def test_nbd_client_lists_every_export(export: Export) -> None:
     assert export.name in run("nbd-client", "-l", host, port)
 
 
+@needs("nbd-client")
+def test_nbd_client_over_tls(tmp_path: Path) -> None:
+    """Debian 12 has 3.24, which knows TLS 1.2 alone."""
+    with Cluster(["alpha"]) as cluster:
+        alpha = cluster["alpha"]
+        with alpha.config.open("a") as config:
+            config.write('\n[nbd]\nlisten = ["127.0.0.1:0"]\ntls = "require"\ntls_min = "1.2"\n')
+        cluster.start()
+        client = identity.add_node(alpha.config.parent, "client")
+        uri = alpha.control.create_export("vault", 8 * MIB)["uris"][1]
+        host, _, port = uri.removeprefix("nbds://").partition("/")[0].rpartition(":")
+        files = {"cacertfile": client.ca, "certfile": client.cert, "keyfile": client.key, "tlshostname": "alpha"}
+        tls = [word for key, value in files.items() for word in (f"-{key}", str(value))]
+        assert "vault" in run("nbd-client", "-l", host, port, *tls)
+
+
 @needs("nbdinfo", "qemu-io")
 def test_the_map_tells_data_from_holes_before_and_after_a_discard(export: Export) -> None:
     run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 64k", "-c", "write -P 9 2097153 1", export.uri)

@@ -640,6 +640,43 @@ def test_with_a_certificate_of_the_cluster_an_export_is_served(
         assert client.read(100, 5000) == data[100:5100]
 
 
+@pytest.mark.parametrize(
+    ("tls_min", "suites", "served"),
+    [
+        ("1.3", "ECDHE", False),
+        ("1.2", "ECDHE+AESGCM", True),
+        ("1.2", "ECDHE+CHACHA20", True),
+        ("1.2", "ECDHE:!AESGCM:!CHACHA20", False),  # CBC
+        ("1.2", "AESGCM:!ECDHE:!DHE", False),  # no forward secrecy
+    ],
+)
+def test_tls_1_2_is_served_where_the_knob_says_so_with_good_suites_alone(
+    tmp_path: Path, farm: list[identity.NodeFiles], tls_min: str, suites: str, served: bool
+) -> None:
+    server = farm[0]
+    knobs = NbdKnobs(listen=(LOOPBACK,), tls="require", tls_min=tls_min)
+    made = Served(tmp_path / "run", knobs, TlsContext(str(server.ca), str(server.cert), str(server.key)))
+    made.create("swap")
+    old = client_context(farm[1])
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    old.set_ciphers(suites)
+    with Dialled(made.address) as client:
+        if served:
+            client.start_tls(old, "localhost")
+            assert isinstance(client.socket, ssl.SSLSocket) and client.socket.version() == "TLSv1.2"
+            nbd_client = client.go("swap")
+            nbd_client.write(0, page(1))
+            assert nbd_client.read(0, PAGE_BYTES) == page(1)
+        else:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                client.start_tls(old, "localhost")
+    with Dialled(made.address) as client:
+        client.start_tls(client_context(farm[1]), "localhost")
+        assert isinstance(client.socket, ssl.SSLSocket) and client.socket.version() == "TLSv1.3"
+        client.go("swap").write(0, page(1))
+    made.close()
+
+
 def test_without_a_certificate_nobody_gets_further_than_the_tls_handshake(
     encrypted: Served, farm: list[identity.NodeFiles], tmp_path: Path
 ) -> None:

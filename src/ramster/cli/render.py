@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ramster.cli.demo.plan import show_size
 from ramster.constants import PAGE_BYTES
+from ramster.frontswap.swap import overcommitted
 
 _STATE_STYLES = {"up": "green", "connecting": "yellow", "down": "red"}
 
@@ -20,6 +21,8 @@ def status_tables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     """The parts of a status, in reading order."""
     yield _node(status)
     yield _memory(status)
+    if warning := overcommitted(status):
+        yield Text(f"Warning: {warning}.\n", style="yellow")
     yield _guard(status.get("guard") or {})
     yield _peers(status.get("peers") or [])
     yield _regions(status.get("regions") or [])

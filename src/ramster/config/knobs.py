@@ -421,6 +421,12 @@ class Nbd:
         help='Which TCP connections must turn to TLS, with a certificate of the cluster: "auto" all but those to a '
         'loopback address, "require" those too. With a [cluster], TLS is offered everywhere.',
     )
+    tls_min: str = _choice(
+        "1.3",
+        "1.2",
+        help='The oldest TLS that clients may use. "1.2", with ECDHE and AEAD suites alone, is for nbd-client up to '
+        "3.24, which has nothing newer. Links between nodes always use 1.3.",
+    )
     connections_max: int = _count(
         64, at_least=1, at_most=1024, help="Connections served at a time; each costs a thread and some buffers."
     )

@@ -42,8 +42,9 @@ from ramster.engine._c.linux cimport (
     POLLERR, POLLHUP, POLLRDHUP, recv, sendmsg, setsockopt, shutdown)
 from ramster.engine._c.nbd cimport *
 from ramster.engine._c.openssl cimport (
-    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_do_handshake, SSL_free,
-    SSL_get_error, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_fd, SSL_write)
+    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_OP_NO_RENEGOTIATION,
+    SSL_OP_NO_TICKET, SSL_do_handshake, SSL_free, SSL_get_error, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_cipher_list, SSL_set_fd,
+    SSL_set_min_proto_version, SSL_set_options, SSL_write, TLS1_2_VERSION)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
@@ -1580,7 +1581,7 @@ cdef class NbdConnection:
             at += n
             left -= <size_t> n
 
-    def start_tls(self, TlsContext context not None, double timeout_s):
+    def start_tls(self, TlsContext context not None, double timeout_s, bint tls_1_2=False):
         cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
         cdef int result
         self.context = context
@@ -1588,6 +1589,10 @@ cdef class NbdConnection:
         self.ssl = SSL_new(context.context)
         if self.ssl == NULL or SSL_set_fd(self.ssl, self.fd) != 1:
             raise MemoryError
+        if tls_1_2:                     # with what of it is as good as 1.3: forward secrecy, encryption that authenticates
+            if SSL_set_min_proto_version(self.ssl, TLS1_2_VERSION) != 1 or SSL_set_cipher_list(self.ssl, b"ECDHE+AESGCM:ECDHE+CHACHA20") != 1:
+                raise MemoryError
+            SSL_set_options(self.ssl, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_TICKET)
         SSL_set_accept_state(self.ssl)
         while True:
             ERR_clear_error()

@@ -32,7 +32,7 @@ wakes it in every process when done: the thread faults again and meets the new s
 Locks: Region_t.lock, then Region_t.mapped (for reading, never twice). A process's own fault threads need not hold 'mapped':
 they are joined before its descriptors are closed.
 """
-from libc.errno cimport EAGAIN, EEXIST, ENOENT, ESRCH, errno
+from libc.errno cimport EAGAIN, EEXIST, EMFILE, ENFILE, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.stdio cimport snprintf
@@ -1816,6 +1816,8 @@ cdef class Region:
                 resident_init(&r.set, min(r.budget, pages) - r.reserve, r.reserve + SPARE_MAX + OVERDRAFT) != 0 or \
                 ftruncate(r.memfd, <long> (pages * PAGE)) != 0 or \
                 fcntl(r.memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0:
+            if errno == EMFILE or errno == ENFILE:
+                raise OSError(errno, strerror(errno).decode())
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
         label = name.encode(errors="replace")[:sizeof(r.label) - 1]
         memcpy(r.label, <const char *> label, len(label))
@@ -1823,6 +1825,8 @@ cdef class Region:
         result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
             r.pool = 0xffffffffu
+            if result == NO_MEMORY and (errno == EMFILE or errno == ENFILE):
+                raise OSError(errno, strerror(errno).decode())
             raise errors.StoreFull("no memory for the page table of another region" if result == NO_MEMORY else
                                    "all pools of this node are in use")
 

@@ -37,9 +37,9 @@ class NbdServer(_nbd.NbdServer):
     stop: ends every connection, then the threads.
 
     An `NbdConnection` owns a connected stream socket. receive, send and start_tls carry the handshake, with deadlines
-    (TimeoutError; ConnectionError once the client is gone); serve then answers requests without the GIL until the
-    client goes, and returns why it ended; `serving` is true meanwhile. shutdown may be called from any thread and makes
-    all of them end.
+    (TimeoutError; ConnectionError once the client is gone); tls_1_2 lets clients in that know nothing newer; serve then
+    answers requests without the GIL until the client goes, and returns why it ended; `serving` is true meanwhile.
+    shutdown may be called from any thread and makes all of them end.
     """
 
     def __new__(cls, links: Links, *, slow_threads: int = 2, requests_max: int = 512) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ramster.config.units import format_bytes
@@ -43,15 +43,13 @@ class CapacityWarning(UserWarning):
     """A region was made that may outgrow what arena, lenders and spill file can hold."""
 
 
-def of_tiers(
-    arena: Mapping[str, int], lenders: Sequence[tuple[int, bool, int, int, int]], spill: Mapping[str, int] | None
-) -> dict[str, int]:
-    """A node's part of a Capacity: of its store's counters, what its links say of lenders, its spill file's counters
-    with "mirror".
+def of_tiers(arena: Mapping[str, int], granted: Iterable[int], spill: Mapping[str, int] | None) -> dict[str, int]:
+    """A node's part of a Capacity: of its store's counters, the segments that each lender which is up has granted, and
+    its spill file's counters with "mirror".
     """
     segment = arena["segment_bytes"]
     size = arena["frames_total"] * segment
-    up = [credit for _, is_up, credit, _, _ in lenders if is_up and credit]
+    up = [segments for segments in granted if segments]
     found = {
         "arena_bytes": size,
         # What is dead is made free by the cleaner.

@@ -82,6 +82,8 @@ class Settings(Protocol):
     @property
     def tls(self) -> str: ...
     @property
+    def tls_min(self) -> str: ...
+    @property
     def connections_max(self) -> int: ...
     @property
     def handshake_timeout_ms(self) -> int: ...
@@ -290,7 +292,8 @@ class _Connection:
                     pass
                 case StartTls():
                     assert self.service.credentials is not None
-                    certificate = connection.start_tls(self.service.credentials.context(), left())
+                    older = self.service.settings.tls_min == "1.2"
+                    certificate = connection.start_tls(self.service.credentials.context(), left(), older)
                     try:
                         self.name = self.service.credentials.client(certificate)
                     except CertificateError as error:

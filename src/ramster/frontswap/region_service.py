@@ -18,6 +18,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from ramster.errors import PermissionMissing, PortTaken, ProtocolError, RamsterE
 from ramster.frontswap import messages
 from ramster.frontswap._client import FEATURES
 from ramster.frontswap.shares import region_refusal
-from ramster.frontswap.sockets import Acceptor, is_own, peer_of
+from ramster.frontswap.sockets import QUIET_S, Acceptor, is_own, peer_of
 from ramster.frontswap.trust import require_own_folder
 
 _log = logging.getLogger("ramster.regions")
@@ -371,7 +372,6 @@ class _Connection:
         service.last_number += 1
         shared.number = service.last_number
         service.counters.regions_made += 1
-        service.enough()
         service.regions[shared.number] = shared
         reply, fds = await self._enter(shared)
         return msgspec.structs.replace(reply, capacity=await service.room()), fds
@@ -582,7 +582,7 @@ class RegionService:
         self.last_number = 0
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
         self._acceptor: Acceptor | None = None
-        self._short_told = False
+        self._quiet_until = 0.0
         self._lock: int | None = None
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ramster-region")
 
@@ -673,14 +673,10 @@ class RegionService:
                 send_refusal(sock, limit)
 
     def short(self, limit: RamsterError) -> None:
-        """A request failed for a limit of the system: said once, until one has made a region again."""
-        if not self._short_told:
-            self._short_told = True
+        """A request failed for a limit of the system: said once in a while."""
+        if (now := time.monotonic()) >= self._quiet_until:
+            self._quiet_until = now + QUIET_S
             _log.error("region socket: %s", limit)
-
-    def enough(self) -> None:
-        """There was room for a region."""
-        self._short_told = False
 
     def release(self, pid: int, uid: int, reserved_pages: int) -> None:
         """A region is gone, or was not made after all."""

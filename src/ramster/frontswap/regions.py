@@ -256,7 +256,12 @@ class _Control:
             if reply.id == number:
                 return reply
 
-    def _gone(self, error: OSError | None) -> NodeUnreachable:
+    def _gone(self, error: OSError | None) -> RamsterError:
+        if error is not None:  # it may have said why before it closed
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                reply = messages.decode_reply(self._socket.recv(REGION_MESSAGE_BYTES_MAX, socket.MSG_DONTWAIT))
+                if reply.id == messages.ANY_ID:
+                    return from_code(reply.error, reply.message)
         reason = f" ({error.strerror or error})" if error else ""
         return NodeUnreachable(f"the node at {self._path} closed the connection{reason}")
 

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ SOCKET_MODE: Final = 0o660
 BACKLOG: Final = 64
 # Where the system gives no descriptor, memory ... for a connection, it stays in the queue for so long.
 ACCEPT_PAUSE_S: Final = 0.1
+# How long the log says no more of it.
+QUIET_S: Final = 60.0
 
 
 def listen_unix(path: Path) -> socket.socket:
@@ -81,8 +84,7 @@ class Acceptor:
     """Accepts what comes to a listener, in the event loop, and hands it on. Owns the listener.
 
     Where descriptors run out it neither spins nor leaves callers waiting: `spares` descriptors are kept, and with them
-    a caller is accepted all the same, to be told by `short` (None: to be closed). The log says so once, until there are
-    descriptors again.
+    a caller is accepted all the same, to be told by `short` (None: to be closed). The log says so once in a while.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Acceptor:
         self._short = short
         self._count = spares
         self._spares: list[int] = []
-        self._told = False
+        self._quiet_until = 0.0
         self._open = True
         listener.setblocking(False)
         self._restock()
@@ -132,13 +134,12 @@ class Acceptor:
         except OSError as error:
             self._no_room(error)
             return
-        self._told = False
         self._restock()
         self._accepted(sock)
 
     def _no_room(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
+        if (now := time.monotonic()) >= self._quiet_until:
+            self._quiet_until = now + QUIET_S
             limit = limits.reached(error, f"accept a connection on {self.where}", "the node")
             log.error("%s", limit or f"cannot accept a connection on {self.where}: {error}")
         if self._spares and error.errno in (errno.EMFILE, errno.ENFILE):

@@ -224,6 +224,22 @@ def _unlinked(status: Mapping[str, Any]) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
+def overcommitted(status: Mapping[str, Any]) -> str:
+    """A warning where what the node stores compresses too little for its swaps to be filled; else empty."""
+    arena = status.get("arena") or {}
+    given, kept = int(arena.get("bytes_in", 0)), int(arena.get("bytes_compressed", 0))
+    swaps = [each for each in status.get("exports") or [] if each.get("swap")]
+    missing = sum(int(each.get("size_bytes", 0)) - int(each.get("pages_stored", 0)) * PAGE_BYTES for each in swaps)
+    room = sum(capacity(status))
+    if not swaps or given < MIB or kept * RATIO <= given or missing * kept <= room * given:
+        return ""
+    return (
+        f"pages here compress {given / kept:.1f}:1 and not {RATIO}:1: of the {missing // MIB} MiB that the swaps of "
+        f"this machine can still take there is room for about {room * given // kept // MIB} MiB; page-outs are refused "
+        "after that. Add a lender or a [spill] file, or make the swaps smaller"
+    )
+
+
 def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) -> Verdict:
     """Whether a node in this state should be swapped on. ram: of this machine, bytes."""
     refusals, warnings = [], []

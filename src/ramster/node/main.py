@@ -10,7 +10,7 @@ import signal
 import threading
 from typing import Final
 
-from ramster import logs
+from ramster import limits, logs
 from ramster.config.knobs import Config
 from ramster.node import holder, run_dir
 from ramster.node.node import Node
@@ -51,7 +51,9 @@ def _guarded(config: Config) -> int:
 
 
 async def _run(config: Config, guard: Guard, arena_fd: int | None) -> int:
-    node = Node(config, guard, arena_fd)
+    limits.raise_descriptors()
+    with limits.named("start", "the node"):
+        node = Node(config, guard, arena_fd)
     loop = asyncio.get_running_loop()
     warned = False
 

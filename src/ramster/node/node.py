@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import starmap
 from typing import Any
 
 from ramster.cluster.identity import NodeFiles
@@ -28,7 +29,7 @@ from ramster.node.credentials import Credentials
 from ramster.node.peering import Peering
 from ramster.node.privileges import Check, Guard, arena_lock, keeps_in_ram
 from ramster.node.watch import Watch
-from ramster.remotify.policy import Policy, Settings
+from ramster.remotify.policy import Lender, Policy, Settings
 from ramster.remotify.worker import Worker
 from ramster.wire.hello import Hello
 
@@ -47,6 +48,7 @@ class Node:
             credentials = Credentials(files, c.cluster.id, c.node.name)
         self.generation = secrets.randbits(63)
         self.started = time.monotonic()
+        self.version = version("ramster")  # read now: later there may be no descriptor for it
         self.state = "starting"
         self.store = Store(
             c.arena.size_bytes,
@@ -126,7 +128,8 @@ class Node:
         spill = None
         if self.spill is not None:
             spill = {**self.spill.counters(), "mirror": self.spill.mirror}
-        return of_tiers(self.store.counters(), self.links.lenders(), spill)
+        granted = (lender.credit for lender in starmap(Lender, self.links.lenders()) if lender.up)
+        return of_tiers(self.store.counters(), granted, spill)
 
     def make_nbd_server(self) -> NbdServer:
         return NbdServer(self.links, requests_max=self.config.nbd.requests_max)
@@ -267,7 +270,7 @@ class Node:
         return {
             "name": self.config.node.name,
             "number": self.config.node.number,
-            "version": version("ramster"),
+            "version": self.version,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self.started, 3),
             "generation": self.generation,

@@ -1,4 +1,4 @@
-"""libssl: TLS 1.3 over non-blocking sockets."""
+"""libssl: TLS over non-blocking sockets."""
 cdef extern from "<openssl/bio.h>" nogil:
     ctypedef struct BIO:
         pass
@@ -44,6 +44,9 @@ cdef extern from "<openssl/ssl.h>" nogil:
     SSL *SSL_new(SSL_CTX *) noexcept
     void SSL_free(SSL *) noexcept
     int SSL_set_fd(SSL *, int) noexcept
+    int SSL_set_min_proto_version(SSL *, int) noexcept
+    int SSL_set_cipher_list(SSL *, const char *) noexcept
+    unsigned long long SSL_set_options(SSL *, unsigned long long) noexcept
     void SSL_set_accept_state(SSL *) noexcept
     void SSL_set_connect_state(SSL *) noexcept
     int SSL_do_handshake(SSL *) noexcept
@@ -59,7 +62,8 @@ cdef extern from "<openssl/ssl.h>" nogil:
     void SSL_set_msg_callback_arg(SSL *, void *) noexcept
     int SSL3_RT_HANDSHAKE
     int OPENSSL_init_ssl(unsigned long long, const OPENSSL_INIT_SETTINGS *) noexcept
-    int TLS1_3_VERSION
+    int TLS1_2_VERSION, TLS1_3_VERSION
+    unsigned long long SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_TICKET
     long SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
     long SSL_SESS_CACHE_OFF
     int SSL_VERIFY_PEER, SSL_VERIFY_FAIL_IF_NO_PEER_CERT, SSL_FILETYPE_PEM

@@ -1,0 +1,86 @@
+"""Limits of the system that a node, or an application, runs into: every error names the limit, and the node answers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ramster
+from ramster import limits
+from ramster.errors import LimitReached
+from ramster.testing.cluster import Cluster
+
+_APPLICATION = """
+import resource, sys
+import ramster
+from ramster.errors import RamsterError
+kind, limit = getattr(resource, sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(kind, (limit, limit))
+held = []
+for _ in range(64):
+    try:
+        held.append(ramster.connect(sys.argv[1]).region(1 << 24))
+    except RamsterError as error:
+        print(error.code, error)
+print(len(held), "made")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "knob"),
+    [
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENFILE, "fs.file-max"),
+        (errno.ENOMEM, "memory"),
+        (errno.EAGAIN, "ulimit -u"),
+        (errno.ENOENT, None),
+    ],
+)
+def test_a_limit_is_named_with_its_knob(number: int, knob: str | None) -> None:
+    found = limits.reached(OSError(number, os.strerror(number)), "do it", "the node")
+    assert (found is None) == (knob is None)
+    if knob is not None:
+        assert isinstance(found, LimitReached) and knob in str(found) and str(found).startswith("cannot do it: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "knob"), [("RLIMIT_NOFILE", 40, "ulimit -n"), ("RLIMIT_AS", 700 << 20, "ulimit -v")]
+)
+def test_an_application_is_told_which_limit_it_ran_into(kind: str, limit: int, knob: str) -> None:
+    with Cluster(["alpha"]) as cluster:
+        socket = cluster.start()["alpha"].run_dir / "region.sock"
+        command = [sys.executable, "-c", _APPLICATION, str(socket), kind, str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    *errors, made = done.stdout.splitlines()
+    assert errors and 0 < int(made.split()[0]) < 64
+    assert all(each.startswith("limit-reached ") and knob in each for each in errors), errors[:3]
+
+
+def test_a_node_without_descriptors_says_so_and_goes_on_answering() -> None:
+    with Cluster(["alpha"]) as cluster:
+        alpha = cluster.start()["alpha"]
+        pid = alpha.control.status()["pid"]
+        few = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()) + 16
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, before[1]))
+        held = []
+        told = set()
+        for _ in range(40):
+            try:
+                held.append(ramster.connect(alpha.run_dir / "region.sock").region(1 << 20))
+            except LimitReached as error:
+                told.add("the node" in str(error) and "ulimit -n" in str(error))
+                assert alpha.control.status()["name"] == "alpha"
+        assert held and told == {True}
+        for each in held:
+            each.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        ramster.connect(alpha.run_dir / "region.sock").region(1 << 20).close()
+        assert alpha.log.count("as many descriptors open as it may") <= 3
