@@ -52,6 +52,7 @@ def test_one_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may make a folder anywhere")
-def test_where_this_user_may_not_write_is_said() -> None:
+def test_where_this_user_may_not_write_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
     with pytest.raises(PermissionMissing, match="run_dir"):
-        run_dir.prepare(Path("/proc/run"))
+        run_dir.prepare(tmp_path / "run")
