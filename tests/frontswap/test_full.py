@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.frontswap.conftest import DEADLINE, Engines
 
+from ramster.frontswap import messages
 from ramster.frontswap.capacity import Capacity, decode, of_tiers, outgrows
 
 MIB = 1 << 20
@@ -60,6 +61,9 @@ def test_what_the_tiers_can_take() -> None:
     spill = {"bytes_total": 8 * MIB, "bytes_used": 2 * MIB, "mirror": True}
     found = decode({**of_tiers(arena, granted, spill), "of another version": 5})
     assert (found.spill_free_bytes, found.spill_mirror, found.free_bytes) == (6 * MIB, True, 13 * MIB)
+    # As it goes over the socket.
+    said = messages.encode(messages.Reply(ok=True, capacity=of_tiers(arena, granted, spill)))
+    assert decode(messages.decode_reply(said).capacity) == found
 
 
 def test_a_warning_when_it_is_made(engines: Callable[..., Engines]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.frontswap.conftest import DEADLINE, Engines
 
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
+from ramster.frontswap import messages
 from ramster.frontswap._client import FEATURES
 from ramster.testing.proxy import wait_until
 
@@ -79,7 +80,7 @@ def test_a_userfaultfd_that_would_hold_up_the_engine_is_refused(
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as talker:
         talker.settimeout(DEADLINE)
         talker.connect(str(engines.socket))
-        talker.send(json.dumps({"op": "create", "version": 1, "pages": 8}).encode())
+        talker.send(json.dumps({"op": "create", "version": messages.VERSION, "pages": 8}).encode())
         for received in socket.recv_fds(talker, REGION_MESSAGE_BYTES_MAX, 4)[1]:
             os.close(received)
         attach = {"op": "attach", "base": 1 << 20, "features": claimed}

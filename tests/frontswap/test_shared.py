@@ -19,6 +19,7 @@ from tests.frontswap.conftest import Agent, Engines, finish, start_script
 from tests.frontswap.test_region_service import Talker
 
 from ramster.errors import StoreFull, UsageError
+from ramster.frontswap import messages
 from ramster.testing.proxy import wait_until
 
 MakeEngines = Callable[..., Engines]
@@ -304,11 +305,13 @@ def test_too_many_processes(engines: MakeEngines) -> None:
     a.create(64, 32)
     talkers = [Talker(served) for _ in range(32)]
     try:
-        answers = [each.say({"op": "join", "version": 1, "region": "shared"}) for each in talkers]
+        answers = [each.say({"op": "join", "version": messages.VERSION, "region": "shared"}) for each in talkers]
         assert all(answer["ok"] and answer["name"] == "shared" for answer in answers[:31])
         assert answers[31]["error"] == "refused" and "32 processes" in answers[31]["message"]
-        assert talkers[0].say({"op": "join", "version": 1, "region": "shared"})["error"] == "usage"
-        assert talkers[31].say({"op": "join", "version": 2, "region": "shared"})["error"] == "protocol"
+        assert talkers[0].say({"op": "join", "version": messages.VERSION, "region": "shared"})["error"] == "usage"
+        assert (
+            talkers[31].say({"op": "join", "version": messages.VERSION + 1, "region": "shared"})["error"] == "protocol"
+        )
         assert a.ask("a[3, 3].item()") == 0
     finally:
         for each in talkers:

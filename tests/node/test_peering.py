@@ -320,7 +320,7 @@ def test_a_copied_key_displaces_no_link_that_answers(
 
 
 def test_the_connecting_side_believes_no_other_process_either(
-    cluster: Cluster, running: Callable[..., Running]
+    cluster: Cluster, running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever has the peer's key and its address: one of two links is cut and comes back as somebody else's."""
     alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
@@ -344,6 +344,13 @@ def test_the_connecting_side_believes_no_other_process_either(
         thread.start()
         ours = Connection(
             cluster.context("beta"), socket.create_connection(listener.getsockname(), TIMEOUT_S).detach(), False
+        )
+        stands, here = beta.peering._stands, threading.current_thread()
+        # As if this one had been cut: only for whoever dials here.
+        monkeypatch.setattr(
+            beta.peering,
+            "_stands",
+            lambda state, kind: threading.current_thread() is not here and stands(state, kind),
         )
         with pytest.raises(RamsterError, match="another process"):
             beta.peering._greet(ours, beta.peering._peers[1], "get", TIMEOUT_S)

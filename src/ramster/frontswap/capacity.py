@@ -35,8 +35,10 @@ class Capacity:
     @property
     def free_bytes(self) -> int:
         """What can still be put: in the arena, at lenders, in the file."""
-        away = self.spill_free_bytes if self.spill_mirror else self.lenders_free_bytes + self.spill_free_bytes
-        return self.arena_free_bytes + away
+        if self.spill_mirror:
+            # What lies at a lender and in the file takes room in both; a full file stops no lender.
+            return self.arena_free_bytes + max(self.lenders_free_bytes, self.spill_free_bytes)
+        return self.arena_free_bytes + self.lenders_free_bytes + self.spill_free_bytes
 
 
 class CapacityWarning(UserWarning):
@@ -60,7 +62,7 @@ def of_tiers(arena: Mapping[str, int], granted: Iterable[int], spill: Mapping[st
     if spill is not None:
         found["spill_bytes"] = spill["bytes_total"]
         found["spill_free_bytes"] = max(0, spill["bytes_total"] - spill["bytes_used"])
-        found["spill_mirror"] = spill["mirror"]
+        found["spill_mirror"] = int(spill["mirror"])
     return found
 
 

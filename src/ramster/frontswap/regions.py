@@ -450,7 +450,6 @@ class Region(Mapping):
     def touch(self, first: int, count: int) -> None:
         super().touch(first, count)
 
-    @_under_way
     def pin(self, where: Range = None) -> Pin:
         """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest; they belong to this
         process and end with it.
@@ -465,14 +464,18 @@ class Region(Mapping):
         first, count = self._span(where)
         group = self._control.group()
         try:
-            for at, size in _chunks(first, count):
-                self._control.ask(messages.Pin(first=at, count=size, group=group))
-                # Maps each page writable in this process, so that no system call has to fault on it.
-                self.touch(at, size)
+            self._pin(first, count, group)
             return Pin(self, first, count, group)
         except BaseException:
-            self._control.take_back(group)
+            self._take_back(group)
             raise
+
+    @_under_way
+    def _pin(self, first: int, count: int, group: int) -> None:
+        for at, size in _chunks(first, count):
+            self._control.ask(messages.Pin(first=at, count=size, group=group))
+            # Maps each page writable in this process, so that no system call has to fault on it.
+            self.touch(at, size)
 
     @_under_way
     def unpin(self, where: Range = None) -> None:

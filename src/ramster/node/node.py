@@ -250,7 +250,8 @@ class Node:
         for peer in self.config.peers:
             row = seen.get(peer.number, {})
             state = "up" if row.get("up") else "down" if row else "connecting"
-            reason = reasons.get(peer.number) or row.get("reason", "")
+            # Who has said goodbye refuses connections, too, which is the lesser news.
+            reason = (not row.get("gone") and reasons.get(peer.number)) or row.get("reason", "")
             if not reason and peer.number > self.config.node.number:
                 reason = f"it has not connected yet; {peer.name} has the higher number and dials"
             peers.append(
