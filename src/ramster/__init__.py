@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         ConfigError,
         ForkedError,
         KernelUnsupported,
+        LimitReached,
         NodeUnreachable,
         PageLost,
         PermissionMissing,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         RegionFull,
         RegionLost,
         StoreFull,
+        ToolMissing,
+        UntrustedNode,
         UsageError,
     )
     from ramster.frontswap.capacity import Capacity, CapacityWarning
@@ -49,6 +52,7 @@ __all__ = [
     "ConfigError",
     "ForkedError",
     "KernelUnsupported",
+    "LimitReached",
     "NodeUnreachable",
     "PageLost",
     "PermissionMissing",
@@ -63,6 +67,8 @@ __all__ = [
     "RegionLost",
     "RegionStatistics",
     "StoreFull",
+    "ToolMissing",
+    "UntrustedNode",
     "UsageError",
     "attach",
     "connect",

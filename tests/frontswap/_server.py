@@ -222,8 +222,8 @@ class ReferenceRegion:
         with self._lock:
             return self._lost_runs(first, count)
 
-    def troubles(self) -> tuple[int, int]:
-        return 0, 0
+    def troubles(self) -> tuple[int, int, int]:
+        return 0, 0, 0
 
     def wait_when_full(self, hold_ms: int) -> None:
         """It is never full."""

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,8 @@ from tests.frontswap.conftest import DEADLINE, Engines, Node, finish, run_script
 from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
 from ramster.errors import RegionFull
-from ramster.frontswap import messages
-from ramster.frontswap.region_service import WAITING_MAX, RegionService
+from ramster.frontswap import messages, region_service
+from ramster.frontswap.region_service import CHECK_PAGES, PROCESS_WORKERS, WAITING_MAX, WORKERS, RegionService
 from ramster.frontswap.shares import REGIONS_OF_A_PROCESS_MAX
 
 StartNode = Callable[..., Node]
@@ -124,6 +125,55 @@ def test_refusals(start_node: StartNode) -> None:
         assert second.ended()
         assert third.create(resident_pages=4)["ok"]
     assert "regions_made=3, regions_closed=3, refused=1" in node.stop()
+
+
+def test_a_look_at_a_huge_region_comes_in_parts(start_node: StartNode) -> None:
+    """Eight of them at once held every thread that serves applications, for minutes."""
+    out = run_script(
+        """
+        from ramster.frontswap import messages
+        region = ramster.connect(sys.argv[1]).region((1 << 20) * PAGE, resident=64 * PAGE)
+        reply = region._control.ask(messages.Check(first=0, count=1 << 20))
+        print(reply.runs, reply.next_page)
+        region.check()
+        """,
+        start_node("--engine").socket,
+    )
+    assert out.split("\n")[0] == f"[] {CHECK_PAGES}"
+
+
+def test_one_process_leaves_threads_to_others(directory: Path) -> None:
+    """What waits for a lender is bounded in number for each process, not only in time."""
+    service = RegionService(directory / "run", lambda *_: pytest.fail("no region"), Settings())
+    over, running = threading.Event(), threading.Semaphore(0)
+
+    def wait() -> None:
+        running.release()
+        over.wait(DEADLINE)
+
+    async def scene() -> None:
+        ends = [socket.socketpair() for _ in range(2)]
+        connections = []
+        for ours, _ in ends:
+            connections.append(region_service._Connection(service, ours))
+            service._connections[connections[-1]] = asyncio.current_task()  # type: ignore[assignment]
+        waiting = [asyncio.create_task(each.run(wait)) for each in connections for _ in range(WORKERS)]
+        for _ in range(PROCESS_WORKERS):
+            assert await asyncio.to_thread(running.acquire, timeout=DEADLINE)
+        # As another process would have it: there is a thread, and none of the others has begun meanwhile.
+        assert not await asyncio.wait_for(service.run(lambda: running.acquire(blocking=False)), DEADLINE)
+        over.set()
+        await asyncio.gather(*waiting)
+        service._connections.clear()
+        for connection in connections:
+            connection.leave()
+        for ours, theirs in ends:
+            ours.close()
+            theirs.close()
+
+    asyncio.run(scene())
+    for pool in (service._pool, service._lookers, service.leavers):
+        pool.shutdown()
 
 
 def test_spans_are_checked(start_node: StartNode) -> None:

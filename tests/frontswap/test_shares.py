@@ -33,6 +33,7 @@ def clients(text: str) -> list[NbdClient]:
         (64, "32*vm@10.0.0.1, 24*db@user 5", "swap@user 0!", True, ""),
         (64, "32*vm@10.0.0.1, 24*db@user 5", "swap@127.0.0.1", True, "for nbd.sock"),
         (64, "32*swap@127.0.0.1", "swap@user 0!", True, ""),
+        (64, "32*vm@10.0.0.1", "vm@user 0!", False, ""),
         (64, "31*vm@user 0!, 1*db@user 0!", "web@user 0!", False, ""),
         (64, "31*vm@user 5, 1*db@user 5", "web@user 5", False, "user 5 has 32"),
         (64, "64*swap@user 0!", "swap@user 0!", True, "serves 64 connections already"),

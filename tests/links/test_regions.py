@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import shutil
 import signal
 import tempfile
@@ -19,6 +20,7 @@ from tests.links.conftest import MakePair, Pair
 from ramster.config.knobs import Region as RegionSettings
 from ramster.engine.links import BULK, GET
 from ramster.engine.region import Region
+from ramster.errors import StoreFull
 from ramster.frontswap.region_service import RegionService
 from ramster.testing.cluster import Application
 from ramster.testing.proxy import wait_until
@@ -241,3 +243,19 @@ def test_everything_at_once(serve: Callable[..., Service]) -> None:
 
 def _down(pair: Pair, kind: int) -> bool:
     return not pair.a.links.up(pair.b.number, kind) and not pair.b.links.up(pair.a.number, kind)
+
+
+def test_a_region_that_cannot_be_made_takes_no_other_pool_along(make_pair: MakePair) -> None:
+    """Numbers of pools begin at 0, and so did the one of a region that was not there yet."""
+    pair = make_pair()
+    pool = pair.a.store.create_pool(pages=64)
+    assert pool == 0, "the one that is at stake"
+    pair.a.store.put(pool, 7, b"x" * 4096)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises((OSError, StoreFull)):
+            Region(pair.a.links, 64, 32, name="nobody's")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert pair.a.store.get(pool, 7) == b"x" * 4096

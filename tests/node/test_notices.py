@@ -50,17 +50,20 @@ def region(look: RegionLook) -> Look:
         (
             peers(DOWN),
             replace(peers(DOWN), pages_lost=7),
-            ["ERROR 7 pages (28KiB) more have lost their only copy, 7 in all: node beta is out of reach"],
+            ["ERROR 7 pages (28KiB) have lost their only copy, 7 in all: their lender came back without"],
         ),
         (replace(peers(DOWN), pages_lost=7), replace(peers(UP), pages_lost=3), ["INFO the link"]),
         (region(REGION), region(REGION), []),
         (
             region(REGION),
             region(replace(REGION, lost=2)),
-            ["ERROR region matrix of process 4711: 2 pages (8KiB) more are lost, 2 in all (node beta is out of reach"],
+            ["ERROR region matrix of process 4711: 2 pages (8KiB) touched and lost, 2 in all (node beta"],
         ),
         (region(replace(REGION, lost=2)), region(REGION), ["INFO region matrix of process 4711: its lost pages"]),
         (region(REGION), region(replace(REGION, refused=1)), ["ERROR region matrix of process 4711: full, 1 page"]),
+        (peers(DOWN), peers(replace(DOWN, lost=True)), ["ERROR node beta has been out of reach for too long"]),
+        (peers(replace(DOWN, lost=True)), peers(UP), ["INFO the link to node beta is up again"]),
+        (region(REGION), region(replace(REGION, removed=3)), ["WARNING region matrix of process 4711 removed 3 pages"]),
         (Look(), Look(damaged=1), ["ERROR 1 page (4KiB) failed the check of their bytes"]),
         (
             Look(puts_refused=1),
@@ -115,7 +118,7 @@ def test_a_process_that_dies_of_a_lost_page_says_why_and_so_does_the_log(pair: C
         assert application.died_of() == signal.SIGBUS
         assert f"page {first} is lost (the node that kept it is gone or out of reach); SIGBUS" in application.stderr()
     wait_until(lambda: "lost the link to node beta" in alpha.log, "the link's end is said", 20)
-    wait_until(lambda: re.search("region .* of process .* lost", alpha.log), "the loss is said", 20)
+    wait_until(lambda: re.search("region .* of process .* touched and lost", alpha.log), "the loss is said", 20)
 
 
 def test_a_lender_that_is_stopped_is_not_called_broken(pair: Cluster) -> None:

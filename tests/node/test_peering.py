@@ -79,7 +79,7 @@ class Running:
         self.peering = Peering(
             self.links,
             Credentials(cluster.files[name], "lab", name),
-            lambda kind: hello_of(name, self.number, self.generation, kind),
+            lambda kind, _peer: hello_of(name, self.number, self.generation, kind),
             tuple(
                 Peer(name=peer, number=cluster.names.index(peer) + 1, address=Address(*address))
                 for peer, address in addresses.items()

@@ -110,6 +110,12 @@ def test_only_the_command_line_prints(path: Path) -> None:
         assert not re.search(r"^\s*print\(", path.read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_decoders_are_made_at_import(path: Path) -> None:
+    """msgspec learns a type at its first use; two threads that do so at once have ended a node by SIGSEGV."""
+    assert not re.search(r"msgspec\.\w+\.decode\([^)]*type=", path.read_text())
+
+
 @pytest.mark.parametrize("path", PYTHON + CYTHON, ids=name)
 def test_no_exception_is_caught_unnamed(path: Path) -> None:
     assert not re.search(r"^\s*except\s*:", path.read_text(), re.MULTILINE)

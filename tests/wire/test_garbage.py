@@ -69,7 +69,7 @@ class Served:
         self.peering = Peering(
             self.links,
             Credentials(lender, "wire", "lender"),
-            lambda kind: self.hello("lender", 1, kind),
+            lambda kind, _peer: self.hello("lender", 1, kind),
             (Peer(name="good", number=2, address=nowhere), Peer(name="bad", number=3, address=nowhere)),
             LinkSettings(listen=Address("127.0.0.1", 0)),
             1,

@@ -2759,6 +2759,10 @@ cdef class Links:
             raise errors.UsageError(f"there is no byte {offset} in image {handle}")
         lent_at(l, &l.rows[handle], offset)[0] ^= 0xff
 
+    def lends(self, uint32_t owner):
+        """Segments that this owner may bring now: of what is free, within its share."""
+        return lent_credit(self.live(), owner)
+
     def lenders(self):
         """What a decision needs of each peer: (number, up, credit, segments ordered or on their way to it, for how many ms none
         of them got any further, how many it took, how many it refused, why it refused the last)."""

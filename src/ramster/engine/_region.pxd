@@ -110,6 +110,7 @@ cdef struct Region_t:
     Batch batches[32]
     uint32_t batches_used
     uint64_t lost
+    uint64_t removed                # of them, by the application itself
     uint64_t revive_at              # where the search for pages that can be had again goes on ...
     uint64_t revive_after_ns        # ... and when
     bint reviving                   # soon: more are waiting

@@ -75,6 +75,7 @@ from ramster import errors
 
 cdef enum:
     PARKED_MAX = 1024
+    NO_POOL = 0xffffffff
     RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
     RESIDENT_PAGES_MAX = 1 << 30
     RESERVE_GROWS_NS = 1000000      # at most once in so long, while faults have to wait for room ...
@@ -927,6 +928,7 @@ cdef int removed(Region_t *r, uint64_t page) noexcept nogil:
     fallocate). If what is stored equals it, nothing is lost. Else its only copy is gone: zeros, which MADV_REMOVE promises, would
     be the truth here and the old bytes where the page was away, so it is said to be gone. Its new state."""
     cdef int state = PAGE_AWAY if state_of(r, page) == PAGE_CLEAN and stored_copy_good(r, page) else PAGE_DAMAGED
+    r.removed += state == PAGE_DAMAGED
     set_state(r, page, state)
     resident_gone(&r.set, <uint32_t> page)
     r.resident -= 1
@@ -1432,7 +1434,7 @@ cdef void say_that_it_holds(Region_t *r) noexcept nogil:
         return
     for k in range(r.attachments_used):
         if who >> k & 1:
-            tell_guard(&r.attachments[k], GUARD_NOTE, 0, 0, b"region full: a write waits for room, here or at a lender", 0)
+            tell_guard(&r.attachments[k], GUARD_NOTE, 0, 0, b"region full: a write waits for room, here or at a lender; SIGTERM ends it", 0)
     pthread_mutex_lock(&r.lock)
     for k in range(r.attachments_used):
         if who >> k & 1:
@@ -1765,6 +1767,23 @@ cdef bint leave(Attachment *a) noexcept nogil:
     return True
 
 
+cdef int not_registered(int uffd, uint64_t base, uint64_t pages) noexcept nogil:
+    """0, or the errno of why the first or the last page of a mapping is not this userfaultfd's. Nothing is mapped there yet, so lifting
+    a protection changes nothing."""
+    cdef uffdio_writeprotect_t wp
+    cdef uint32_t turns = 0
+    cdef int end
+    for end in range(2):
+        wp.range.start = base + (pages - 1) * PAGE * <uint64_t> end
+        wp.range.len = PAGE
+        wp.mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+        while ioctl(uffd, UFFDIO_WRITEPROTECT, &wp) != 0:
+            if errno != EAGAIN or turns > 1000:
+                return errno
+            let_it_run(&turns)
+    return 0
+
+
 cdef class Region:
     """One region of one or several processes. See engine/region.py for its contract."""
 
@@ -1783,6 +1802,7 @@ cdef class Region:
         r = <Region_t *> calloc(1, sizeof(Region_t))
         if r == NULL:
             raise MemoryError
+        r.pool = NO_POOL            # from the first moment on: what is not made must not be destroyed as pool 0, somebody else's
         self.r = r
         self.links = links
         self.name = name
@@ -1821,10 +1841,9 @@ cdef class Region:
             raise errors.StoreFull(f"cannot make a region of {pages} pages: {strerror(errno).decode()}")
         label = name.encode(errors="replace")[:sizeof(r.label) - 1]
         memcpy(r.label, <const char *> label, len(label))
-        r.pool = 0xffffffffu
         result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
-            r.pool = 0xffffffffu
+            r.pool = NO_POOL
             if result == NO_MEMORY and (errno == EMFILE or errno == ENFILE):
                 raise OSError(errno, strerror(errno).decode())
             raise errors.StoreFull("no memory for the page table of another region" if result == NO_MEMORY else
@@ -1936,6 +1955,11 @@ cdef class Region:
             close(uffd)
             raise
         r = a.region
+        failure = not_registered(uffd, base, r.pages)
+        if failure:
+            close(uffd)
+            raise errors.UsageError(
+                f"base: the memory at {base:#x} is not registered with the userfaultfd ({strerror(failure).decode()})")
         fcntl(uffd, F_SETFL, fcntl(uffd, F_GETFL) | O_NONBLOCK)     # else a fault thread could not be ended
         a.base = base
         a.can_continue_protected = (features & UFFD_FEATURE_WP_UNPOPULATED) != 0
@@ -2253,11 +2277,11 @@ cdef class Region:
 
     def troubles(self):
         cdef Region_t *r = self.live()
-        cdef uint64_t lost, refused
+        cdef uint64_t lost, refused, removed
         pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused = r.lost, r.refused
+        lost, refused, removed = r.lost, r.refused, r.removed
         pthread_mutex_unlock(&r.lock)
-        return lost, refused
+        return lost - min(removed, lost), refused, removed
 
     def close(self):
         self.shut()
@@ -2290,6 +2314,6 @@ cdef class Region:
             while r.batches_used or r.users:
                 cond_wait_until(&r.changed, &r.lock, now_ns() + 100000000ull)
             pthread_mutex_unlock(&r.lock)
-            if r.pool != 0xffffffffu:
+            if r.pool != NO_POOL:
                 store_destroy_pool(r.store, r.pool)
         return 0

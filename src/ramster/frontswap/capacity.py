@@ -34,10 +34,7 @@ class Capacity:
 
     @property
     def free_bytes(self) -> int:
-        """What can still be put: in the arena, at lenders, in the file."""
-        if self.spill_mirror:
-            # What lies at a lender and in the file takes room in both; a full file stops no lender.
-            return self.arena_free_bytes + max(self.lenders_free_bytes, self.spill_free_bytes)
+        """What can still be put: in the arena, at lenders, in the file, which gives up copies for pages."""
         return self.arena_free_bytes + self.lenders_free_bytes + self.spill_free_bytes
 
 

@@ -48,6 +48,16 @@ WAITING_OF_ONE_MAX: Final = 32
 WAITING_KEPT: Final = 16
 # Requests that may block at a time, all bounded by the engine's own waits.
 WORKERS: Final = 8
+# Of them, for one process and for all of one user who is not the node's: a pin may take as long as a lender does.
+PROCESS_WORKERS: Final = 4
+USER_WORKERS: Final = 5
+# What only counts, and what ends, waits for none of those.
+LOOKERS: Final = 2
+LEAVERS: Final = 4
+# Pages that one answer to Check looks at, some 50 ms.
+CHECK_PAGES: Final = 1 << 18
+# A look at the statistics of a large region takes long; it is good for this many times as long.
+LOOK_AGAIN: Final = 10
 # Two messages of a local process.
 HANDSHAKE_DEADLINE_S: Final = 10.0
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
@@ -75,7 +85,7 @@ class EngineRegion(Protocol):
     def advise(self, kind: str, first: int, count: int) -> None: ...
     def check(self, first: int, count: int) -> list[tuple[int, int]]: ...
     def statistics(self) -> dict[str, int]: ...
-    def troubles(self) -> tuple[int, int]: ...
+    def troubles(self) -> tuple[int, int, int]: ...
     def wait_when_full(self, hold_ms: int) -> None: ...
     def close(self) -> None: ...
 
@@ -138,6 +148,8 @@ class _Shared:
         self.number = 0
         self.members: list[_Connection] = []
         self._closed = False
+        self._statistics: dict[str, int] = {}
+        self._look_after = 0.0
         # Taken in pool threads. A member that leaves may take a while: `info` waits for the last one only.
         self._leaving = threading.Lock()
         self._closing = threading.Lock()
@@ -145,19 +157,25 @@ class _Shared:
     def info(self) -> RegionInfo | None:
         """Runs in a pool thread; None where the region is gone."""
         pids = tuple(member.pid for member in list(self.members))
-        with self._closing:
-            if self._closed or not pids:
+        if not pids or not self._closing.acquire(timeout=1.0):
+            return None
+        try:
+            began = time.monotonic()
+            if self._closed:
                 return None
+            if began >= self._look_after:
+                self._statistics = dict(self.region.statistics())
+                ended = time.monotonic()
+                # Where it is quick, each asker gets the numbers of this moment.
+                self._look_after = ended + LOOK_AGAIN * (ended - began) if ended - began > 0.02 else 0.0
             return RegionInfo(
-                number=self.number,
-                name=self.shown,
-                pid=pids[0],
-                pids=pids,
-                statistics=dict(self.region.statistics()),
+                number=self.number, name=self.shown, pid=pids[0], pids=pids, statistics=dict(self._statistics)
             )
+        finally:
+            self._closing.release()
 
-    def troubles(self) -> tuple[str, int, int, int] | None:
-        """Its name, a process of it, pages lost, faults refused; None while it closes. Never waits."""
+    def troubles(self) -> tuple[str, int, int, int, int] | None:
+        """Its name, a process of it, pages lost, faults refused, pages removed; None while it closes. Never waits."""
         if not self.members or not self._closing.acquire(blocking=False):
             return None
         try:
@@ -196,8 +214,15 @@ class _Connection:
         self._gone = False
         self._displaced = False
         self._waiting: asyncio.Future[None] | None = None
+        # Shared with the others of this process and of this user.
+        self.turns, self.users_turns = service.turns_of(self.pid, self.uid)
         if self.pidfd is not None:
             self.loop.add_reader(self.pidfd, self.leave)
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        """Run a request of this application in the pool, as soon as it and its user have a turn."""
+        async with self.turns, self.users_turns:
+            return await self.service.run(work)
 
     def leave(self) -> None:
         """The application has ended, or the node wants to: stop after the request that is being served."""
@@ -305,7 +330,7 @@ class _Connection:
                 case messages.Undo():
                     reply = messages.Reply(ok=True, pages=await self._undo(request.group))
                 case messages.Statistics():
-                    reply = messages.Reply(ok=True, statistics=await self.service.run(self._ready()[0].statistics))
+                    reply = messages.Reply(ok=True, statistics=await self.service.look(self._ready()[0].statistics))
                 case _:
                     reply = await self._span(request)
         except RamsterError as error:
@@ -361,7 +386,7 @@ class _Connection:
         shown = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
         service.waiting.leave(self.key)  # it is decided: nobody takes its place from here on
         try:
-            region = await service.run(lambda: service.make_region(request.pages, resident, shown))
+            region = await self.run(lambda: service.make_region(request.pages, resident, shown))
             if request.full == "wait":
                 region.wait_when_full(settings.full_hold_ms)
         except BaseException:
@@ -388,7 +413,7 @@ class _Connection:
         shared.members.append(self)
         channel = -1
         try:
-            self.attachment, channel = await self.service.run(shared.region.join)
+            self.attachment, channel = await self.run(shared.region.join)
             memfd = os.dup(shared.region.memfd)
         except BaseException:
             if channel >= 0:
@@ -419,7 +444,7 @@ class _Connection:
         except BaseException:
             os.close(uffd)
             raise
-        await self.service.run(lambda: region.attach(number, uffd, request.base, request.features))
+        await self.run(lambda: region.attach(number, uffd, request.base, request.features))
         self.attached = True
         return messages.Reply(ok=True)
 
@@ -430,7 +455,7 @@ class _Connection:
             raise UsageError(f"pages {first} to {first + count}, the region has {region.pages}")
         if count > messages.SPAN_MAX and not isinstance(request, messages.Check | messages.Advise):
             raise UsageError(f"{count} pages in one request, allowed are {messages.SPAN_MAX}")
-        run = self.service.run
+        run = self.run
         match request:
             case messages.Pin():
                 await run(lambda: region.pin(number, first, count))
@@ -450,15 +475,19 @@ class _Connection:
                 await run(lambda: region.advise(request.kind, first, count))
                 return messages.Reply(ok=True)
             case messages.Check():
-                runs = await run(lambda: region.check(first, count))
+                # A part at a time: a region may have 2^32 pages, and one look at all of them takes minutes.
+                part = min(count, CHECK_PAGES)
+                runs = await run(lambda: region.check(first, part))
                 more = runs[messages.RUNS_MAX][0] if len(runs) > messages.RUNS_MAX else None
+                if more is None and part < count:
+                    more = first + part
                 return messages.Reply(ok=True, runs=runs[: messages.RUNS_MAX], next_page=more)
 
     async def _undo(self, group: int) -> int:
         region, number = self._ready()
         pages = 0
         for first, count in self._groups.pop(group, []):
-            await self.service.run(partial(region.unpin, number, first, count))
+            await self.run(partial(region.unpin, number, first, count))
             pages += count
         return pages
 
@@ -482,7 +511,7 @@ class _Connection:
             del self.service.regions[shared.number]
         attachment, self.attachment, self.attached = self.attachment, None, False
         try:
-            await self.service.run(lambda: shared.leave(attachment, last))
+            await self.service.run(lambda: shared.leave(attachment, last), self.service.leavers)
         finally:
             if last:
                 self.service.counters.regions_closed += 1
@@ -585,6 +614,8 @@ class RegionService:
         self._quiet_until = 0.0
         self._lock: int | None = None
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ramster-region")
+        self._lookers = ThreadPoolExecutor(LOOKERS, thread_name_prefix="ramster-look")
+        self.leavers = ThreadPoolExecutor(LEAVERS, thread_name_prefix="ramster-leave")
 
     async def start(self) -> None:
         """Listen. Raises PortTaken where another node serves this directory, PermissionMissing for a directory that
@@ -637,11 +668,24 @@ class RegionService:
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._connections.pop(connection))
 
-    async def run(self, work: Callable[[], _T]) -> _T:
+    def turns_of(self, pid: int, uid: int) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
+        """How many requests of a process, and of a user, may be in the pool at once: others need some of it."""
+        own = is_own(uid)
+        users = WORKERS if own else USER_WORKERS
+        return (
+            next((c.turns for c in self._connections if c.pid == pid), None) or asyncio.Semaphore(PROCESS_WORKERS),
+            next((c.users_turns for c in self._connections if c.uid == uid), None) or asyncio.Semaphore(users),
+        )
+
+    async def look(self, work: Callable[[], _T]) -> _T:
+        """Run what only counts; it takes a while in a large region, and no request waits behind it."""
+        return await self.run(work, self._lookers)
+
+    async def run(self, work: Callable[[], _T], pool: ThreadPoolExecutor | None = None) -> _T:
         """Run what may block in the pool. Goes on to the end where the caller is cancelled: a region is never closed
         under it.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future = asyncio.get_running_loop().run_in_executor(pool or self._pool, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -658,7 +702,7 @@ class RegionService:
             return {}
         beyond = sum(max(0, each.region.pages - each.reserved_pages) for each in self.regions.values())
         return {
-            **await self.run(self.tiers),
+            **await self.look(self.tiers),
             "regions_bytes": beyond * PAGE_BYTES,
             "resident_max_bytes": self.settings.resident_max_bytes,
             "resident_reserved_bytes": self.reserved_pages * PAGE_BYTES,
@@ -707,11 +751,13 @@ class RegionService:
 
     async def describe(self) -> list[RegionInfo]:
         """Every region with its counters, in the order of their making."""
-        found = [await self.run(shared.info) for shared in list(self.regions.values())]
+        found = [await self.look(shared.info) for shared in list(self.regions.values())]
         return sorted((info for info in found if info is not None), key=lambda info: info.number)
 
-    def troubles(self) -> dict[int, tuple[str, int, int, int]]:
-        """By region's number: its name, a process of it, pages lost now, faults refused so far. Cheap."""
+    def troubles(self) -> dict[int, tuple[str, int, int, int, int]]:
+        """By region's number: its name, a process of it, pages lost now, faults refused and pages removed by the
+        application so far. Cheap.
+        """
         found = {number: shared.troubles() for number, shared in self.regions.items()}
         return {number: each for number, each in found.items() if each is not None}
 
@@ -725,5 +771,6 @@ class RegionService:
             connection.leave()
         if self._connections:
             await asyncio.wait(list(self._connections.values()))
-        self._pool.shutdown()
+        for pool in (self._pool, self._lookers, self.leavers):
+            pool.shutdown()
         self._unlock()

@@ -44,8 +44,8 @@ def nbd_refusal(limit: int, clients: Collection[NbdClient], coming: NbdClient, *
     if limit < SHARED_FROM:
         return ""
     share = limit // 2
-    if not (coming.local and swap) and sum(each.export == coming.export for each in clients) >= share:
-        return f"the export has {share} connections, the most that one may have of {limit} {knob}"
+    if not coming.local and sum(not each.local and each.export == coming.export for each in clients) >= share:
+        return f"the export has {share} connections by TCP, the most that one may have of {limit} {knob}"
     if not coming.own and sum(each.source == coming.source for each in clients) >= share:
         return f"{coming.source} has {share} connections, the most that one may have of {limit} {knob}"
     return ""

@@ -61,7 +61,12 @@ async def _run(config: Config, guard: Guard, arena_fd: int | None) -> int:
         nonlocal warned
         if node.state == "stopping":
             return
-        lost = {} if warned else await node.would_lose()
+        lost: dict[str, object] = {}
+        if not warned:
+            try:
+                lost = await node.would_lose()
+            except Exception:  # a node that cannot even tell is not kept alive by that
+                log.exception("cannot tell what a stop would lose; stopping")
         if lost:
             warned = True
             log.warning("not stopping: %s; send the signal again to stop anyway", describe_loss(lost))

@@ -134,7 +134,7 @@ class Node:
     def make_nbd_server(self) -> NbdServer:
         return NbdServer(self.links, requests_max=self.config.nbd.requests_max)
 
-    def hello(self, kind: str) -> Hello:
+    def hello(self, kind: str, peer: int) -> Hello:
         assert self.config.cluster is not None
         return Hello(
             cluster=self.config.cluster.id,
@@ -143,7 +143,7 @@ class Node:
             generation=self.generation,
             kind="get" if kind == "get" else "bulk",
             segment_bytes=self.config.arena.segment_bytes,
-            lend_segments=self.links.counters()["lent_free"],
+            lend_segments=self.links.lends(peer),
         )
 
     async def start(self) -> None:

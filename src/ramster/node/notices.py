@@ -29,6 +29,8 @@ class PeerLook:
     gone: bool = False
     """It said goodbye."""
     reason: str = ""
+    lost: bool = False
+    """Out of reach for longer than pages are waited for."""
     silent_s: float = 0.0
     """For how long nothing came on a connection that is up."""
 
@@ -41,6 +43,8 @@ class RegionLook:
     """Pages that somebody touched and that nobody has, now."""
     refused: int = 0
     """Faults that found no room in time, so far."""
+    removed: int = 0
+    """Pages that the application itself took away while their only copy was there, so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,8 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     if now.pages_lost > before.pages_lost:
         yield Notice(
             logging.ERROR,
-            f"{_pages(now.pages_lost - before.pages_lost)} more have lost their only copy, {now.pages_lost} in all: "
-            f"{_why(now)}; they come back if that node does with the same memory",
+            f"{_pages(now.pages_lost - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
+            f"{_whose(now)}",
         )
     for number, region in now.regions.items():
         yield from _region(before.regions.get(number, RegionLook(region.name, region.pid)), region, _why(now))
@@ -83,7 +87,7 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
         yield Notice(
             logging.ERROR,
             f"{_pages(now.damaged - before.damaged)} failed the check of their bytes and are reported as damaged: "
-            "look at the RAM of this machine and of its lenders",
+            "look at the RAM of this machine and of its lenders, and at the spill file where there is one",
         )
     if now.puts_refused > before.puts_refused:
         yield Notice(
@@ -101,7 +105,14 @@ def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[No
         yield Notice(logging.WARNING, f"{name} has stopped and said so: what it kept for this node is lost", name)
     elif was_up and not now.up and not now.gone:
         yield Notice(logging.WARNING, f"lost the link to {name}: {now.reason or 'no reason is known'}", name)
-    elif now.up and before is not None and not was_up and (before.gone or before.reason):
+    if now.lost and not now.gone and before is not None and not before.lost:
+        yield Notice(
+            logging.ERROR,
+            f"{name} has been out of reach for too long: pages whose only copy it has cannot be had, unless it comes "
+            "back with the same memory",
+            name,
+        )
+    if now.up and before is not None and not was_up and (before.gone or before.reason):
         yield Notice(logging.INFO, f"the link to {name} is up again", name)
     if now.up and now.silent_s >= still_s and not was_still:
         yield Notice(
@@ -119,12 +130,17 @@ def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
     if now.lost > before.lost:
         yield Notice(
             logging.ERROR,
-            f"{name}: {_pages(now.lost - before.lost)} more are lost, {now.lost} in all ({why}); a touch of one is "
-            "SIGBUS",
+            f"{name}: {_pages(now.lost - before.lost)} touched and lost, {now.lost} in all ({why}); that is SIGBUS",
             name,
         )
     elif before.lost and not now.lost:
         yield Notice(logging.INFO, f"{name}: its lost pages can be had again, or were let go", name)
+    if now.removed > before.removed:
+        yield Notice(
+            logging.WARNING,
+            f"{name} removed {_pages(now.removed - before.removed)} whose only copy was there (MADV_REMOVE): lost",
+            name,
+        )
     if now.refused > before.refused:
         yield Notice(
             logging.ERROR,
@@ -142,6 +158,11 @@ def _why(now: Look) -> str:
         if not peer.up
     ]
     return ", ".join(away) if away else "their lender restarted or dropped them, or they failed their check"
+
+
+def _whose(now: Look) -> str:
+    gone = [f"node {peer.name} has stopped" for peer in now.peers.values() if peer.gone]
+    return ", ".join(gone) if gone else "their lender came back without its memory, or dropped them"
 
 
 def _pages(count: int) -> str:

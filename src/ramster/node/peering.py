@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 # Our own handshakes at a time, in threads of their own: they never queue behind those of strangers.
 DIALS_MAX = 64
 _ACCEPT_PAUSE_S = 0.1
+_DIGITS = re.compile(r"[\d.]+")
 _LOOK_S = 0.02
 _KINDS = {"get": GET, "bulk": BULK}
 
@@ -56,6 +58,8 @@ class PeeringCounters:
 class _PeerState:
     peer: Peer
     reason: str = ""
+    said: set[str] = field(default_factory=set)
+    """Reasons that the log has, since the peer was last connected."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     called: dict[str, asyncio.Event] = field(default_factory=lambda: {kind: asyncio.Event() for kind in _KINDS})
     connected: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
@@ -86,7 +90,7 @@ class Peering:
         self,
         links: Links,
         credentials: Credentials,
-        make_hello: Callable[[str], hello.Hello],
+        make_hello: Callable[[str, int], hello.Hello],
         peers: tuple[Peer, ...],
         settings: LinkSettings,
         number: int,
@@ -120,6 +124,7 @@ class Peering:
 
     async def start(self) -> None:
         """Listen and begin to connect. PortTaken when somebody else listens there."""
+        self._stood_still_ms = self.links.stood_still_ms()  # until now it was being made ready
         self._listener = listen_tcp(self.settings.listen.host, self.settings.listen.port, "[links] listen")
         self.address = self._listener.getsockname()[:2]
         loop = asyncio.get_running_loop()
@@ -273,6 +278,7 @@ class Peering:
             try:
                 await self._connect(state, kind, self.redial.patience(tries))
                 state.reason = ""
+                state.said.clear()
                 state.called[kind].clear()
                 state.connected[kind] = asyncio.get_running_loop().time()
                 log.info("connected to node %s (%s)", state.peer.name, kind)
@@ -321,7 +327,9 @@ class Peering:
 
     def _cannot_connect(self, state: _PeerState, error: Exception) -> None:
         reason = _words(error)
-        if reason != state.reason:
+        kind = _DIGITS.sub("", reason)  # a countdown is no news
+        if kind not in state.said:
+            state.said.add(kind)
             log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
         state.reason = reason
 
@@ -352,7 +360,7 @@ class Peering:
 
     def _greet(self, connection: Connection, state: _PeerState, kind: str, patience: float) -> bool:
         """In a thread: our side of the handshake as the one who connects. False: there was no need any more."""
-        own = self.make_hello(kind)
+        own = self.make_hello(kind, state.peer.number)
         try:
             name = self._name(connection, patience)
             if self._stands(state, kind):
@@ -455,7 +463,7 @@ class Peering:
                 if kind_of_frame != frames.FrameType.HELLO:
                     raise ProtocolError(f"its first frame is of type {kind_of_frame}, not a hello")
                 theirs = hello.decode_hello(body)
-                own = self.make_hello(theirs.kind)
+                own = self.make_hello(theirs.kind, theirs.number)
                 reason = hello.objection(own, theirs, name, self._known, accepted=True)
                 reason = reason or self.shut_out(theirs.number) or None
                 if reason is not None:

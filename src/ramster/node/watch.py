@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 
 from ramster import logs
@@ -16,6 +17,7 @@ from ramster.node.notices import Look, PeerLook, RegionLook, notices
 log = logging.getLogger("ramster.node")
 
 EVERY_S = 1.0
+FULL_AGAIN_S = 60.0  # a store that goes on refusing is not said every second
 
 
 class Watch:
@@ -30,6 +32,7 @@ class Watch:
         self._names = {peer.number: peer.name for peer in peers}
         self._probe_s = keepalive_ms / 1000
         self._before = Look()
+        self._refused, self._full_said = 0, -FULL_AGAIN_S
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -55,6 +58,8 @@ class Watch:
 
     def _look(self) -> Look:
         arena = self._store.statistics()
+        if arena.puts_refused > self._refused and time.monotonic() - self._full_said >= FULL_AGAIN_S:
+            self._refused, self._full_said = arena.puts_refused, time.monotonic()
         return Look(
             peers={
                 row["number"]: PeerLook(
@@ -62,12 +67,13 @@ class Watch:
                     up=row["up"],
                     gone=row["gone"],
                     reason=row["reason"],
+                    lost=row["lost"],
                     silent_s=row["silent_ms"] / 1000,
                 )
                 for row in self._links.peers()
             },
             regions={number: RegionLook(*each) for number, each in self._regions.troubles().items()},
             damaged=arena.corrupt_pages + self._links.counters()["corrupt_replies"],
-            puts_refused=arena.puts_refused,
+            puts_refused=self._refused,
             pages_lost=arena.pages_lost,
         )

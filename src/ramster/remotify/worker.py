@@ -45,6 +45,7 @@ class Worker:
         self.spill = spill
         self._said = ""
         self._failed = ""
+        self._read_errors = 0
         self._copies = (0, 0)
         self._count_at = 0.0
         self._missing = False
@@ -135,7 +136,9 @@ class Worker:
         if self.spill is None:
             return None
         free, waiting, works, total = self.spill.room()
-        trouble = "" if works else self.spill.statistics().last_error
+        seen = self.spill.statistics()
+        trouble = "" if works and seen.read_errors == self._read_errors else seen.last_error
+        self._read_errors = seen.read_errors
         if not free and not self.spill.mirror:
             trouble = "it is full"
         if trouble and trouble != self._said:

@@ -53,6 +53,12 @@ class Refusal(msgspec.Struct, kw_only=True, frozen=True):
     reason: str
 
 
+# Made while one thread imports this: msgspec learns a type at its first use, and two threads that do so at once can
+# meet a table that is half made (a fault of native code, not an exception).
+_hello = msgspec.json.Decoder(Hello).decode
+_refusal = msgspec.json.Decoder(Refusal).decode
+
+
 def encode(message: Hello | Refusal) -> bytes:
     return msgspec.json.encode(message)
 
@@ -60,7 +66,7 @@ def encode(message: Hello | Refusal) -> bytes:
 def decode_hello(body: bytes) -> Hello:
     """ProtocolError names what is wrong with it."""
     try:
-        return msgspec.json.decode(body, type=Hello)
+        return _hello(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"its hello cannot be read: {str(error)[:_QUOTED_MAX]}") from error
     except RecursionError as error:
@@ -70,7 +76,7 @@ def decode_hello(body: bytes) -> Hello:
 def decode_refusal(body: bytes) -> str:
     """Its reason in words that may go to a log and a terminal."""
     try:
-        return escaped(msgspec.json.decode(body, type=Refusal).reason, 500)
+        return escaped(_refusal(body).reason, 500)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return "it gave no reason"
 
