@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 
 from ramster.cli import main
 from ramster.config import load
+from ramster.constants import NODE_NUMBER_MAX
 
 COMMANDS = [
     *("", "demo", "node", "status", "stop", "doctor", "run"),
@@ -171,11 +173,33 @@ def test_cluster_init_makes_configurations_that_load(tmp_path: Path, capsys: pyt
     assert (tmp_path / "lab/ca.key").stat().st_mode & 0o077 == 0
 
 
+def test_cluster_init_makes_a_single_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init(tmp_path / "one", "alpha=127.0.0.1:7777") == 0
+    assert capsys.readouterr().out.count("ramster node --config") == 1
+    assert main(["config", "check", str(tmp_path / "one/alpha.toml")]) == 0
+    assert not load(tmp_path / "one/alpha.toml").peers
+
+
+def test_paths_are_printed_as_a_shell_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = tmp_path / "it's $HOME; a lab"
+    assert init(odd, "alpha=192.0.2.1:1,beta=192.0.2.2:1") == 0
+    first, *commands = capsys.readouterr().out.splitlines()
+    assert shlex.split(first.partition(" in ")[2].rpartition(";")[0]) == [str(odd)]
+    assert [shlex.split(line) for line in commands] == [
+        ["ramster", "node", "--config", str(odd / f"{name}.toml")] for name in ("alpha", "beta")
+    ]
+    assert main(["cluster", "client", "web", "--directory", str(odd)]) == 0
+    assert f"made {shlex.quote(str(odd / 'clients/web'))} for" in capsys.readouterr().out
+    for words, says in (([], "stays"), (["--address", "storage"], "is new")):
+        assert main(["cluster", "renew", "beta", "--directory", str(odd), *words]) == 0
+        assert capsys.readouterr().out.startswith(f"{shlex.quote(str(odd / 'beta.crt'))} {says}")
+
+
 @pytest.mark.parametrize(
     ("nodes", "says"),
     [
         ("alpha", "name=address:port"),
-        ("alpha=192.0.2.1:1", "2 to"),
+        (",".join(f"n{n}=192.0.2.1:{n}" for n in range(1, NODE_NUMBER_MAX + 2)), f"1 to {NODE_NUMBER_MAX}"),
         ("alpha=192.0.2.1:1,alpha=192.0.2.2:1", "twice"),
         ("alpha=192.0.2.1:1,beta=192.0.2.1:1", "two nodes"),
         ("alpha=192.0.2.1:0,beta=192.0.2.2:1", "192.0.2.1:0"),

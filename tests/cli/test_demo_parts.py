@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramster.cli.demo import digest, preflight, workload
+from ramster.cli.demo.live import Screen
 from ramster.cli.demo.nodes import end, spawn
 from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work, make_work, show_size
 from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.run import verdict
 from ramster.cli.demo.source import Source, system_files, write_source
+from ramster.cli.tables import lines
 from ramster.constants import MIB, PAGE_BYTES
 from ramster.errors import RamsterError, RegionFull, RegionLost, UsageError
 
@@ -234,6 +238,27 @@ def test_the_report_has_its_promised_keys(tmp_path: Path) -> None:
     assert set(promised.split()) - set(report) == set()
     assert all({"name", "wall_s", "pages", "faults"} <= set(phase) for phase in report["phases"])
     json.dumps(report)
+
+
+@pytest.mark.parametrize("width", [40, None])
+def test_the_report_is_whole_at_any_width(tmp_path: Path, width: int | None) -> None:
+    work = prepare(tmp_path)
+    done = result(run(work, Target(work.pages)))
+    source = dataclasses.replace(done.source, description="/srv/[data]/a file of a long name/" + "x" * 200)
+    parts = list(dataclasses.replace(done, source=source).tables())
+    printed = ["".join(text for text, _ in line) for part in parts for line in lines(part, width)]
+    for text in (source.description, "without a memory limit, so mostly the kernel's page cache.", "wrong, 0 lost"):
+        assert any(text in line for line in printed), text
+
+
+def test_paths_of_a_demo_that_is_kept_can_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "/tmp/it's [mine]/" + "x" * 200
+    with Screen() as screen:
+        screen.event({"event": "directory", "kept": True, "path": folder})
+        screen.event({"event": "kept", "configs": [f"{folder}/alpha.toml"]})
+    printed = capsys.readouterr().err.splitlines()
+    assert f"files stay in {shlex.quote(folder)}" in printed
+    assert f"still runs: ramster status --config {shlex.quote(folder + '/alpha.toml')}" in printed
 
 
 def test_system_files_come_in_an_order_that_the_seed_decides(tmp_path: Path) -> None:

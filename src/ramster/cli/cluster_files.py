@@ -45,8 +45,8 @@ def parse_nodes(text: str) -> list[Place]:
         if any((place.host, place.port) == (host, port) for place in places):
             raise UsageError(f"--nodes gives {address!r} to two nodes; each needs its own address and port")
         places.append(Place(name, len(places) + 1, host, port))
-    if not 2 <= len(places) <= NODE_NUMBER_MAX:
-        raise UsageError(f"--nodes lists {len(places)} node; a cluster has 2 to {NODE_NUMBER_MAX}")
+    if len(places) > NODE_NUMBER_MAX:
+        raise UsageError(f"--nodes lists {len(places)} nodes; a cluster has 1 to {NODE_NUMBER_MAX}")
     return places
 
 

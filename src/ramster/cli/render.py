@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from ramster.cli.demo.plan import show_size
+from ramster.cli.tables import Part, Table
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
 
 _STATE_STYLES = {"up": "green", "connecting": "yellow", "down": "red"}
 
 
-def status_tables(status: Mapping[str, Any]) -> Iterator[RenderableType]:
+def status_tables(status: Mapping[str, Any]) -> Iterator[Part]:
     """The parts of a status, in reading order."""
     yield _node(status)
     yield _memory(status)
     if warning := overcommitted(status):
-        yield Text(f"Warning: {warning}.\n", style="yellow")
-    yield _guard(status.get("guard") or {})
-    yield _peers(status.get("peers") or [])
-    yield _regions(status.get("regions") or [])
-    yield export_table(status.get("exports") or [])
-    yield _foreign(status.get("lend") or {})
+        yield f"Warning: {warning}.", "yellow"
+        yield ""
+    if guard := status.get("guard"):
+        yield _guard(guard)
+    yield from _peers(status.get("peers") or [])
+    yield from _regions(status.get("regions") or [])
+    yield from export_table(status.get("exports") or [])
+    yield from _foreign(status.get("lend") or {})
 
 
 def losses(would_lose: Mapping[str, Any]) -> list[str]:
@@ -54,20 +52,12 @@ def _int(data: Mapping[str, Any], key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
-
-
-def _node(status: Mapping[str, Any]) -> Text:
+def _node(status: Mapping[str, Any]) -> str:
     seconds = int(status.get("uptime_s", 0))
-    return Text.assemble(
-        ("node ", ""),
-        (str(status.get("name", "?")), "bold"),
-        f" (number {status.get('number', '?')}) {status.get('state', '?')}, pid {status.get('pid', '?')}, "
-        f"version {status.get('version', '?')}, up {show_seconds(seconds)}, generation {status.get('generation', '?')}",
+    return (
+        f"node {status.get('name', '?')} (number {status.get('number', '?')}) {status.get('state', '?')}, "
+        f"pid {status.get('pid', '?')}, version {status.get('version', '?')}, "
+        f"up {show_seconds(seconds)}, generation {status.get('generation', '?')}"
     )
 
 
@@ -87,32 +77,31 @@ def _memory(status: Mapping[str, Any]) -> Table:
     counters = status.get("counters") or {}
     segment = _int(arena, "segment_bytes")
     total, free = _int(arena, "frames_total"), _int(arena, "frames_free")
-    table = _table("Memory", "", "value")
-    table.show_header = False
-    table.add_row(
+    table = Table("Memory", ("", ""), left=2, heads=False)
+    table.add(
         "arena",
         f"{show_size((total - free) * segment)} of {show_size(_int(arena, 'arena_bytes'))} used"
         + (", locked" if arena.get("locked") else ", not locked"),
     )
-    table.add_row("segments here / away", f"{_int(arena, 'segments_local')} / {_int(arena, 'segments_remote')}")
-    table.add_row(
+    table.add("segments here / away", f"{_int(arena, 'segments_local')} / {_int(arena, 'segments_remote')}")
+    table.add(
         "pages here / away",
         f"{_int(arena, 'pages_local') + _int(arena, 'pages_filled')} / {_int(arena, 'pages_remote')}",
     )
     bytes_in, compressed = _int(arena, "bytes_in"), _int(arena, "bytes_compressed")
     if compressed:
-        table.add_row("compression", f"{bytes_in / compressed:.2f} : 1")
-    table.add_row("puts", str(_int(counters, "puts")))
-    table.add_row("gets here / away", f"{_int(counters, 'local_gets')} / {_int(counters, 'remote_gets')}")
+        table.add("compression", f"{bytes_in / compressed:.2f} : 1")
+    table.add("puts", str(_int(counters, "puts")))
+    table.add("gets here / away", f"{_int(counters, 'local_gets')} / {_int(counters, 'remote_gets')}")
     if damaged := _int(counters, "pages_damaged"):
-        table.add_row(Text("damaged pages", style="red"), str(damaged))
+        table.add(("damaged pages", "red"), str(damaged))
     if lost := _int(arena, "pages_lost"):
-        table.add_row(Text("lost pages", style="red"), str(lost))
+        table.add(("lost pages", "red"), str(lost))
     if spill := status.get("spill"):
-        table.add_row("spill file", _spill(spill))
+        table.add("spill file", _spill(spill))
         if missing := _int(spill, "unmirrored"):
-            table.add_row(
-                Text("unmirrored", style="yellow"),
+            table.add(
+                ("unmirrored", "yellow"),
                 f"{missing} segments, {_int(spill, 'pages_unmirrored')} pages: lost if their lender goes",
             )
     return table
@@ -124,24 +113,21 @@ def _spill(spill: Mapping[str, Any]) -> str:
     return f"{used}{copies}, {_int(spill, 'pages')} pages here alone"
 
 
-def _guard(guard: Mapping[str, Any]) -> RenderableType:
-    if not guard:
-        return Text("")
-    table = _table("Guard: what a kernel that swaps on this node relies on", "", "state", "detail")
-    table.columns[2].justify = "left"
+def _guard(guard: Mapping[str, Any]) -> Table:
+    columns = ("check", "state", "detail")
+    table = Table("Guard: what a kernel that swaps on this node relies on", columns, left=3)
     for name, check in guard.items():
         state = str(check.get("state", "?"))
         # A refusal is a fault only for a node that is swapped on; the node itself warns then.
-        table.add_row(
-            name, Text(state, style={"ok": "green", "refused": "yellow"}.get(state, "")), str(check.get("detail", ""))
-        )
+        table.add(name, (state, {"ok": "green", "refused": "yellow"}.get(state, "")), str(check.get("detail", "")))
     return table
 
 
-def _peers(peers: list[Mapping[str, Any]]) -> RenderableType:
+def _peers(peers: list[Mapping[str, Any]]) -> tuple[Part, ...]:
     if not peers:
-        return Text("No peers: pages that do not fit in the arena have nowhere to go.\n")
-    table = _table("Peers", "name", "link", "address", "credit", "sent", "received", "gets", "round trip p50")
+        return ("No peers: pages that do not fit in the arena have nowhere to go.", "")
+    columns = ("name", "link", "address", "credit", "sent", "received", "gets", "round trip p50")
+    table = Table("Peers", columns, left=3)
     for peer in peers:
         state = str(peer.get("state", "?"))
         reason = str(peer.get("reason") or "")
@@ -149,11 +135,9 @@ def _peers(peers: list[Mapping[str, Any]]) -> RenderableType:
         if state == "up" and standing != "trusted":
             state, reason = "up, not trusted", standing
         trip = _int(peer, "round_trip_p50_us")
-        table.add_row(
+        table.add(
             str(peer.get("name", "?")),
-            Text(
-                f"{state} ({reason})" if reason and state != "up" else state, style=_STATE_STYLES.get(state, "yellow")
-            ),
+            (f"{state} ({reason})" if reason and state != "up" else state, _STATE_STYLES.get(state, "yellow")),
             str(peer.get("address", "?")),
             str(_int(peer, "credit")),
             show_size(_int(peer, "bytes_sent")),
@@ -161,14 +145,13 @@ def _peers(peers: list[Mapping[str, Any]]) -> RenderableType:
             str(_int(peer, "gets")),
             f"{trip} us" if trip else "-",
         )
-    return table
+    return (table,)
 
 
-def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
+def _regions(regions: list[Mapping[str, Any]]) -> tuple[Part, ...]:
     if not regions:
-        return Text("No regions.\n")
-    table = _table(
-        "Regions",
+        return ("No regions.", "")
+    columns = (
         "name",
         "pid",
         "processes",
@@ -181,9 +164,10 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
         "local p50/p99",
         "remote p50/p99",
     )
+    table = Table("Regions", columns)
     for region in regions:
         lost = _int(region, "lost_pages")
-        table.add_row(
+        table.add(
             str(region.get("name") or region.get("id", "?")),
             str(region.get("pid", "?")),
             str(_int(region, "attached_processes")),
@@ -191,12 +175,13 @@ def _regions(regions: list[Mapping[str, Any]]) -> RenderableType:
                 show_size(_int(region, key) * PAGE_BYTES)
                 for key in ("pages", "resident_pages", "local_pages", "remote_pages")
             ),
-            Text(str(lost), style="red" if lost else ""),
+            (str(lost), "red" if lost else ""),
             str(_int(region, "faults")),
             f"{_int(region, 'fault_local_p50_us')}/{_int(region, 'fault_local_p99_us')} us",
             f"{_int(region, 'fault_remote_p50_us')}/{_int(region, 'fault_remote_p99_us')} us",
         )
-    return Group(table, *(Text(line, style="yellow") for line in map(thrashing, regions) if line))
+    said: list[Part] = [(line, "yellow") for line in map(thrashing, regions) if line]
+    return (table, *said, "") if said else (table,)
 
 
 def thrashing(region: Mapping[str, Any]) -> str:
@@ -211,33 +196,35 @@ def thrashing(region: Mapping[str, Any]) -> str:
     )
 
 
-def export_table(exports: Sequence[Mapping[str, Any]]) -> RenderableType:
+def export_table(exports: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
     """All exports of a node."""
     if not exports:
-        return Text("No exports.\n")
-    table = _table("Exports (NBD)", "name", "size", "here", "away", "lost", "clients", "reads", "writes", "errors")
+        return ("No exports.", "")
+    columns = ("name", "size", "here", "away", "lost", "clients", "reads", "writes", "errors")
+    table = Table("Exports (NBD)", columns)
     for export in exports:
         gone, errors = _int(export, "pages_gone"), _int(export, "errors")
-        table.add_row(
+        table.add(
             str(export.get("name", "?")) + (" (read-only)" if export.get("read_only") else ""),
             show_size(_int(export, "size_bytes")),
             show_size(_int(export, "pages_here") * PAGE_BYTES),
             show_size(_int(export, "pages_away") * PAGE_BYTES),
-            Text(str(gone), style="red" if gone else ""),
+            (str(gone), "red" if gone else ""),
             str(_int(export, "connections")),
             str(_int(export, "reads")),
             str(_int(export, "writes")),
-            Text(str(errors), style="red" if errors else ""),
+            (str(errors), "red" if errors else ""),
         )
-    return table
+    return (table,)
 
 
-def _foreign(lend: Mapping[str, Any]) -> RenderableType:
+def _foreign(lend: Mapping[str, Any]) -> tuple[Part, ...]:
     granted, total = _int(lend, "bytes"), _int(lend, "frames_total")
     if not granted:
-        return Text("This node lends nothing.\n")
+        return ("This node lends nothing.", "")
     frame = granted // total if total else 0
-    table = _table(f"Lent to others: {show_size(_int(lend, 'bytes_used'))} of {show_size(granted)}", "owner", "held")
+    title = f"Lent to others: {show_size(_int(lend, 'bytes_used'))} of {show_size(granted)}"
+    table = Table(title, ("owner", "held"))
     for owner, frames in sorted((lend.get("owners") or {}).items()):
-        table.add_row(str(owner), show_size(int(frames) * frame))
-    return table
+        table.add(str(owner), show_size(int(frames) * frame))
+    return (table,)

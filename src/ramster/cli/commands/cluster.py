@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ Examples:
       --nodes alpha=192.0.2.1:7777,beta=192.0.2.2:7777
   ramster cluster init --directory lab --cluster lab \\
       --nodes 'alpha=[2001:db8::1]:7777,beta=[2001:db8::2]:7777'
+  ramster cluster init --directory one --cluster one --nodes alpha=127.0.0.1:7777
 """
 RENEW_HELP = """Sign a node's certificate anew, where ca.key is: for two more years, for other addresses.
 
@@ -70,9 +72,9 @@ def init(
     from ramster.cli.cluster_files import create, parse_nodes
 
     written = create(directory, cluster, parse_nodes(nodes))
-    typer.echo(f"made cluster {cluster} in {directory}; to start a node on its machine:")
+    typer.echo(f"made cluster {cluster} in {_quoted(directory)}; to start a node on its machine:")
     for path in written:
-        typer.echo(f"  ramster node --config {path}")
+        typer.echo(f"  ramster node --config {_quoted(path)}")
 
 
 @app.command("renew", help=RENEW_HELP)
@@ -90,9 +92,9 @@ def renew(
     path = identity.node_files(directory, node).cert
     said = f"for {', '.join(after.hosts)}; valid until {after.not_after:%Y-%m-%d}"
     if after == before:
-        typer.echo(f"{path} stays as it is: {said}")
+        typer.echo(f"{_quoted(path)} stays as it is: {said}")
         return
-    typer.echo(f"{path} is new: {said}")
+    typer.echo(f"{_quoted(path)} is new: {said}")
     if gone := [host for host in before.hosts if host not in after.hosts]:
         typer.echo(f"no longer for {', '.join(gone)}")
     typer.echo(f"copy it over the old one on the machine of {node}, which reads it for the next connection")
@@ -107,5 +109,10 @@ def client(
 
     files = identity.add_client(directory, name)
     until = identity.describe(files.cert).not_after
-    typer.echo(f"made {files.cert.parent} for client {name}; valid until {until:%Y-%m-%d}")
+    typer.echo(f"made {_quoted(files.cert.parent)} for client {name}; valid until {until:%Y-%m-%d}")
     typer.echo("copy the folder to the client's machine; its URIs end in ?tls-certificates=FOLDER")
+
+
+def _quoted(path: Path) -> str:
+    """The path as a shell takes it."""
+    return shlex.quote(str(path))

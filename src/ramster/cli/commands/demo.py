@@ -65,9 +65,7 @@ def demo(
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2))
     else:
-        from rich.console import Console
+        from ramster.cli.tables import show
 
-        console = Console(highlight=False)
-        for part in result.tables():
-            console.print(part)
+        show(*result.tables())
     verdict(result)

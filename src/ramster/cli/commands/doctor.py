@@ -33,25 +33,18 @@ def doctor(
         rows = [{key: value for key, value in asdict(check).items() if key != "code"} for check in found]
         typer.echo(json.dumps({"exit_code": code, "way": way(found), "checks": rows}, indent=2))
         return code
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from ramster.cli.tables import Table, show
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("what", "state", "it means", "to do"):
-        table.add_column(column, overflow="fold")
+    table = Table("", ("what", "state", "it means", "to do"), left=4)
     for check in found:
-        table.add_row(check.name, Text(check.state, style=_STYLES[check.state]), check.detail, check.advice)
-    console = Console(highlight=False)
-    console.print(table)
+        table.add(check.name, (check.state, _STYLES[check.state]), check.detail, check.advice)
     wanting = [check.name for check in found if check.needed and check.state != "ok"]
     verdict = {
         "nbd": "A kernel can swap on a node here, through nbd.",
         "bridge": "A kernel can swap on a node here, through nbdfuse and a loop device (slower than nbd).",
     }
     if code == 0:
-        console.print(verdict.get(way(found) or "", ""))
+        show(table, verdict.get(way(found) or "", ""))
     else:
-        console.print(f"A kernel cannot swap on a node here yet: {', '.join(wanting)}.")
+        show(table, f"A kernel cannot swap on a node here yet: {', '.join(wanting)}.")
     return code

@@ -110,11 +110,10 @@ def ls(
     if as_json:
         typer.echo(json.dumps({"exports": exports}, indent=2))
         return
-    from rich.console import Console
-
     from ramster.cli.render import export_table
+    from ramster.cli.tables import show
 
-    Console(highlight=False).print(export_table(exports))
+    show(*export_table(exports))
     for export in exports:
         for uri in export.get("uris") or []:
             typer.echo(uri)

@@ -36,10 +36,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(data, indent=2))
         return
-    from rich.console import Console
-
     from ramster.cli.render import status_tables
+    from ramster.cli.tables import show
 
-    console = Console(highlight=False)
-    for part in status_tables(data):
-        console.print(part)
+    show(*status_tables(data))

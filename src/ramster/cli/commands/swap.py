@@ -176,21 +176,18 @@ def _progress(line: str) -> None:
 
 
 def _tables(found: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from ramster.cli.tables import Table, show
 
     if not found["node"]:
         say("the node does not answer; what follows is what the kernel says")
     if not found["swaps"] and not found["others"]:
         typer.echo("this machine has no swap; `ramster swap on --size SIZE` makes one")
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(("name", "state", "device", "way", "size", "used", "priority", "away", "lost")):
-        table.add_column(column, justify="right" if number > 3 else "left", no_wrap=number == 2)
+    columns = ("name", "state", "device", "way", "size", "used", "priority", "away", "lost")
+    table = Table("", columns, left=4)
     for each in found["swaps"]:
         export = each["export"] or {}
-        table.add_row(
+        table.add(
             each["name"],
             each["state"],
             each["device"] or "-",
@@ -202,7 +199,7 @@ def _tables(found: dict[str, Any]) -> None:
             str(export.get("pages_gone", 0)) if export else "-",
         )
     for row in found["others"]:
-        table.add_row(
+        table.add(
             "-",
             "on",
             row["device"],
@@ -213,7 +210,7 @@ def _tables(found: dict[str, Any]) -> None:
             "-",
             "-",
         )
-    Console(highlight=False).print(table)
+    show(table)
     if found["zswap"]:
         say("zswap is on: each page is compressed twice (echo N > /sys/module/zswap/parameters/enabled)")
     for each in found["swaps"]:

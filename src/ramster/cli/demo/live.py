@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import Any, Self
 
@@ -75,21 +76,25 @@ class Screen:
         elif kind in ("phase", "source", "worker-end"):
             self._finish()
         elif kind == "node":
-            self._console.print(f"{event['name']} ({event['role']}) runs as process {event['pid']}")
+            self._say(f"{event['name']} ({event['role']}) runs as process {event['pid']}")
         if kind == "source" and event["repeats"]:
-            self._console.print(f"the input was too short and is repeated {event['repeats']} times")
+            self._say(f"the input was too short and is repeated {event['repeats']} times")
         if kind == "directory" and event["kept"]:
-            self._console.print(f"files stay in {event['path']}")
+            self._say(f"files stay in {shlex.quote(event['path'])}")
         if kind == "kept":
             for config in event["configs"]:
-                self._console.print(f"still runs: ramster status --config {config}")
-            self._console.print("end them with: ramster stop --force --config FILE, the lenders last")
+                self._say(f"still runs: ramster status --config {shlex.quote(config)}")
+            self._say("end them with: ramster stop --force --config FILE, the lenders last")
 
     def status(self, statistics: dict[str, Any]) -> None:
         pages = {place: int(statistics.get(f"{place}_pages", 0)) for place in ("resident", "local", "remote")}
         sizes = "  ".join(f"{place} {show_size(count * PAGE_BYTES)}" for place, count in pages.items())
         local, remote = (int(statistics.get(key, 0)) for key in ("faults_local", "faults_remote"))
         self._figures.plain = f"{sizes}  faults {local:,} local, {remote:,} remote"
+
+    def _say(self, text: str) -> None:
+        # Its paths are copied: rich neither breaks the line, nor cuts it, nor takes brackets for its own.
+        self._console.print(Text(text), soft_wrap=True)
 
     def _finish(self) -> None:
         if self._task is not None:

@@ -7,14 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich import box
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work, show_size
 from ramster.cli.demo.source import Source
 from ramster.cli.demo.workload import complete
+from ramster.cli.tables import Part, Table
 from ramster.constants import PAGE_BYTES
 
 FAULT_KEYS = ("fault_local_p50_us", "fault_local_p99_us", "fault_remote_p50_us", "fault_remote_p99_us")
@@ -156,24 +152,27 @@ class Result:
             "faults_remote": phase.get("faults_remote"),
         }
 
-    def tables(self) -> Iterator[RenderableType]:
+    def tables(self) -> Iterator[Part]:
         """The report for people, in reading order."""
         data = self.to_json()
         yield self._phase_table(data)
+        yield (
+            "in RAM: the same work on a plain numpy array. "
+            f"memmap: numpy.memmap on {self.memmap_on} without a memory limit, so mostly the kernel's page cache."
+        )
+        yield ""
         yield self._memory_table(data)
         yield self._verdict(data)
 
     def _phase_table(self, data: Mapping[str, Any]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-        table.title = (
+        title = (
             f"{show_size(self.options.size)} of {self.source.description}, "
             f"{show_size(self.options.resident)} resident, "
             f"{show_size(self.options.local)} local arena, {self.options.nodes} nodes"
         )
-        for name in ("phase", "pages", "wrong", "faults", "remote", "RAMster", "in RAM", "memmap"):
-            table.add_column(name, justify="left" if name == "phase" else "right")
+        table = Table(title, ("phase", "pages", "wrong", "faults", "remote", "RAMster", "in RAM", "memmap"))
         for phase in data["phases"]:
-            table.add_row(
+            table.add(
                 phase["name"],
                 _count(phase["pages"]),
                 _count(phase["pages_wrong"]),
@@ -181,53 +180,45 @@ class Result:
                 _count(phase["faults_remote"]),
                 *(_seconds(phase[key]) for key in ("wall_s", "plain_wall_s", "memmap_wall_s")),
             )
-        table.add_section()
-        table.add_row(
+        everything = (
             "all",
             "",
             _count(data["pages_wrong"]),
             _count(data["faults"]),
             _count(data["faults_remote"]),
             *(_seconds(data[key]) for key in ("wall_s", "plain_wall_s", "memmap_wall_s")),
-            style="bold",
         )
-        table.caption_justify = "left"
-        table.caption = (
-            "in RAM: the same work on a plain numpy array. "
-            f"memmap: numpy.memmap on {self.memmap_on} without a memory limit, so mostly the kernel's page cache."
-        )
+        table.add(*((text, "bold") for text in everything))
         return table
 
     def _memory_table(self, data: Mapping[str, Any]) -> Table:
-        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-        table.add_column()
-        table.add_column(justify="right")
+        table = Table("", ("", ""), heads=False)
         for label, key in (
             ("pages resident", "pages_resident"),
             ("pages local", "pages_local"),
             ("pages remote", "pages_remote"),
         ):
             pages = data[key]
-            table.add_row(label, "-" if pages is None else f"{pages:,}  ({show_size(pages * PAGE_BYTES)})")
+            table.add(label, "-" if pages is None else f"{pages:,}  ({show_size(pages * PAGE_BYTES)})")
         for label, place in (("local faults, p50 / p99", "local"), ("remote faults, p50 / p99", "remote")):
             p50, p99 = data[f"fault_{place}_p50_us"], data[f"fault_{place}_p99_us"]
-            table.add_row(label, "-" if p50 is None else f"{p50} us / {p99} us")
+            table.add(label, "-" if p50 is None else f"{p50} us / {p99} us")
         ratio = data["compression_ratio"]
-        table.add_row("compression", "-" if ratio is None else f"{ratio:.2f} : 1")
+        table.add("compression", "-" if ratio is None else f"{ratio:.2f} : 1")
         sent = data["bytes_sent"]
-        table.add_row(
+        table.add(
             "bytes sent", "-" if sent is None else f"{show_size(sent)} in {_count(data['segments_shipped'])} segments"
         )
-        table.add_row(
+        table.add(
             "puts, local gets, remote gets",
             ", ".join(_count(data[key]) for key in ("puts", "local_gets", "remote_gets")),
         )
         return table
 
-    def _verdict(self, data: Mapping[str, Any]) -> Text:
+    def _verdict(self, data: Mapping[str, Any]) -> Part:
         text = f"{data['pages_checked']:,} pages compared, {data['pages_wrong']:,} wrong, {data['pages_lost']:,} lost"
         good = not data["pages_wrong"] and not data["pages_lost"] and not data["incomplete_phases"]
-        return Text(text, style="bold green" if good else "bold red")
+        return text, "bold green" if good else "bold red"
 
 
 def _wall(outcome: Outcome | None, name: str) -> float | None:
