@@ -100,3 +100,69 @@ with tempfile.TemporaryFile("w+") as trace:
         start_node("--pattern").socket,
         work,
     )
+
+
+def test_nobody_reads_what_it_says(start_node: StartNode) -> None:
+    """A full pipe: the child dies without its line rather than stay."""
+    run_script(
+        FORKS
+        + """
+read, full = os.pipe()
+os.set_blocking(full, False)
+with contextlib.suppress(BlockingIOError):
+    while True: os.write(full, bytes(4096))
+os.set_blocking(full, True)
+def into_a_full_pipe():
+    os.dup2(full, 2)
+    touch()
+assert child(into_a_full_pipe) == ("", -signal.SIGSEGV)
+""",
+        start_node("--pattern").socket,
+    )
+
+
+def test_threads_say_it_once(start_node: StartNode) -> None:
+    run_script(
+        FORKS
+        + """
+def by_threads():
+    together = threading.Barrier(4)
+    def one():
+        together.wait()
+        np.sum(a)                           # without the interpreter's lock
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+said, status = child(by_threads)
+assert said.startswith(LINE) and said.count("\\n") == 1 and status == -signal.SIGSEGV, said
+""",
+        start_node("--pattern").socket,
+    )
+
+
+def test_a_handler_from_before_the_fork_goes_on(start_node: StartNode) -> None:
+    """One that mends its own faults gets the first one that is not a region's, and all that follow."""
+    run_script(
+        FORKS
+        + """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+own = libc.mmap(None, ctypes.c_size_t(2 * PAGE), 0, 0x22, -1, ctypes.c_long(0))
+class Action(ctypes.Structure):
+    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_ubyte * 128),
+                ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
+mended = []
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+def mend(number, info, context):
+    at = ctypes.c_uint64.from_address(info + 16).value // PAGE * PAGE
+    mended.append(at)
+    if libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), 3): os._exit(7)
+action = Action(handler=ctypes.cast(mend, ctypes.c_void_p).value, flags=4)
+assert libc.sigaction(int(signal.SIGSEGV), ctypes.byref(action), None) == 0
+def faults():
+    ctypes.memset(own, 1, 2 * PAGE)         # the lock of the interpreter is not held there
+    return 5 if mended == [own, own + PAGE] else 6
+assert child(faults) == ("", 5)
+""",
+        start_node("--pattern").socket,
+    )
