@@ -16,6 +16,8 @@ cdef struct Guard:
     bint poison
     int node_gone          # atomic: 1 once the guardian serves the faults itself
     uint64_t replaced      # pages poisoned or mapped over since the mapping was made
+    bint reserved          # in a forked child: the range is its parent's, and without access here
+    char forked[512]       # what such a child says that touches it
 
 
 cdef class Mapping:

@@ -12,17 +12,18 @@ working, away pages are SIGBUS, never zeros.
 
 Everything acts only in the process that made the mapping. A forked child gets ForkedError from each method; an
 access to the memory is SIGSEGV there (the range is reserved without access, so that no later mapping of the child
-lands on it).
+lands on it), and one line on standard error says why.
 """
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 from libc.errno cimport EAGAIN, EEXIST, EINTR, EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, errno
+from libc cimport errno as c_errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
-from libc.string cimport strrchr
+from libc.string cimport strlen, strrchr
 
-from ramster.engine._c.atomic cimport RELAXED, add64, load64
+from ramster.engine._c.atomic cimport RELAXED, add64, load64, swap32
 from ramster.engine._c.linux cimport *
 
 import os
@@ -284,6 +285,11 @@ cdef void *guardian(void *argument) noexcept nogil:
 # region's memory would live as long as the child) and reserves the address range: otherwise its next mapping may
 # land there, and an array of the parent's would read as that mapping's bytes instead of failing.
 
+FORKED_TOUCH = (
+    "a forked child touched an array of region '{}' of its parent, has no memory there, and ends with SIGSEGV. "
+    "It must attach (ramster.attach) or make its own; or start it with spawn or forkserver"
+)
+
 cdef Guard *registry = NULL
 cdef pthread_mutex_t registry_lock
 pthread_mutex_init(&registry_lock, NULL)
@@ -298,15 +304,67 @@ cdef void unlock_registry() noexcept nogil:
 
 
 cdef void after_fork_in_child() noexcept nogil:
-    global registry
+    global registry, inherited
     cdef Guard *guard = registry
+    cdef Guard *last = NULL
     while guard != NULL:
-        mmap(guard.base, guard.size, PROT_NONE,
-             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0)
+        guard.reserved = mmap(guard.base, guard.size, PROT_NONE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0) == guard.base
         close_all(guard)
+        last = guard
         guard = guard.next
+    if last != NULL:
+        last.next = inherited           # nobody frees them here: their mappings are the parent's
+        inherited = registry
+        tell_touches()
     registry = NULL                     # the numbers are free for others now: a grandchild must not close them again
     pthread_mutex_init(&registry_lock, NULL)
+
+
+# A worker of a pool that touches the parent's array would die without a word, and the pool starts the next. So a child says
+# why it dies. The handler is there for one signal: it puts back the one that was there before and returns, so that the
+# access comes again and ends as it would have ended.
+
+cdef Guard *inherited = NULL            # of the parent, and of its parents
+cdef bint telling = False               # once in a line of descent: an earlier handler must never lead back to this one
+cdef uint32_t told = 0
+cdef sigaction_t before_telling
+
+
+cdef void tell_touches() noexcept nogil:
+    global telling
+    cdef sigaction_t action
+    if telling or sigaction(SIGSEGV, NULL, &before_telling) != 0:
+        return
+    if before_telling.sa_handler == SIG_IGN:
+        return                          # what is ignored stays ignored through exec, a handler does not
+    action.sa_sigaction = on_touch
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK
+    sigfillset(&action.sa_mask)
+    telling = sigaction(SIGSEGV, &action, NULL) == 0
+
+
+cdef void on_touch(int number, siginfo_t *signal, void *_context) noexcept nogil:
+    cdef int failure = errno
+    cdef Guard *guard
+    cdef char *at
+    cdef pollfd waiting
+    sigaction(SIGSEGV, &before_telling, NULL)
+    if signal.si_code <= 0:
+        # Sent, not a fault: it does not come again by itself. Blocked until this returns.
+        syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), number, signal)
+    else:
+        at = <char *> signal.si_addr
+        guard = inherited
+        while guard != NULL and not (guard.reserved and guard.base <= at < guard.base + guard.size):
+            guard = guard.next
+        if guard != NULL and swap32(&told, 1, RELAXED) == 0:
+            waiting.fd = STDERR_FILENO
+            waiting.events = POLLOUT
+            waiting.revents = 0
+            if poll(&waiting, 1, 1000) > 0:     # a full pipe that nobody reads must not keep it alive
+                write(STDERR_FILENO, guard.forked, strlen(guard.forked))
+    c_errno.errno = failure
 
 
 if pthread_atfork(lock_registry, unlock_registry, after_fork_in_child) != 0:
@@ -482,11 +540,12 @@ cdef class Mapping:
         if self._closed or self._closing:
             raise UsageError("the region is closed")
 
-    def map(self, int memfd, int channel, size, int node_wait_ms, bint poison=True):
+    def map(self, int memfd, int channel, size, int node_wait_ms, bint poison=True, str name=""):
         """Map `size` bytes (a multiple of 4096) of `memfd`, register them, and start the guardian on `channel`.
 
         Takes over both descriptors, also where it fails. poison=False leaves UFFDIO_POISON off and exercises the way
-        of old kernels. Raises PermissionMissing, KernelUnsupported, OSError (nothing is mapped then), ForkedError.
+        of old kernels. A forked child that touches it says `name`. Raises PermissionMissing, KernelUnsupported, OSError
+        (nothing is mapped then), ForkedError.
         """
         cdef Guard *guard
         cdef uint64_t wanted = OPTIONAL
@@ -549,6 +608,8 @@ cdef class Mapping:
             if mprotect(base, length, PROT_READ | PROT_WRITE) != 0:
                 raise _os_error("mprotect")
             guard.base, guard.size = <char *> base, length
+            line = FORKED_TOUCH.format(name).encode(errors="replace")
+            snprintf(guard.forked, sizeof(guard.forked), b"ramster: %s\n", <const char *> line)
             guard.poison = self.features & UFFD_FEATURE_POISON != 0
             sigfillset(&every)
             pthread_attr_init(&attributes)

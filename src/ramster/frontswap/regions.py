@@ -404,7 +404,7 @@ class Region(Mapping):
         try:
             made, (memfd, channel) = self._control.ask_for_descriptors(request, 2)
             with limits.named("map a region"):
-                self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard")
+                self.map(memfd, channel, made.pages * PAGE_BYTES, made.node_wait_ms, made.poison != "guard", made.name)
             self._control.ask(
                 messages.Attach(base=self.address, features=self.features, user_mode_only=self.user_mode_only),
                 [self.fault_fd],

@@ -204,6 +204,7 @@ cdef extern from "<sys/syscall.h>" nogil:
     const long SYS_userfaultfd
     const long SYS_pidfd_open
     const long SYS_gettid
+    const long SYS_rt_tgsigqueueinfo
 
 
 cdef extern from "<unistd.h>" nogil:
@@ -400,10 +401,23 @@ cdef extern from "<signal.h>" nogil:
     enum:
         SIG_BLOCK
         SIG_SETMASK
+        SIGSEGV
+        SA_SIGINFO
+        SA_ONSTACK
+    void (*SIG_IGN)(int) noexcept nogil
     ctypedef struct sigset_t:
         pass
+    ctypedef struct siginfo_t:
+        int si_code            # above 0: by the kernel
+        void *si_addr
+    struct sigaction_t "sigaction":
+        void (*sa_handler)(int) noexcept nogil
+        void (*sa_sigaction)(int, siginfo_t *, void *) noexcept nogil
+        sigset_t sa_mask
+        int sa_flags
     int sigfillset(sigset_t *set)
     int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
+    int sigaction(int number, const sigaction_t *new, sigaction_t *old) noexcept
 
 
 cdef extern from "<pthread.h>" nogil:
