@@ -380,6 +380,35 @@ def test_a_link_that_does_not_answer_makes_room(cluster: Cluster, running: Calla
         end.close()
 
 
+def frames_of(end: Connection) -> list[int]:
+    """The types of all frames that come, until it is closed."""
+    found: list[int] = []
+    with contextlib.suppress(RamsterError):
+        while True:
+            kind, length = frames.unpack(end.receive(frames.HEADER_BYTES, TIMEOUT_S))
+            found.append(kind)
+            if length:
+                end.receive(length, TIMEOUT_S)
+    return found
+
+
+@pytest.mark.parametrize(("generation", "pings"), [(1000, 0), (2000, 1)], ids=["its own process", "another one"])
+def test_only_a_link_of_another_process_is_asked_for_a_sign_of_life(
+    cluster: Cluster, running: Callable[..., Running], generation: int, pings: int
+) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=300)
+    first = greet(cluster, alpha.address, "beta", "get", 1000)
+    wait_until(lambda: alpha.links.up(2, GET), "up")
+    with ThreadPoolExecutor(1) as pool:
+        came = pool.submit(frames_of, first)
+        second = greet(cluster, alpha.address, "beta", "bulk", generation)
+        wait_until(lambda: alpha.links.up(2, BULK), "let in")
+        alpha.links.detach(2)
+        assert came.result(TIMEOUT_S).count(FrameType.PING) == pings
+    for end in (first, second):
+        end.close()
+
+
 def test_a_goodbye_is_an_end(cluster: Cluster, running: Callable[..., Running]) -> None:
     alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
     old = greet(cluster, alpha.address, "beta", "bulk", 1000)

@@ -220,7 +220,10 @@ class Peering:
 
     def _ask(self, theirs: hello.Hello) -> _Asked:
         """In a thread: wait until no other process of that peer could still answer. ProtocolError where one does."""
-        asked = _Asked(self.links.probe(theirs.number, True), self.links.ran_ms() / 1000)
+        life = self.links.probe(theirs.number, False)
+        if life is not None and life[0] != theirs.generation:
+            life = self.links.probe(theirs.number, True)  # a link of its own process owes it no sign of life
+        asked = _Asked(life, self.links.ran_ms() / 1000)
         while self._judge(theirs, asked) is Verdict.WAITS:
             time.sleep(_LOOK_S)
         return asked
