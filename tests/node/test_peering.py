@@ -255,12 +255,13 @@ def test_the_accepting_side_survives_whatever_a_peer_says(cluster: Cluster, runn
 # --- whose certificate it is ------------------------------------------------------------------------------------------
 
 
-def refusal(context: TlsContext, address: tuple[str, int]) -> str:
-    """The reason that somebody with this certificate is told, who says to be beta."""
+def refusal(context: TlsContext, address: tuple[str, int], **said: object) -> str:
+    """The reason that somebody with this certificate is told, who says to be beta, except for what is `said`."""
     connection = Connection(context, socket.create_connection(address, TIMEOUT_S).detach(), False)
     try:
         connection.handshake(TIMEOUT_S)
-        connection.send(frames.pack(FrameType.HELLO, hello.encode(hello_of("beta", 2, 5, "get"))), TIMEOUT_S)
+        mine = msgspec.structs.replace(hello_of("beta", 2, 5, "get"), **said)
+        connection.send(frames.pack(FrameType.HELLO, hello.encode(mine)), TIMEOUT_S)
         kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
         assert kind == FrameType.REFUSE
         return hello.decode_refusal(connection.receive(length, TIMEOUT_S))
@@ -295,6 +296,34 @@ def test_the_certificates_cluster_is_compared(
     context = TlsContext(str(beta.ca), str(beta.cert), str(beta.key))
     assert refusal(context, alpha.address) == "its certificate is for cluster 'farm', not for 'lab'"
     assert not alpha.links.up(2, GET)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"segment_bytes": 131072}, "its segments have 131072 bytes"),
+        ({"cluster": "elsewhere"}, "it belongs to cluster 'elsewhere'"),
+        ({"number": 3}, "it calls itself 'beta', number 3"),
+    ],
+    ids=["segment", "cluster", "number"],
+)
+def test_why_a_peer_is_refused_stands_in_the_row_of_its_certificate(
+    cluster: Cluster, running: Callable[..., Running], said: dict[str, object], words: str
+) -> None:
+    """Whatever number and name are said; until it is let in."""
+    gamma = running("gamma", {})
+    # Somebody answers there, and is not the one: attempts of alpha to be called change nothing.
+    alpha = running("alpha", {"beta": gamma.address, "gamma": gamma.address})
+    lie = refusal(cluster.context("gamma"), alpha.address)
+    assert "its certificate is for 'gamma'" in lie
+    assert alpha.peering.refusals() == {3: f"refused: {lie}"}
+    reason = refusal(cluster.context("beta"), alpha.address, **said)
+    assert words in reason
+    assert alpha.peering.refusals() == {2: f"refused: {reason}", 3: f"refused: {lie}"}
+    end = greet(cluster, alpha.address, "beta", "get", 5)
+    wait_until(lambda: alpha.links.up(2, GET), "let in")
+    assert alpha.peering.refusals() == {3: f"refused: {lie}"}
+    end.close()
 
 
 # --- another process of a peer ----------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class PeeringCounters:
 class _PeerState:
     peer: Peer
     reason: str = ""
+    refused: str = ""  # why it was when it came last; empty where it was not, or nobody is there any more
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     called: dict[str, asyncio.Event] = field(default_factory=lambda: {kind: asyncio.Event() for kind in _KINDS})
     connected: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
@@ -147,6 +148,10 @@ class Peering:
     def reasons(self) -> dict[int, str]:
         """Why a peer is not connected, as far as known."""
         return {number: state.reason for number, state in self._peers.items()}
+
+    def refusals(self) -> dict[int, str]:
+        """Why this node refuses a peer that comes and is to come, where it does."""
+        return {number: state.refused for number, state in self._peers.items() if state.refused}
 
     def shut_out(self, number: int) -> str:
         """Why a peer may not come now, "" if it may: it was cut off for what it sent, not long ago."""
@@ -327,6 +332,8 @@ class Peering:
         if reason != state.reason:
             log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
         state.reason = reason
+        if isinstance(error, OSError):
+            state.refused = ""  # it is not there any more
 
     def _call(self, number: int, kind: str) -> None:
         """A peer asks to be called. One that asked just before it was is not called twice."""
@@ -466,6 +473,7 @@ class Peering:
                         own, theirs, name, self._known, accepted=False
                     ):
                         raise _Call(reason, theirs.number, theirs.kind)
+                    self._note_refusal(name, reason)
                     raise ProtocolError(reason)
                 asked = self._ask(theirs)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
@@ -473,11 +481,24 @@ class Peering:
             if not self._door.leave(caller):
                 raise ConnectionResetError("it had to make room for others")
             caller.sock.close()
-            self._peers[theirs.number].reason = ""
+            self._peers[theirs.number].reason = self._peers[theirs.number].refused = ""
             self._attach(connection, theirs, theirs.kind, asked)
             log.info("node %s connected (%s)", theirs.name, theirs.kind)
         finally:
             connection.close()
+
+    def _note_refusal(self, name: str, reason: str) -> None:
+        """For the row of the peer whose certificate was shown, whatever number and name were said with it.
+
+        Where this node is the one to connect, its own attempts say more.
+        """
+        for state in self._peers.values():
+            number = state.peer.number
+            if state.peer.name == name and number > self.number and not self._linked(number):
+                state.refused = f"refused: {reason}"
+
+    def _linked(self, number: int) -> bool:
+        return all(self.links.up(number, kind) for kind in _KINDS.values())
 
 
 def _read_frame(connection: Connection, patience: float = HANDSHAKE_S) -> tuple[int, bytes]:
