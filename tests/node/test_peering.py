@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import select
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -499,6 +502,108 @@ def test_idle_strangers_keep_nobody_out(
         if len(says) < 100:
             assert threads_of("ramster-greet") <= 24, "the idle ones have taken none"
     finally:
+        for sock in strangers:
+            sock.close()
+
+
+class Flood:
+    """Strangers who say `says`, and come back at once when they are closed: as fast as this machine can."""
+
+    def __init__(self, address: tuple[str, int], count: int, says: bytes) -> None:
+        self.address, self.says = address, says
+        self.came = 0
+        self._over = threading.Event()
+        self._poll = select.epoll()
+        self._socks: dict[int, socket.socket] = {}
+        for _ in range(count):
+            self._come()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _come(self) -> None:
+        sock = socket.socket()
+        try:
+            sock.connect(self.address)
+            sock.sendall(self.says)
+        except ConnectionError:
+            pass  # closed already, which the poll says too
+        self._socks[sock.fileno()] = sock
+        self._poll.register(sock, select.EPOLLIN | select.EPOLLRDHUP)
+        self.came += 1
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            for fd, _ in self._poll.poll(0.05):
+                self._socks.pop(fd).close()
+                self._come()
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._poll.close()
+        for sock in self._socks.values():
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(65, b""), (200, CLIENT_HELLO[:40])], ids=["65 idle", "200 with half a ClientHello"]
+)
+def test_a_flood_that_comes_back_at_once_keeps_nobody_out(
+    cluster: Cluster, running: Callable[..., Running], caplog: pytest.LogCaptureFixture, count: int, says: bytes
+) -> None:
+    """They are more than one address may have, so one of them is always on its way back. Every honest caller gets in,
+    who as a node does comes again where it was in the way.
+    """
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1), "gamma": ("127.0.0.1", 1)})
+    deadline = time.monotonic() + TIMEOUT_S
+    flood = Flood(alpha.address, count, says)
+
+    def one(number: int) -> str:
+        name, kind = ("beta", "gamma")[number % 2], ("get", "bulk")[number // 2 % 2]
+        why = "no time"
+        while time.monotonic() < deadline:
+            try:
+                greet(cluster, alpha.address, name, kind, 5).close()
+            except (RamsterError, OSError) as error:
+                why = str(error)
+            else:
+                return ""
+        return why
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            failed = [reason for reason in pool.map(one, range(24)) if reason]
+        assert not failed, flood.came
+        assert flood.came > count, "they did come back"
+        alpha.run(asyncio.sleep(0))  # the loop is there for others, too
+    finally:
+        flood.close()
+    said = {record.levelname for record in caplog.records if "it had to make room" in record.getMessage()}
+    assert said == {"WARNING"}
+
+
+def test_a_queue_of_callers_holds_up_nobody_else_in_the_loop(cluster: Cluster, running: Callable[..., Running]) -> None:
+    """Those who came while the loop was busy, and found a place in the kernel's queue: a few at a time."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    count, gate = 200, threading.Event()
+    silent = alpha.peering._door.silent
+    turns = [0]
+
+    def look() -> None:
+        turns.append(len(silent) + silent.displaced)
+        if turns[-1] < count:
+            alpha.loop.call_soon(look)
+
+    alpha.loop.call_soon_threadsafe(gate.wait, TIMEOUT_S)
+    strangers: list[socket.socket] = []
+    try:
+        strangers.extend(socket.create_connection(alpha.address, TIMEOUT_S) for _ in range(count))
+        alpha.loop.call_soon_threadsafe(look)
+        gate.set()
+        wait_until(lambda: turns[-1] == count, "all were accepted")
+        assert max(after - before for before, after in itertools.pairwise(turns)) <= 16
+    finally:
+        gate.set()
         for sock in strangers:
             sock.close()
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import logging
 import os
 import random
@@ -28,7 +30,7 @@ from ramster.engine.links import BULK, GET, Connection, Links
 from ramster.errors import CertificateError, ProtocolError, RamsterError, Refused
 from ramster.frontswap.sockets import listen_tcp
 from ramster.node.credentials import Credentials
-from ramster.node.door import Caller, Door
+from ramster.node.door import Caller, Door, readable
 from ramster.node.lives import ANSWER_S_MAX, Life, Verdict, judge
 from ramster.node.redial import HANDSHAKE_S, Redial
 from ramster.wire import conduct, frames, hello
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 # Our own handshakes at a time, in threads of their own: they never queue behind those of strangers.
 DIALS_MAX = 64
 _ACCEPT_PAUSE_S = 0.1
+# So many are accepted before everybody else in the loop has a turn: accepting does not wait while somebody is there.
+_ACCEPTS_A_TURN = 16
+_NO_ROOM = "it had to make room for others"
 _LOOK_S = 0.02
 _KINDS = {"get": GET, "bulk": BULK}
 
@@ -159,10 +164,11 @@ class Peering:
         left_ms = self._shut_out_ms(faults, since_ms)
         return conduct.shut_out(left_ms, faults) if left_ms else ""
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _changed(self) -> None:
         """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
@@ -390,23 +396,29 @@ class Peering:
     # --- accepting ------------------------------------------------------------------------------------------------
 
     async def _accept_all(self) -> None:
-        loop = asyncio.get_running_loop()
         assert self._listener is not None
-        while True:
+        for n in itertools.count(1):
+            if n % _ACCEPTS_A_TURN == 0:
+                await asyncio.sleep(0)
             try:
-                sock, address = await loop.sock_accept(self._listener)
+                sock, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                await readable(self._listener)
+                continue
             except OSError as error:
                 # Out of descriptors, or the caller left again: others must still be able to come.
                 log.warning("cannot accept a connection: %s", _words(error))
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
+            sock.setblocking(False)
             try:
                 caller = self._door.knock(sock, address[0])
             except Refused as error:
                 sock.close()
                 self._refused(address[0], error)
                 continue
-            self._spawn(self._accept(caller))
+            # Also where the task is cancelled before it began.
+            self._spawn(self._accept(caller)).add_done_callback(functools.partial(self._left, caller))
 
     async def _accept(self, caller: Caller) -> None:
         """Everything that a caller can do wrong ends here."""
@@ -416,6 +428,8 @@ class Peering:
                 async with asyncio.timeout(HANDSHAKE_S):
                     await self._door.turn(caller)
             except ProtocolError as error:
+                if caller.dropped:
+                    raise ConnectionResetError(_NO_ROOM) from error  # in the middle of its ClientHello
                 self._garbage(caller.host, error)
                 return
             connection = Connection(self.credentials.context(), os.dup(caller.sock.fileno()), True)
@@ -426,7 +440,7 @@ class Peering:
         except CertificateError as error:
             # TLS did not come about: a stranger with another cluster's certificate, or no TLS at all.
             if caller.dropped:
-                self._garbage(caller.host, "it had to make room for others")
+                self._displaced(caller.host)
             elif "certificate" in str(error):
                 self._refused(caller.host, error)
             else:
@@ -437,18 +451,23 @@ class Peering:
             self._garbage(caller.host, f"it said nothing for {HANDSHAKE_S:g} s")
         except OSError as error:
             if caller.dropped:
-                self._garbage(caller.host, "it had to make room for others")
+                self._displaced(caller.host)
             else:
                 log.info("a connection from %s broke: %s", caller.host, _words(error))
         except Exception as error:
             self._refused(caller.host, _words(error))
-        finally:
-            self._door.leave(caller)
-            caller.sock.close()
+
+    def _left(self, caller: Caller, _: asyncio.Task[None]) -> None:
+        self._door.leave(caller)
+        caller.sock.close()
 
     def _refused(self, host: str, why: object) -> None:
         self.counters.refused_connections += 1
         log.warning("refused %s: %s", host, why)
+
+    def _displaced(self, host: str) -> None:
+        self.counters.garbage_connections += 1
+        log.warning("closed a connection from %s: %s", host, _NO_ROOM)
 
     def _garbage(self, host: str, why: object) -> None:
         self.counters.garbage_connections += 1
@@ -459,7 +478,7 @@ class Peering:
         try:
             name = self._name(connection)
             if not self._door.greeted.prove(caller.greeted, name):
-                raise ConnectionResetError("it had to make room for others")
+                raise ConnectionResetError(_NO_ROOM)
             with self._refusing(connection):
                 kind_of_frame, body = _read_frame(connection)
                 if kind_of_frame != frames.FrameType.HELLO:
@@ -479,7 +498,7 @@ class Peering:
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
             # From here on the connection is the engine's: nobody at the door may end it any more.
             if not self._door.leave(caller):
-                raise ConnectionResetError("it had to make room for others")
+                raise ConnectionResetError(_NO_ROOM)
             caller.sock.close()
             self._peers[theirs.number].reason = self._peers[theirs.number].refused = ""
             self._attach(connection, theirs, theirs.kind, asked)
