@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import select
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,12 +258,13 @@ def test_the_accepting_side_survives_whatever_a_peer_says(cluster: Cluster, runn
 # --- whose certificate it is ------------------------------------------------------------------------------------------
 
 
-def refusal(context: TlsContext, address: tuple[str, int]) -> str:
-    """The reason that somebody with this certificate is told, who says to be beta."""
+def refusal(context: TlsContext, address: tuple[str, int], **said: object) -> str:
+    """The reason that somebody with this certificate is told, who says to be beta, except for what is `said`."""
     connection = Connection(context, socket.create_connection(address, TIMEOUT_S).detach(), False)
     try:
         connection.handshake(TIMEOUT_S)
-        connection.send(frames.pack(FrameType.HELLO, hello.encode(hello_of("beta", 2, 5, "get"))), TIMEOUT_S)
+        mine = msgspec.structs.replace(hello_of("beta", 2, 5, "get"), **said)
+        connection.send(frames.pack(FrameType.HELLO, hello.encode(mine)), TIMEOUT_S)
         kind, length = frames.unpack(connection.receive(frames.HEADER_BYTES, TIMEOUT_S))
         assert kind == FrameType.REFUSE
         return hello.decode_refusal(connection.receive(length, TIMEOUT_S))
@@ -295,6 +299,34 @@ def test_the_certificates_cluster_is_compared(
     context = TlsContext(str(beta.ca), str(beta.cert), str(beta.key))
     assert refusal(context, alpha.address) == "its certificate is for cluster 'farm', not for 'lab'"
     assert not alpha.links.up(2, GET)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"segment_bytes": 131072}, "its segments have 131072 bytes"),
+        ({"cluster": "elsewhere"}, "it belongs to cluster 'elsewhere'"),
+        ({"number": 3}, "it calls itself 'beta', number 3"),
+    ],
+    ids=["segment", "cluster", "number"],
+)
+def test_why_a_peer_is_refused_stands_in_the_row_of_its_certificate(
+    cluster: Cluster, running: Callable[..., Running], said: dict[str, object], words: str
+) -> None:
+    """Whatever number and name are said; until it is let in."""
+    gamma = running("gamma", {})
+    # Somebody answers there, and is not the one: attempts of alpha to be called change nothing.
+    alpha = running("alpha", {"beta": gamma.address, "gamma": gamma.address})
+    lie = refusal(cluster.context("gamma"), alpha.address)
+    assert "its certificate is for 'gamma'" in lie
+    assert alpha.peering.refusals() == {3: f"refused: {lie}"}
+    reason = refusal(cluster.context("beta"), alpha.address, **said)
+    assert words in reason
+    assert alpha.peering.refusals() == {2: f"refused: {reason}", 3: f"refused: {lie}"}
+    end = greet(cluster, alpha.address, "beta", "get", 5)
+    wait_until(lambda: alpha.links.up(2, GET), "let in")
+    assert alpha.peering.refusals() == {3: f"refused: {lie}"}
+    end.close()
 
 
 # --- another process of a peer ----------------------------------------------------------------------------------------
@@ -380,6 +412,35 @@ def test_a_link_that_does_not_answer_makes_room(cluster: Cluster, running: Calla
         end.close()
 
 
+def frames_of(end: Connection) -> list[int]:
+    """The types of all frames that come, until it is closed."""
+    found: list[int] = []
+    with contextlib.suppress(RamsterError):
+        while True:
+            kind, length = frames.unpack(end.receive(frames.HEADER_BYTES, TIMEOUT_S))
+            found.append(kind)
+            if length:
+                end.receive(length, TIMEOUT_S)
+    return found
+
+
+@pytest.mark.parametrize(("generation", "pings"), [(1000, 0), (2000, 1)], ids=["its own process", "another one"])
+def test_only_a_link_of_another_process_is_asked_for_a_sign_of_life(
+    cluster: Cluster, running: Callable[..., Running], generation: int, pings: int
+) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=300)
+    first = greet(cluster, alpha.address, "beta", "get", 1000)
+    wait_until(lambda: alpha.links.up(2, GET), "up")
+    with ThreadPoolExecutor(1) as pool:
+        came = pool.submit(frames_of, first)
+        second = greet(cluster, alpha.address, "beta", "bulk", generation)
+        wait_until(lambda: alpha.links.up(2, BULK), "let in")
+        alpha.links.detach(2)
+        assert came.result(TIMEOUT_S).count(FrameType.PING) == pings
+    for end in (first, second):
+        end.close()
+
+
 def test_a_goodbye_is_an_end(cluster: Cluster, running: Callable[..., Running]) -> None:
     alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
     old = greet(cluster, alpha.address, "beta", "bulk", 1000)
@@ -441,6 +502,108 @@ def test_idle_strangers_keep_nobody_out(
         if len(says) < 100:
             assert threads_of("ramster-greet") <= 24, "the idle ones have taken none"
     finally:
+        for sock in strangers:
+            sock.close()
+
+
+class Flood:
+    """Strangers who say `says`, and come back at once when they are closed: as fast as this machine can."""
+
+    def __init__(self, address: tuple[str, int], count: int, says: bytes) -> None:
+        self.address, self.says = address, says
+        self.came = 0
+        self._over = threading.Event()
+        self._poll = select.epoll()
+        self._socks: dict[int, socket.socket] = {}
+        for _ in range(count):
+            self._come()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _come(self) -> None:
+        sock = socket.socket()
+        try:
+            sock.connect(self.address)
+            sock.sendall(self.says)
+        except ConnectionError:
+            pass  # closed already, which the poll says too
+        self._socks[sock.fileno()] = sock
+        self._poll.register(sock, select.EPOLLIN | select.EPOLLRDHUP)
+        self.came += 1
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            for fd, _ in self._poll.poll(0.05):
+                self._socks.pop(fd).close()
+                self._come()
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._poll.close()
+        for sock in self._socks.values():
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(65, b""), (200, CLIENT_HELLO[:40])], ids=["65 idle", "200 with half a ClientHello"]
+)
+def test_a_flood_that_comes_back_at_once_keeps_nobody_out(
+    cluster: Cluster, running: Callable[..., Running], caplog: pytest.LogCaptureFixture, count: int, says: bytes
+) -> None:
+    """They are more than one address may have, so one of them is always on its way back. Every honest caller gets in,
+    who as a node does comes again where it was in the way.
+    """
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1), "gamma": ("127.0.0.1", 1)})
+    deadline = time.monotonic() + TIMEOUT_S
+    flood = Flood(alpha.address, count, says)
+
+    def one(number: int) -> str:
+        name, kind = ("beta", "gamma")[number % 2], ("get", "bulk")[number // 2 % 2]
+        why = "no time"
+        while time.monotonic() < deadline:
+            try:
+                greet(cluster, alpha.address, name, kind, 5).close()
+            except (RamsterError, OSError) as error:
+                why = str(error)
+            else:
+                return ""
+        return why
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            failed = [reason for reason in pool.map(one, range(24)) if reason]
+        assert not failed, flood.came
+        assert flood.came > count, "they did come back"
+        alpha.run(asyncio.sleep(0))  # the loop is there for others, too
+    finally:
+        flood.close()
+    said = {record.levelname for record in caplog.records if "it had to make room" in record.getMessage()}
+    assert said == {"WARNING"}
+
+
+def test_a_queue_of_callers_holds_up_nobody_else_in_the_loop(cluster: Cluster, running: Callable[..., Running]) -> None:
+    """Those who came while the loop was busy, and found a place in the kernel's queue: a few at a time."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    count, gate = 200, threading.Event()
+    silent = alpha.peering._door.silent
+    turns = [0]
+
+    def look() -> None:
+        turns.append(len(silent) + silent.displaced)
+        if turns[-1] < count:
+            alpha.loop.call_soon(look)
+
+    alpha.loop.call_soon_threadsafe(gate.wait, TIMEOUT_S)
+    strangers: list[socket.socket] = []
+    try:
+        strangers.extend(socket.create_connection(alpha.address, TIMEOUT_S) for _ in range(count))
+        alpha.loop.call_soon_threadsafe(look)
+        gate.set()
+        wait_until(lambda: turns[-1] == count, "all were accepted")
+        assert max(after - before for before, after in itertools.pairwise(turns)) <= 16
+    finally:
+        gate.set()
         for sock in strangers:
             sock.close()
 

@@ -167,6 +167,8 @@ def test_a_peer_that_does_not_fit(make: Callable[..., Cluster], changed: dict[st
     log, reason = reasons(cluster["alpha"], cluster["beta"])
     assert f"it refused: {words}" in reason and "[arena] segment" in reason
     assert f"refused 127.0.0.1: {words}" in log
+    alpha = cluster["alpha"]
+    alpha.wait(lambda status: status["peers"][0]["reason"].startswith(f"refused: {words}"), "its row says it, too")
 
 
 def test_a_stranger_whom_the_configuration_does_not_name(make: Callable[..., Cluster]) -> None:

@@ -22,6 +22,8 @@ log = logging.getLogger("ramster.sockets")
 # For people and programs of this node's user and group.
 SOCKET_MODE: Final = 0o660
 BACKLOG: Final = 64
+# For everybody on the network: who is honest must find a place behind a flood. The kernel caps it (net.core.somaxconn).
+BACKLOG_TCP: Final = 1024
 # Where the system gives no descriptor, memory ... for a connection, it stays in the queue for so long.
 ACCEPT_PAUSE_S: Final = 0.1
 # How long the log says no more of it.
@@ -58,7 +60,7 @@ def listen_tcp(host: str, port: int, knob: str) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-        sock.listen(BACKLOG)
+        sock.listen(BACKLOG_TCP)
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:

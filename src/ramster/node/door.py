@@ -18,8 +18,10 @@ from ramster.errors import ProtocolError, Refused
 
 # Who has not said anything costs a descriptor.
 SILENT: Final = Limits(total=256, per_source=64, reserved=64)
-# Who has is worth a thread. An honest one is through in a few round trips, and is given time for that on a machine that
-# is busy. A peer needs two, and one more each for those that it has given up.
+# Who has spoken and waits for a turn makes room for nobody who has not.
+SPOKEN: Final = Limits(total=128, per_source=64, reserved=64)
+# Who has a turn is worth a thread. An honest one is through in a few round trips, and is given time for that on a
+# machine that is busy. A peer needs two, and one more each for those that it has given up.
 GREETED: Final = Limits(total=64, per_source=32, reserved=32, per_name=8, patience_s=0.5)
 
 # RFC 8446: a record's header has five bytes, its first byte says that a handshake follows, whose first byte is 1 of a
@@ -39,6 +41,15 @@ def record_bytes(head: bytes) -> int:
     return _HEADER + length if begins and length <= _RECORD_MAX else 0
 
 
+def has_spoken(sock: socket.socket) -> bool:
+    """Whether a whole ClientHello lies there already. Does not wait."""
+    try:
+        record = record_bytes(sock.recv(_HEADER + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return 0 < record == len(sock.recv(record, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False  # nothing has come yet, or the caller is gone
+
+
 async def client_hello(sock: socket.socket) -> None:
     """Return once a whole ClientHello can be read from the socket, which is not read from. ProtocolError where anything
     else came, OSError where the caller is gone. The time is the caller's of this function to bound.
@@ -56,7 +67,7 @@ async def _peek(sock: socket.socket, wanted: int) -> bytes:
     """So many bytes, which stay where they are. The kernel wakes us for them all, not for each that drips in."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
     while True:
-        await _readable(sock)
+        await readable(sock)
         with contextlib.suppress(BlockingIOError, InterruptedError):
             seen = sock.recv(wanted, socket.MSG_PEEK)
             if len(seen) == wanted:
@@ -69,7 +80,8 @@ async def _peek(sock: socket.socket, wanted: int) -> bytes:
         await asyncio.sleep(_RETRY_S)
 
 
-async def _readable(sock: socket.socket) -> None:
+async def readable(sock: socket.socket) -> None:
+    """Return once it has something, which stays there. Where the task is cancelled, nothing of it is lost."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -93,6 +105,7 @@ class Caller:
     source: str
     expected: bool
     silent: int = 0
+    spoken: int = 0
     greeted: int = 0
     dropped: bool = False
 
@@ -105,26 +118,36 @@ class Caller:
 class Door:
     """Everybody who has come and is not decided. expected: addresses of the configured peers, for whom room is kept."""
 
-    def __init__(self, expected: Iterable[str], silent: Limits = SILENT, greeted: Limits = GREETED) -> None:
+    def __init__(
+        self, expected: Iterable[str], silent: Limits = SILENT, greeted: Limits = GREETED, spoken: Limits = SPOKEN
+    ) -> None:
         self.silent = Table(silent)
+        self.spoken = Table(spoken)
         self.greeted = Table(greeted)
         self._expected = frozenset(map(source_of, expected))
         # First come, first served; strangers never stand before those who are expected.
         self._queues = {True: asyncio.Lock(), False: asyncio.Lock()}
 
     def knock(self, sock: socket.socket, host: str) -> Caller:
-        """For a connection that was just accepted. Refused where there is no room; the socket stays whose it was."""
+        """For a connection that was just accepted. Refused where there is no room; the socket stays whose it was.
+
+        A ClientHello that came while the caller stood in the kernel's queue is seen here: in a flood of those who say
+        nothing, its caller might be displaced before its task had a turn.
+        """
         source = source_of(host)
         caller = Caller(sock, host, source, source in self._expected)
-        entered = self.silent.enter(source, caller.expected, caller.drop)
-        if isinstance(entered, str):
-            raise Refused(entered)
-        caller.silent = entered
+        if has_spoken(sock):
+            caller.spoken = _entered(self.spoken, caller)
+        else:
+            caller.silent = _entered(self.silent, caller)
         return caller
 
     async def turn(self, caller: Caller) -> None:
-        """Return when the caller has spoken and may be greeted. ProtocolError, OSError; bound the time."""
-        await client_hello(caller.sock)
+        """Return when the caller has spoken and may be greeted. ProtocolError, Refused, OSError; bound the time."""
+        if not caller.spoken:
+            await client_hello(caller.sock)
+            caller.spoken = _entered(self.spoken, caller)
+            self.silent.leave(caller.silent)
         async with self._queues[caller.expected]:
             while True:
                 if caller.dropped:
@@ -134,10 +157,19 @@ class Door:
                     caller.greeted = entered
                     break
                 await asyncio.sleep(_RETRY_S)
-        self.silent.leave(caller.silent)
+        self.spoken.leave(caller.spoken)
 
     def leave(self, caller: Caller) -> bool:
         """Decided or gone: `drop` is not called any more. False where it was told to go before. From any thread."""
         self.silent.leave(caller.silent)
+        self.spoken.leave(caller.spoken)
         self.greeted.leave(caller.greeted)
         return not caller.dropped
+
+
+def _entered(table: Table, caller: Caller) -> int:
+    """The key under which the caller waits there."""
+    entered = table.enter(caller.source, caller.expected, caller.drop)
+    if isinstance(entered, str):
+        raise Refused(entered)
+    return entered

@@ -246,12 +246,14 @@ class Node:
         links = self.links.counters()
         seen = {row["number"]: row for row in self.links.peers()}
         reasons = self.peering.reasons() if self.peering is not None else {}
+        refusals = self.peering.refusals() if self.peering is not None else {}
         peers = []
         for peer in self.config.peers:
             row = seen.get(peer.number, {})
             state = "up" if row.get("up") else "down" if row else "connecting"
             # Who has said goodbye refuses connections, too, which is the lesser news.
             reason = (not row.get("gone") and reasons.get(peer.number)) or row.get("reason", "")
+            reason = refusals.get(peer.number) or reason
             if not reason and peer.number > self.config.node.number:
                 reason = f"it has not connected yet; {peer.name} has the higher number and dials"
             peers.append(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import logging
 import os
 import random
@@ -29,7 +31,7 @@ from ramster.engine.links import BULK, GET, Connection, Links
 from ramster.errors import CertificateError, ProtocolError, RamsterError, Refused
 from ramster.frontswap.sockets import listen_tcp
 from ramster.node.credentials import Credentials
-from ramster.node.door import Caller, Door
+from ramster.node.door import Caller, Door, readable
 from ramster.node.lives import ANSWER_S_MAX, Life, Verdict, judge
 from ramster.node.redial import HANDSHAKE_S, Redial
 from ramster.wire import conduct, frames, hello
@@ -40,6 +42,9 @@ log = logging.getLogger(__name__)
 DIALS_MAX = 64
 _ACCEPT_PAUSE_S = 0.1
 _DIGITS = re.compile(r"[\d.]+")
+# So many are accepted before everybody else in the loop has a turn: accepting does not wait while somebody is there.
+_ACCEPTS_A_TURN = 16
+_NO_ROOM = "it had to make room for others"
 _LOOK_S = 0.02
 _KINDS = {"get": GET, "bulk": BULK}
 
@@ -60,6 +65,7 @@ class _PeerState:
     reason: str = ""
     said: set[str] = field(default_factory=set)
     """Reasons that the log has, since the peer was last connected."""
+    refused: str = ""  # why it was when it came last; empty where it was not, or nobody is there any more
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     called: dict[str, asyncio.Event] = field(default_factory=lambda: {kind: asyncio.Event() for kind in _KINDS})
     connected: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
@@ -153,16 +159,21 @@ class Peering:
         """Why a peer is not connected, as far as known."""
         return {number: state.reason for number, state in self._peers.items()}
 
+    def refusals(self) -> dict[int, str]:
+        """Why this node refuses a peer that comes and is to come, where it does."""
+        return {number: state.refused for number, state in self._peers.items() if state.refused}
+
     def shut_out(self, number: int) -> str:
         """Why a peer may not come now, "" if it may: it was cut off for what it sent, not long ago."""
         faults, since_ms = self.links.faults(number)
         left_ms = self._shut_out_ms(faults, since_ms)
         return conduct.shut_out(left_ms, faults) if left_ms else ""
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _changed(self) -> None:
         """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
@@ -225,7 +236,10 @@ class Peering:
 
     def _ask(self, theirs: hello.Hello) -> _Asked:
         """In a thread: wait until no other process of that peer could still answer. ProtocolError where one does."""
-        asked = _Asked(self.links.probe(theirs.number, True), self.links.ran_ms() / 1000)
+        life = self.links.probe(theirs.number, False)
+        if life is not None and life[0] != theirs.generation:
+            life = self.links.probe(theirs.number, True)  # a link of its own process owes it no sign of life
+        asked = _Asked(life, self.links.ran_ms() / 1000)
         while self._judge(theirs, asked) is Verdict.WAITS:
             time.sleep(_LOOK_S)
         return asked
@@ -332,6 +346,8 @@ class Peering:
             state.said.add(kind)
             log.warning("cannot connect to node %s at %s: %s", state.peer.name, state.peer.address, reason)
         state.reason = reason
+        if isinstance(error, OSError):
+            state.refused = ""  # it is not there any more
 
     def _call(self, number: int, kind: str) -> None:
         """A peer asks to be called. One that asked just before it was is not called twice."""
@@ -388,23 +404,29 @@ class Peering:
     # --- accepting ------------------------------------------------------------------------------------------------
 
     async def _accept_all(self) -> None:
-        loop = asyncio.get_running_loop()
         assert self._listener is not None
-        while True:
+        for n in itertools.count(1):
+            if n % _ACCEPTS_A_TURN == 0:
+                await asyncio.sleep(0)
             try:
-                sock, address = await loop.sock_accept(self._listener)
+                sock, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                await readable(self._listener)
+                continue
             except OSError as error:
                 # Out of descriptors, or the caller left again: others must still be able to come.
                 log.warning("cannot accept a connection: %s", _words(error))
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
+            sock.setblocking(False)
             try:
                 caller = self._door.knock(sock, address[0])
             except Refused as error:
                 sock.close()
                 self._refused(address[0], error)
                 continue
-            self._spawn(self._accept(caller))
+            # Also where the task is cancelled before it began.
+            self._spawn(self._accept(caller)).add_done_callback(functools.partial(self._left, caller))
 
     async def _accept(self, caller: Caller) -> None:
         """Everything that a caller can do wrong ends here."""
@@ -414,6 +436,8 @@ class Peering:
                 async with asyncio.timeout(HANDSHAKE_S):
                     await self._door.turn(caller)
             except ProtocolError as error:
+                if caller.dropped:
+                    raise ConnectionResetError(_NO_ROOM) from error  # in the middle of its ClientHello
                 self._garbage(caller.host, error)
                 return
             connection = Connection(self.credentials.context(), os.dup(caller.sock.fileno()), True)
@@ -424,7 +448,7 @@ class Peering:
         except CertificateError as error:
             # TLS did not come about: a stranger with another cluster's certificate, or no TLS at all.
             if caller.dropped:
-                self._garbage(caller.host, "it had to make room for others")
+                self._displaced(caller.host)
             elif "certificate" in str(error):
                 self._refused(caller.host, error)
             else:
@@ -435,18 +459,23 @@ class Peering:
             self._garbage(caller.host, f"it said nothing for {HANDSHAKE_S:g} s")
         except OSError as error:
             if caller.dropped:
-                self._garbage(caller.host, "it had to make room for others")
+                self._displaced(caller.host)
             else:
                 log.info("a connection from %s broke: %s", caller.host, _words(error))
         except Exception as error:
             self._refused(caller.host, _words(error))
-        finally:
-            self._door.leave(caller)
-            caller.sock.close()
+
+    def _left(self, caller: Caller, _: asyncio.Task[None]) -> None:
+        self._door.leave(caller)
+        caller.sock.close()
 
     def _refused(self, host: str, why: object) -> None:
         self.counters.refused_connections += 1
         log.warning("refused %s: %s", host, why)
+
+    def _displaced(self, host: str) -> None:
+        self.counters.garbage_connections += 1
+        log.warning("closed a connection from %s: %s", host, _NO_ROOM)
 
     def _garbage(self, host: str, why: object) -> None:
         self.counters.garbage_connections += 1
@@ -457,7 +486,7 @@ class Peering:
         try:
             name = self._name(connection)
             if not self._door.greeted.prove(caller.greeted, name):
-                raise ConnectionResetError("it had to make room for others")
+                raise ConnectionResetError(_NO_ROOM)
             with self._refusing(connection):
                 kind_of_frame, body = _read_frame(connection)
                 if kind_of_frame != frames.FrameType.HELLO:
@@ -471,18 +500,32 @@ class Peering:
                         own, theirs, name, self._known, accepted=False
                     ):
                         raise _Call(reason, theirs.number, theirs.kind)
+                    self._note_refusal(name, reason)
                     raise ProtocolError(reason)
                 asked = self._ask(theirs)
             connection.send(frames.pack(frames.FrameType.HELLO, hello.encode(own)), HANDSHAKE_S)
             # From here on the connection is the engine's: nobody at the door may end it any more.
             if not self._door.leave(caller):
-                raise ConnectionResetError("it had to make room for others")
+                raise ConnectionResetError(_NO_ROOM)
             caller.sock.close()
-            self._peers[theirs.number].reason = ""
+            self._peers[theirs.number].reason = self._peers[theirs.number].refused = ""
             self._attach(connection, theirs, theirs.kind, asked)
             log.info("node %s connected (%s)", theirs.name, theirs.kind)
         finally:
             connection.close()
+
+    def _note_refusal(self, name: str, reason: str) -> None:
+        """For the row of the peer whose certificate was shown, whatever number and name were said with it.
+
+        Where this node is the one to connect, its own attempts say more.
+        """
+        for state in self._peers.values():
+            number = state.peer.number
+            if state.peer.name == name and number > self.number and not self._linked(number):
+                state.refused = f"refused: {reason}"
+
+    def _linked(self, number: int) -> bool:
+        return all(self.links.up(number, kind) for kind in _KINDS.values())
 
 
 def _read_frame(connection: Connection, patience: float = HANDSHAKE_S) -> tuple[int, bytes]:
