@@ -220,7 +220,8 @@ def test_a_loop_device_is_ours_by_the_token_of_its_file(
 
 
 @pytest.mark.parametrize(
-    ("noted", "now", "ours"), [("77", "77", True), ("77", None, True), ("77", "78", False), (None, "78", False)]
+    ("noted", "now", "ours"),
+    [("77", "77", True), ("77", None, True), ("77", "78", False), (None, "78", False), (None, None, False)],
 )
 def test_an_nbd_device_is_ours_while_it_is_attached_as_we_left_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str | None, now: str | None, ours: bool
@@ -283,12 +284,17 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def test_a_number_that_went_to_another_process_is_not_killed(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_number_that_went_to_another_process_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
     """As if the one that had it ended between the look that found it and the signal."""
-    devices._kill(sleeper.pid, WHERE)
-    (tmp_path / "cgroup.procs").write_text("1\n")
-    cgroups._kill(sleeper.pid, tmp_path)
-    assert sleeper.poll() is None
+    sent: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "pidfd_send_signal", lambda descriptor, number: sent.append(number))
+        devices._kill(sleeper.pid, WHERE)
+        (tmp_path / "cgroup.procs").write_text("1\n")
+        cgroups._kill(sleeper.pid, tmp_path)
+    assert sent == []
     (tmp_path / "cgroup.procs").write_text(f"{sleeper.pid}\n")
     cgroups._kill(sleeper.pid, tmp_path)
     assert sleeper.wait(30) == -signal.SIGKILL
