@@ -64,6 +64,7 @@ class Machine:
         self.cluster = cluster
         self.node = cluster[name]
         self.socket = str(self.node.control.path)
+        self.groups_before = set(self.groups())  # of the other node, whose swap has the same name
 
     def command(self, *words: str) -> list[str]:
         """The node is named before what belongs to a command of `run`; a new swap gets our name."""
@@ -100,11 +101,14 @@ class Machine:
                 words = process.read_bytes().split(b"\0")
                 if Path(os.fsdecode(words[0])).name in ("nbdfuse", "swapoff") and run_dir.encode() in b" ".join(words):
                     found.append(str(process))
-        found += map(str, cgroups.named(f"ramster-swap-{NAME}*"))
+        found += map(str, set(self.groups()) - self.groups_before)
         found += [str(path) for path in (self.node.run_dir / "swap").glob("*") if path.name != ".lock"]
         with contextlib.suppress(RamsterError):
             found += [f"export {each['name']}" for each in self.node.control.exports()]
         return found
+
+    def groups(self) -> Iterator[Path]:
+        return cgroups.named(f"ramster-swap-{NAME}*")
 
     def loops(self) -> list[str]:
         run_dir = str(self.node.run_dir)
