@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from ramster.cli import main
 from ramster.constants import MIB
 from ramster.errors import NodeUnreachable, Refused, ToolMissing, UsageError
-from ramster.frontswap import devices, swap
+from ramster.frontswap import cgroups, devices, swap
 
 GOOD: dict[str, Any] = {
     "arena": {"locked": True, "segment_bytes": 256 << 10, "frames_free": 256},
@@ -68,10 +72,23 @@ def test_too_little_room_is_refused_with_the_arithmetic() -> None:
     assert "64 MiB free in the arena + 256 MiB granted by lenders (beta is down) + 64 MiB in the spill file" in why
 
 
-def test_links_that_may_still_come_up_are_awaited_only_where_their_room_is_needed() -> None:
-    peers = [LENDER, {**LENDER, "name": "gamma", "state": "connecting", "credit": 0}]
-    assert swap.awaited({**GOOD, "peers": peers}, 640 * MIB) == []
-    assert swap.awaited({**GOOD, "peers": peers}, 641 * MIB) == ["gamma"]
+@pytest.mark.parametrize(
+    ("size", "state", "changes", "awaited"),
+    [
+        (640 * MIB, "connecting", {}, ()),  # there is room without it
+        (641 * MIB, "connecting", {}, ("gamma",)),
+        (641 * MIB, "down", {}, ()),  # it was there and went
+        (641 * MIB, "connecting", {"arena": {**GOOD["arena"], "locked": False}}, ()),  # which no link mends
+        (641 * MIB, "connecting", {"guard": {"locked_memory": {"state": "refused"}}}, ()),
+        (641 * MIB, "connecting", {"accept_loss": False}, ()),
+        (65 * RAM, "connecting", {}, ()),
+    ],
+)
+def test_a_link_is_awaited_only_where_its_room_is_the_one_thing_missing(
+    size: int, state: str, changes: dict[str, Any], awaited: tuple[str, ...]
+) -> None:
+    peers = [LENDER, {**LENDER, "name": "gamma", "state": state, "credit": 0}]
+    assert judged(size, **{"accept_loss": True, "peers": peers, **changes}).awaited == awaited
 
 
 def test_a_size_beyond_sense_is_refused() -> None:
@@ -203,7 +220,8 @@ def test_a_loop_device_is_ours_by_the_token_of_its_file(
 
 
 @pytest.mark.parametrize(
-    ("noted", "now", "ours"), [("77", "77", True), ("77", None, True), ("77", "78", False), (None, "78", False)]
+    ("noted", "now", "ours"),
+    [("77", "77", True), ("77", None, True), ("77", "78", False), (None, "78", False), (None, None, False)],
 )
 def test_an_nbd_device_is_ours_while_it_is_attached_as_we_left_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str | None, now: str | None, ours: bool
@@ -214,6 +232,90 @@ def test_an_nbd_device_is_ours_while_it_is_attached_as_we_left_it(
         (tmp_path / "nbd3/pid").write_text(f"{now}\n")
     record = swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd3", made=True, attached=bool(noted), attachment=noted)
     assert swap._devices(WHERE, record) == (["/dev/nbd3"] if ours else [])
+
+
+@pytest.mark.parametrize("connections", [0, 1])
+def test_a_device_that_was_chosen_and_not_attached_stays_another_programs_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, connections: int
+) -> None:
+    """A crash between the note of the device and its attaching, and another program that took it since.
+
+    connections: of somebody else to the export that was left.
+    """
+    run_dir = tmp_path / "run"
+    where = swap.place(run_dir, "swap0")
+    where.directory.mkdir(parents=True)
+    swap.write(where, swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd3", made=True))
+    (tmp_path / "nbd3").mkdir()
+    (tmp_path / "nbd3/pid").write_text("78\n")
+    theirs = devices.Swap("/dev/nbd3", "partition", MIB, 0, 10)
+    used: list[list[str]] = []
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(devices, "_BLOCK", tmp_path)
+    monkeypatch.setattr(devices, "swaps", lambda: [theirs])
+    monkeypatch.setattr(swap, "swaps", lambda: [theirs])
+    monkeypatch.setattr(devices, "step", lambda words, *rest: used.append(list(words)))
+    monkeypatch.setattr(swap, "_swap_off", lambda where, row, say: used.append([row.device]))
+
+    class Node(Silent):
+        has = True
+
+        def exports(self) -> list[dict[str, Any]]:
+            return [{"name": "swap0", "connections": connections}] if self.has else []
+
+        def remove_export(self, name: str, *, force: bool = False) -> None:
+            self.has = False
+
+    found = swap.status(Node(), run_dir)
+    assert found["swaps"][0]["state"] == "half-done"
+    assert [row["device"] for row in found["others"]] == ["/dev/nbd3"]
+    ended = swap.off(Node(), run_dir, "swap0", force=False, say=lambda line: None)
+    assert used == [] and ended.done == ("removed the export swap0",)
+    assert "/dev/nbd3 is attached to something else by now, which stays" in ended.notes
+    assert swap.names(run_dir) == []
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "300"]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_number_that_went_to_another_process_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """As if the one that had it ended between the look that found it and the signal."""
+    sent: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "pidfd_send_signal", lambda descriptor, number: sent.append(number))
+        devices._kill(sleeper.pid, WHERE)
+        (tmp_path / "cgroup.procs").write_text("1\n")
+        cgroups._kill(sleeper.pid, tmp_path)
+    assert sent == []
+    (tmp_path / "cgroup.procs").write_text(f"{sleeper.pid}\n")
+    cgroups._kill(sleeper.pid, tmp_path)
+    assert sleeper.wait(30) == -signal.SIGKILL
+
+
+def test_an_nbdfuse_is_ours_by_the_token_in_its_command_line() -> None:
+    """One of another node, with a swap of the same name at the same path, differs in nothing else."""
+    theirs = swap.place(Path("/run/ramster"), "swap0", "fedcba9876543210")
+    script = "import signal; print('ready', flush=True); signal.pause()"
+    words = ["nbdfuse", "-c", script, *devices.nbdfuse(WHERE, 4)[1:]]
+    with subprocess.Popen(words, executable=sys.executable, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            assert devices.daemons(WHERE) == [process.pid] and devices.daemons(theirs) == []
+            devices._kill(process.pid, theirs)
+            assert process.poll() is None
+            devices._kill(process.pid, WHERE)
+            assert process.wait(30) == -signal.SIGKILL
+            assert devices.daemons(WHERE) == []
+        finally:
+            process.kill()
 
 
 STATES: list[tuple[dict[str, Any], str, str]] = [
@@ -252,22 +354,27 @@ class Silent:
 
 
 class Linking(Silent):
-    """A node whose lender's link comes up at the third look."""
+    """A node whose lender's link comes up after a few looks; has: the names of its exports."""
 
-    looks = 0
+    def __init__(self, *has: str) -> None:
+        self.looks = 0
+        self.has = has
 
     def status(self) -> dict[str, Any]:
         self.looks += 1
-        up = self.looks > 3
+        up = self.looks > 4
         state, credit = ("up", 1024) if up else ("connecting", 0)
         return {**GOOD, "peers": [{"name": "beta", "state": state, "credit": credit}]}
 
     def exports(self) -> list[dict[str, Any]]:
-        raise Refused("judged")
+        return [{"name": name} for name in self.has]
+
+    def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]:
+        raise Refused("asked for")
 
 
 @pytest.mark.parametrize(
-    ("patience", "says"), [(99, "judged"), (1, r"0 MiB granted by lenders \(beta is connecting\)")]
+    ("patience", "says"), [(99, "asked for"), (1, r"0 MiB granted by lenders \(beta is connecting\)")]
 )
 def test_lenders_that_are_still_connecting_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int, says: str
@@ -281,10 +388,50 @@ def test_lenders_that_are_still_connecting_are_waited_for(
         waited.append(what)
         return next(left)
 
-    plan = swap.Plan("swap0", 256 * MIB, accept_loss=True)
+    plan = swap.Plan("swap0", 256 * MIB, accept_loss=True, way="bridge")
     with pytest.raises(Refused, match=says):
         swap.on(Linking(), tmp_path, plan, lambda line: None, wait)
     assert waited and "beta" in waited[0]
+    assert swap.names(tmp_path) == []
+
+
+@pytest.mark.parametrize("taken", ["by a swap", "by an export"])
+def test_nothing_is_waited_for_where_the_name_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(swap, "need", lambda *tools: None)
+    where = swap.place(tmp_path, "swap0")
+    where.directory.mkdir()
+    if taken == "by a swap":
+        swap.write(where, swap.Record("swap0", MIB, 50, "bridge"))
+    node = Linking(*(["swap0"] if taken == "by an export" else []))
+
+    def never(what: str) -> bool:
+        raise AssertionError(f"it waits: {what}")
+
+    plan = swap.Plan("swap0", 256 * MIB, accept_loss=True, way="bridge")
+    with pytest.raises(Refused, match=r"already|not enough room"):
+        swap.on(node, tmp_path, plan, lambda line: None, never)
+
+
+def test_others_have_the_lock_while_a_link_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(swap, "need", lambda *tools: None)
+    monkeypatch.setattr(swap, "LOCK_S", 0.0)
+    where = swap.place(tmp_path, "other")
+    where.directory.mkdir()
+    swap.write(where, swap.Record("other", MIB, 50, "bridge"))
+    ended: list[swap.Ended] = []
+
+    def meanwhile(what: str) -> bool:
+        ended.append(swap.off(Linking(), tmp_path, "other", force=False, say=lambda line: None))
+        return False
+
+    plan = swap.Plan("swap0", 256 * MIB, accept_loss=True, way="bridge")
+    with pytest.raises(Refused, match="not enough room"):
+        swap.on(Linking(), tmp_path, plan, lambda line: None, meanwhile)
+    assert len(ended) == 1 and swap.names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["", "-a", "A", "a/b", "..", "a" * 64])

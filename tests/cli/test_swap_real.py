@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from ramster.testing.proxy import wait_until
 
 RAMSTER = [sys.executable, "-P", "-m", "ramster.cli"]
 TIMEOUT_S = 90.0
+# Nobody else's on this machine, so that what is left can be told from what others are at.
+NAME = f"t{secrets.token_hex(4)}"
 
 
 def why_not() -> str:
@@ -61,10 +64,12 @@ class Machine:
         self.cluster = cluster
         self.node = cluster[name]
         self.socket = str(self.node.control.path)
-        self.groups_before = set(cgroups.named("ramster-swap-*"))  # those of other nodes on this machine
+        self.groups_before = set(self.groups())  # of the other node, whose swap has the same name
 
     def command(self, *words: str) -> list[str]:
-        """The node is named before what belongs to a command of `run`."""
+        """The node is named before what belongs to a command of `run`; a new swap gets our name."""
+        if words[:2] == ("swap", "on") and "--name" not in words:
+            words = (*words, "--name", NAME)
         split = 2 if words[0] == "swap" else 1
         return [*RAMSTER, *words[:split], "--socket", self.socket, *words[split:]]
 
@@ -96,11 +101,14 @@ class Machine:
                 words = process.read_bytes().split(b"\0")
                 if Path(os.fsdecode(words[0])).name in ("nbdfuse", "swapoff") and run_dir.encode() in b" ".join(words):
                     found.append(str(process))
-        found += map(str, set(cgroups.named("ramster-swap-*")) - self.groups_before)
+        found += map(str, set(self.groups()) - self.groups_before)
         found += [str(path) for path in (self.node.run_dir / "swap").glob("*") if path.name != ".lock"]
         with contextlib.suppress(RamsterError):
             found += [f"export {each['name']}" for each in self.node.control.exports()]
         return found
+
+    def groups(self) -> Iterator[Path]:
+        return cgroups.named(f"ramster-swap-{NAME}*")
 
     def loops(self) -> list[str]:
         run_dir = str(self.node.run_dir)
@@ -146,14 +154,21 @@ def swapping(machine: Machine) -> Iterator[Machine]:
 def limited(machine: Machine, memory: str, tmp_path: Path, *command: str) -> tuple[str, dict[str, Any]]:
     """What the command printed, and its report. It must have swapped."""
     report = tmp_path / "report.json"
-    done = machine.ramster("run", "--memory", memory, "--json", str(report), "--", *command, env=C_LOCALE)
-    assert done.returncode == 0, done.stderr
+    words = machine.command("run", "--memory", memory, "--json", str(report), "--", *command)
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=C_LOCALE
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
     found = json.loads(report.read_text())
     assert found["peak_bytes"] <= found["limit_bytes"]
     assert found["pages_out"] > 1000 and found["pages_in"] > 0
     assert not found["oom_kills"]
-    assert not list(cgroups.named("ramster-run-*"))
-    return done.stdout, found
+    assert not list(cgroups.named(cgroups.name_for(PREFIX, process.pid)))
+    return out, found
 
 
 C_LOCALE = {**os.environ, "LC_ALL": "C"}
@@ -261,14 +276,14 @@ def test_without_a_copy_it_is_refused_until_one_insists(machine: Machine) -> Non
 
 def test_a_name_in_use_is_refused_and_stays(swapping: Machine) -> None:
     done = swapping.ramster("swap", "on", "--size", "16MiB", "--accept-loss")
-    assert done.returncode == 5 and "swap swap0 already" in done.stderr
-    done = swapping.ramster("swap", "on", "--size", "16MiB", "--accept-loss", "--name", "other")
+    assert done.returncode == 5 and f"swap {NAME} already" in done.stderr
+    done = swapping.ramster("swap", "on", "--size", "16MiB", "--accept-loss", "--name", f"{NAME}b")
     assert done.returncode == 0, done.stderr
     assert "in turn" in done.stderr
     done = swapping.ramster("swap", "off")
-    assert done.returncode == 2 and "other, swap0" in done.stderr
-    assert swapping.ramster("swap", "off", "other").returncode == 0
-    assert [each["name"] for each in swapping.json("swap", "status")["swaps"]] == ["swap0"]
+    assert done.returncode == 2 and f"{NAME}, {NAME}b" in done.stderr
+    assert swapping.ramster("swap", "off", f"{NAME}b").returncode == 0
+    assert [each["name"] for each in swapping.json("swap", "status")["swaps"]] == [NAME]
 
 
 def test_an_export_of_that_name_is_not_touched(machine: Machine) -> None:
@@ -391,11 +406,11 @@ def test_a_dead_nbdfuse_is_noticed_before_and_while_a_command_runs(machine: Mach
         os.kill(nbdfuse, signal.SIGKILL)
         assert process.stderr is not None
         line = process.stderr.readline()
-        assert "while the command runs" in line and "nbdfuse" in line and "swap off swap0" in line
+        assert "while the command runs" in line and "nbdfuse" in line and f"swap off {NAME}" in line
         _, errors = process.communicate("\n", timeout=TIMEOUT_S)
         assert process.returncode == 0 and "nbdfuse" in errors
         row = machine.json("swap", "status")["swaps"][0]
-        assert row["state"] == "broken" and "swap off swap0" in row["why"]
+        assert row["state"] == "broken" and f"swap off {NAME}" in row["why"]
         refused = machine.ramster("run", "--memory", "64MiB", "--", "true")
         assert refused.returncode == 5 and "broken" in refused.stderr and "nbdfuse" in refused.stderr
         insisted = machine.ramster("run", "--memory", "64MiB", "--any-swap", "--", "true")
@@ -415,5 +430,5 @@ def test_off_works_when_the_node_is_gone(machine: Machine) -> None:
     machine.node.kill()
     assert machine.json("swap", "status")["swaps"][0]["state"] == "cut off"
     done = machine.ramster("swap", "off")
-    assert done.returncode == 0 and "the export swap0 was not removed" in done.stderr
+    assert done.returncode == 0 and f"the export {NAME} was not removed" in done.stderr
     assert machine.leftovers() == []

@@ -19,7 +19,7 @@ def default_run_dir() -> Path:
     """
     uid = os.geteuid()
     if uid == 0:
-        return Path("/run/ramster")
+        return canonical_run_dir(Path("/run/ramster"))
     given, usual = os.environ.get("XDG_RUNTIME_DIR"), Path(f"/run/user/{uid}")
     for runtime in (Path(given) if given else usual, usual):
         if runtime.is_absolute() and _is_ours(runtime, uid):

@@ -189,10 +189,14 @@ def _locked(where: Place) -> Iterator[Place]:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """refusals: reasons, each with what to do. warnings: what is less good than it could be."""
+    """refusals: reasons, each with what to do. warnings: what is less good than it could be.
+
+    awaited: peers whose links are still connecting, where what they may lend is the one thing that is missing.
+    """
 
     refusals: tuple[str, ...]
     warnings: tuple[str, ...]
+    awaited: tuple[str, ...] = ()
 
 
 def capacity(status: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -205,13 +209,6 @@ def capacity(status: Mapping[str, Any]) -> tuple[int, int, int]:
         sum(int(peer.get("credit", 0)) for peer in status.get("peers") or [] if peer.get("state") == "up") * segment,
         max(0, int(spill.get("bytes_total", 0)) - int(spill.get("bytes_used", 0))),
     )
-
-
-def awaited(status: Mapping[str, Any], size: int) -> list[str]:
-    """Peers whose link may still come up, where what they would lend is missing for a swap of this size."""
-    if sum(capacity(status)) * RATIO >= size:
-        return []
-    return [str(peer.get("name", "?")) for peer in status.get("peers") or [] if peer.get("state") != "up"]
 
 
 def _unlinked(status: Mapping[str, Any]) -> str:
@@ -273,7 +270,11 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
             "choose a smaller --size"
         )
     here, away, spilled = capacity(status)
+    awaited: list[str] = []
     if (here + away + spilled) * RATIO < size:
+        if not refusals:  # no link mends those
+            peers = status.get("peers") or []
+            awaited = [str(peer.get("name", "?")) for peer in peers if peer.get("state") == "connecting"]
         tiers = [f"{here // MIB} MiB free in the arena"]
         tiers += [f"{away // MIB} MiB granted by lenders{_unlinked(status)}"] if lenders else []
         tiers += [f"{spilled // MIB} MiB in the spill file"] if status.get("spill") else []
@@ -282,7 +283,7 @@ def judge(status: Mapping[str, Any], size: int, ram: int, *, accept_loss: bool) 
             f"that compress {RATIO}:1, and {size // MIB} MiB are asked for; "
             "choose a smaller --size, raise size in [arena], or add a lender or a [spill] file"
         )
-    return Verdict(tuple(refusals), (*warnings, *guard_notes(status)))
+    return Verdict(tuple(refusals), (*warnings, *guard_notes(status)), tuple(awaited))
 
 
 def guard_notes(status: Mapping[str, Any]) -> Iterator[str]:
@@ -381,26 +382,26 @@ def on(
     need_root("switching swap on")
     need("mkswap", "swapon", "swapoff")
     node.status()  # a run directory of nobody is not made
+    way = choose_way(plan.way)
+    # Without the lock: meanwhile `off` of another swap has its turn.
+    while (absent := _awaited(node, where, plan)) and patience(
+        f"waiting for the link to {', '.join(absent)}: without what is lent there is too little room"
+    ):
+        pass
     with _locked(where) as where:
         if read(where) is not None:
             raise Refused(
                 f"there is a swap {plan.name} already (ramster swap status); "
                 f"end it with `ramster swap off {plan.name}`, or choose another --name"
             )
-        status = node.status()
-        while (absent := awaited(status, plan.size_bytes)) and patience(
-            f"waiting for the link to {', '.join(absent)}: without what is lent there is too little room"
-        ):
-            status = node.status()
-        verdict = judge(status, plan.size_bytes, meminfo()["MemTotal"], accept_loss=plan.accept_loss)
+        verdict = _judged(node, plan)
         if verdict.refusals:
             raise Refused("; and ".join(verdict.refusals))
-        if any(each.get("name") == plan.name for each in node.exports()):
+        if _exists(node, plan.name):
             raise Refused(
                 f"the node has an export {plan.name} already; "
                 f"remove it with `ramster export rm {plan.name}`, or choose another --name"
             )
-        way = choose_way(plan.way)
         if way.name == "bridge":
             say(
                 "this kernel has no nbd: nbdfuse and a loop device stand in for it, which works but is slower"
@@ -426,6 +427,20 @@ def on(
                 for warning in shielded(pid):
                     say(warning)
         return describe(where, record, node)
+
+
+def _judged(node: Node, plan: Plan) -> Verdict:
+    return judge(node.status(), plan.size_bytes, meminfo()["MemTotal"], accept_loss=plan.accept_loss)
+
+
+def _exists(node: Node, name: str) -> bool:
+    return any(each.get("name") == name for each in node.exports())
+
+
+def _awaited(node: Node, where: Place, plan: Plan) -> tuple[str, ...]:
+    """Peers that are worth waiting for: where the name is taken, too, waiting ends in a refusal."""
+    found = _judged(node, plan).awaited
+    return () if not found or read(where) is not None or _exists(node, plan.name) else found
 
 
 def _make(node: Node, where: Place, plan: Plan, way: Way, record: Record) -> Record:
@@ -588,8 +603,10 @@ def _take_down(node: Node, where: Place, record: Record) -> tuple[list[str], lis
     device = None
     if record.way == "nbd" and record.device is not None:
         now = nbd_attachment(record.device)
-        # A crash may have come between the attaching and the note of it.
-        mine = now == record.attachment if record.attached else _ours(node, where.name)
+        # A crash may have come between the attaching and the note of it, which is before anything swaps on it.
+        mine = (
+            now == record.attachment if record.attached else swap_on(record.device) is None and _ours(node, where.name)
+        )
         if now is not None and mine:
             device = record.device
         elif now is not None:
@@ -613,7 +630,7 @@ def _ours(node: Node, name: str) -> bool:
 
 def _remove_export(node: Node, name: str) -> list[str]:
     until = time.monotonic() + RELEASE_S
-    while any(each.get("name") == name for each in node.exports()):
+    while _exists(node, name):
         try:
             node.remove_export(name)
         except Refused:  # the node has not yet seen the last connection close
@@ -705,9 +722,10 @@ def status(node: Node, run_dir: Path) -> dict[str, Any]:
         node.exports()
     except RamsterError:
         reachable = None
-    ours = [describe(where, record, reachable) for where, record in recorded(run_dir)]
-    devices = {each["device"] for each in ours}
-    others = [asdict(row) for row in swaps() if row.device not in devices]
+    there = list(recorded(run_dir))
+    ours = [describe(where, record, reachable) for where, record in there]
+    devices = {device for where, record in there for device in _devices(where, record)}
+    others = [asdict(row) for row in swaps() if row.device.removesuffix(" (deleted)") not in devices]
     return {"swaps": ours, "others": others, "node": reachable is not None, "zswap": zswap_on()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from ramster.cli.commands.options import (
     say,
 )
 from ramster.cli.control_client import ControlClient, Patience
+from ramster.errors import NodeUnreachable
 
 HELP = """Show a running node: arena, pages here and away, peers, regions, foreign data.
 
@@ -23,20 +25,40 @@ HELP = """Show a running node: arena, pages here and away, peers, regions, forei
 Examples:
   ramster status
   ramster status --config lab/alpha.toml --json
+  ramster status --links --wait 60
 """
 
 
 def status(
     as_json: JsonOption = False,
+    links: Annotated[bool, typer.Option("--links", help="Wait for the links to all peers, too.")] = False,
     wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
-    data = ControlClient(control_socket(socket, config)).await_node(Patience(wait, say)).status()
+    patience = Patience(wait, say)
+    client = ControlClient(control_socket(socket, config)).await_node(patience)
+    data = client.status()
+    while links and (absent := _absent(data)) and patience.left(f"waiting for the link to {', '.join(absent)}"):
+        data = client.status()
     if as_json:
         typer.echo(json.dumps(data, indent=2))
-        return
-    from ramster.cli.render import status_tables
-    from ramster.cli.tables import show
+    else:
+        from ramster.cli.render import status_tables
+        from ramster.cli.tables import show
 
-    show(*status_tables(data))
+        show(*status_tables(data))
+    if links and (absent := _absent(data)):
+        raise NodeUnreachable(
+            f"no link within {wait:g} s: {'; '.join(f'{name} ({why})' for name, why in absent.items())}; "
+            "is its node running, and does it reach this one?"
+        )
+
+
+def _absent(status: dict[str, Any]) -> dict[str, str]:
+    """Peers without a link, and why."""
+    return {
+        str(peer["name"]): str(peer.get("reason") or peer["state"])
+        for peer in status.get("peers") or []
+        if peer["state"] != "up"
+    }
