@@ -2276,6 +2276,9 @@ cdef class Connection:
 REFUSALS = {S_FULL: "it is full", S_SHARE: "this node has its share of it", S_BAD: "it calls them malformed"}
 
 
+ENDS = (b"", b"the peer closed the connection", b"the connection broke")     # what a goodbye explains
+
+
 # --- Python: the links of a node -----------------------------------------------------------------------------------
 
 cdef class Links:
@@ -2809,7 +2812,7 @@ cdef class Links:
                     reason = words
                 sent += load64(&p.channels[k].bytes_sent, RELAXED)
                 received += load64(&p.channels[k].bytes_received, RELAXED)
-            if load32(&p.gone, ACQUIRE):
+            if load32(&p.gone, ACQUIRE) and reason in ENDS:
                 reason = b"it has stopped, and said so"
             result.append(dict(
                 number=i, silent_ms=silent // 1000000, up=is_up(&p.channels[GET]) and is_up(&p.channels[BULK]), gone=bool(load32(&p.gone, ACQUIRE)),
