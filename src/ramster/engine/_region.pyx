@@ -32,7 +32,7 @@ wakes it in every process when done: the thread faults again and meets the new s
 Locks: Region_t.lock, then Region_t.mapped (for reading, never twice). A process's own fault threads need not hold 'mapped':
 they are joined before its descriptors are closed.
 """
-from libc.errno cimport EAGAIN, EEXIST, EMFILE, ENFILE, ENOENT, ESRCH, errno
+from libc.errno cimport EAGAIN, EEXIST, EINVAL, EMFILE, ENFILE, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.stdio cimport snprintf
@@ -1778,8 +1778,10 @@ cdef int not_registered(int uffd, uint64_t base, uint64_t pages) noexcept nogil:
         wp.range.len = PAGE
         wp.mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE
         while ioctl(uffd, UFFDIO_WRITEPROTECT, &wp) != 0:
-            if errno != EAGAIN or turns > 1000:
+            if errno == ENOENT or errno == EINVAL:
                 return errno
+            if errno != EAGAIN or turns > 1000:
+                return 0            # a process that is gone, or whose address space is busy, is not a lie
             let_it_run(&turns)
     return 0
 
