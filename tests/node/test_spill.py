@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up_is_said_once_and_loses_nothing() -> None:
             assert "region full" in second.stderr()
             assert first.ask("wrong", 0, 1000) == []
             node.wait(lambda status: spill(status)["write_errors"] > 0, "counted")
-        assert node.log.count("spill file") == 1 and "too large" in node.log
+        assert node.log.count("spill file /") == 1 and "too large" in node.log
 
 
 def test_bad_pages_on_the_disk_are_lost_and_said() -> None:
