@@ -22,8 +22,9 @@ from tests.frontswap.conftest import DEADLINE, Engines, Node, finish, run_script
 from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
 from ramster.errors import RegionFull
-from ramster.frontswap import messages, region_service
-from ramster.frontswap.region_service import CHECK_PAGES, PROCESS_WORKERS, WAITING_MAX, WORKERS, RegionService
+from ramster.frontswap import messages
+from ramster.frontswap.region_connection import CHECK_PAGES, Connection
+from ramster.frontswap.region_service import PROCESS_WORKERS, WAITING_MAX, WORKERS, RegionService
 from ramster.frontswap.shares import REGIONS_OF_A_PROCESS_MAX
 
 StartNode = Callable[..., Node]
@@ -155,7 +156,7 @@ def test_one_process_leaves_threads_to_others(directory: Path) -> None:
         ends = [socket.socketpair() for _ in range(2)]
         connections = []
         for ours, _ in ends:
-            connections.append(region_service._Connection(service, ours))
+            connections.append(Connection(service, ours))
             service._connections[connections[-1]] = asyncio.current_task()  # type: ignore[assignment]
         waiting = [asyncio.create_task(each.run(wait)) for each in connections for _ in range(WORKERS)]
         for _ in range(PROCESS_WORKERS):
