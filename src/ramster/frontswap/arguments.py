@@ -62,12 +62,12 @@ def shown(value: object) -> str:
     return f"{type(value).__name__}{sides}"
 
 
-def _index(value: object) -> int | None:
+def _index(value: Any) -> int | None:
     """An integer, or what numpy counts as one; None for anything else, truth values included."""
     if isinstance(value, bool):
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except Exception:
         return None
 
@@ -141,10 +141,10 @@ def order(value: object) -> Order:
     raise UsageError(f"order: {shown(value)}, must be 'C' or 'F'")
 
 
-def path(what: str, value: object) -> Path:
+def path(what: str, value: Any) -> Path:
     """A path in the file system."""
     try:
-        text = os.fsdecode(value)  # type: ignore[arg-type]
+        text = os.fsdecode(value)
         os.fsencode(text)
     except Exception:
         text = ""
@@ -233,12 +233,12 @@ def byte_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
     return start, stop
 
 
-def _bounds(where: object) -> tuple[int, int]:
+def _bounds(where: Any) -> tuple[int, int]:
     """First address, and the one behind the last, of an array or buffer."""
     import numpy as np
 
     try:
-        array = where if isinstance(where, np.ndarray) else np.asarray(memoryview(where))  # type: ignore[arg-type]
+        array = where if isinstance(where, np.ndarray) else np.asarray(memoryview(where))
         low: int = array.__array_interface__["data"][0]
         steps = list(zip(array.shape, array.strides, strict=True))
     except Exception:
