@@ -80,6 +80,7 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
             b'{"op":"dance"}',
             b'{"op":"pin","first":"0","count":1}',
             b'{"op":"pin","first":0,"count":0}',
+            b'{"op":"undo","group":' + b"9" * 4000 + b"}",
             b"[" * 5000,
             b'{"op":"create","version":1,"x":' + b"[" * 5000,
             b"x" * (REGION_MESSAGE_BYTES_MAX + 1),
@@ -100,7 +101,7 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
         assert good.say({"op": "statistics"})["error"] == "usage"
         assert good.say({"op": "close", "id": 7}) == {"ok": True, "id": 7}
     node.wait_for("gone good")
-    assert "garbage=18" in node.stop()
+    assert "garbage=19" in node.stop()
 
 
 def test_refusals(start_node: StartNode) -> None:
@@ -141,6 +142,26 @@ def test_a_look_at_a_huge_region_comes_in_parts(start_node: StartNode) -> None:
         start_node("--engine").socket,
     )
     assert out.split("\n")[0] == f"[] {CHECK_PAGES}"
+
+
+def test_what_the_node_remembers_of_pins_is_bounded(start_node: StartNode) -> None:
+    """Each pin of the same page under one group was one more entry, up to 65535 for each page."""
+    out = run_script(
+        """
+        from ramster.frontswap import messages
+        region = ramster.connect(sys.argv[1]).region(64 * PAGE, resident=64 * PAGE)
+        pin = messages.Pin(first=3, count=1, group=9)
+        for n in range(100):
+            try: region._control.ask(pin)
+            except ramster.UsageError as error: print(n, error); break
+        region._control.ask(messages.Pin(first=4, count=2, group=9))       # adjoins
+        print(region._control.ask(messages.Undo(group=9)).pages, region.statistics().pinned_pages)
+        """,
+        start_node("--engine").socket,
+    )
+    first, second = out.splitlines()
+    assert first.startswith("16 group: 9 has 16 separate ranges"), first
+    assert second == "18 0"
 
 
 def test_one_process_leaves_threads_to_others(directory: Path) -> None:

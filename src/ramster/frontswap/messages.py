@@ -24,8 +24,6 @@ RUNS_MAX: Final = 1000
 # Pages that one pin, unpin, prefetch or evict may name (16 MiB): short enough that every answer comes within its
 # deadline.
 SPAN_MAX: Final = 4096
-# Groups of pins that a node remembers of one connection, the latest: the others can be taken back by `Unpin` alone.
-GROUPS_MAX: Final = 4096
 # Characters of a region's name; with the longest UTF-8 still a valid name for a memfd.
 NAME_MAX: Final = 48
 
@@ -45,6 +43,7 @@ WhenFull: TypeAlias = Literal["fail", "wait"]
 
 Page = Annotated[int, Meta(ge=0, lt=POOL_PAGES_MAX)]
 Count = Annotated[int, Meta(ge=1, le=POOL_PAGES_MAX)]
+Group = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class _Request(msgspec.Struct, tag_field="op", kw_only=True, omit_defaults=True):
@@ -91,13 +90,13 @@ class Pin(_Request, tag="pin"):
 
     first: Page
     count: Count
-    group: int = 0
+    group: Group = 0
 
 
 class Undo(_Request, tag="undo"):
     """Take back what was granted to pins of this group; again, or where there was nothing: does nothing."""
 
-    group: int
+    group: Group
 
 
 class Unpin(_Request, tag="unpin"):

@@ -20,6 +20,7 @@ from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX
 from ramster.errors import ProtocolError, RamsterError, Refused, RegionLost, UsageError
 from ramster.frontswap import messages
 from ramster.frontswap._client import FEATURES
+from ramster.frontswap.pin_groups import PinGroups
 from ramster.frontswap.region_shared import EngineRegion, Shared
 from ramster.frontswap.shares import region_refusal
 from ramster.frontswap.sockets import is_own, peer_of
@@ -54,7 +55,7 @@ class Connection:
         self.shared: Shared | None = None
         self.attachment: int | None = None
         self.attached = False
-        self._groups: dict[int, list[tuple[int, int]]] = {}  # what Undo takes back
+        self._groups = PinGroups()
         self.key = 0  # among those that wait
         self._gone = False
         self._displaced = False
@@ -303,11 +304,11 @@ class Connection:
         run = self.run
         match request:
             case messages.Pin():
+                if request.group and (refused := self._groups.refusal(request.group, first)):
+                    raise UsageError(refused)
                 await run(lambda: region.pin(number, first, count))
                 if request.group:
-                    self._groups.setdefault(request.group, []).append((first, count))
-                    if len(self._groups) > messages.GROUPS_MAX:
-                        del self._groups[next(iter(self._groups))]
+                    self._groups.add(request.group, first, count)
                 return messages.Reply(ok=True)
             case messages.Unpin():
                 await run(lambda: region.unpin(number, first, count))
@@ -331,7 +332,7 @@ class Connection:
     async def _undo(self, group: int) -> int:
         region, number = self._ready()
         pages = 0
-        for first, count in self._groups.pop(group, []):
+        for first, count in list(self._groups.take(group)):
             await self.run(partial(region.unpin, number, first, count))
             pages += count
         return pages
