@@ -21,6 +21,7 @@ from ramster.cli.commands.options import (
 )
 from ramster.cli.control_client import ControlClient, Patience
 from ramster.errors import Refused, UsageError
+from ramster.signals import at_once
 
 HELP = """Run a command with so much RAM; what does not fit goes to swap.
 
@@ -53,11 +54,12 @@ def run(
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> int:
-    from ramster.frontswap import swap
-    from ramster.frontswap.cgroups import LIMIT_BYTES_MIN
-    from ramster.frontswap.devices import swaps
-    from ramster.frontswap.run import explain
-    from ramster.frontswap.run import run as run_limited
+    with at_once():
+        from ramster.frontswap import swap
+        from ramster.frontswap.cgroups import LIMIT_BYTES_MIN
+        from ramster.frontswap.devices import swaps
+        from ramster.frontswap.run import explain
+        from ramster.frontswap.run import run as run_limited
 
     limit = size_option("--memory", memory)
     if limit < LIMIT_BYTES_MIN:
