@@ -25,7 +25,7 @@ ROOM = Capacity(arena_free_bytes=32 * MIB, lenders=1, lenders_free_bytes=512 * M
         (
             1 << 40,
             ROOM,
-            "1 TiB beyond its RAM, and there is room for 544 MiB compressed (arena 32 MiB, 1 lenders 512 MiB)",
+            "1 TiB beyond its RAM, and there is room for 544 MiB compressed (arena 32 MiB, 1 lender 512 MiB)",
         ),
         (1 << 40, ROOM, "compress 1927.5:1"),
         (1, Capacity(), "no lender is up"),

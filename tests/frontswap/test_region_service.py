@@ -144,6 +144,28 @@ def test_a_look_at_a_huge_region_comes_in_parts(start_node: StartNode) -> None:
     assert out.split("\n")[0] == f"[] {CHECK_PAGES}"
 
 
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J", "[red]", "a\u202eb"])
+def test_a_name_that_would_do_something_where_it_is_shown_is_refused(start_node: StartNode, name: str) -> None:
+    """Also of a client that does not look at it itself."""
+    with Talker(start_node()) as talker:
+        answer = talker.create(name=name)
+        assert answer["error"] == "usage", answer
+        assert answer["message"].startswith(f"name: {name!r}, must be 1 to 48 printable characters"), answer
+        assert talker.create(name="good")["name"] == "good"
+
+
+def test_a_budget_that_is_too_small_names_the_argument(start_node: StartNode) -> None:
+    out = run_script(
+        """
+        try: ramster.connect(sys.argv[1]).region("1MiB", resident=4096)
+        except ramster.UsageError as error: print(error)
+        """,
+        start_node("--engine").socket,
+    )
+    words = "resident: 4096 bytes, must be at least 65536 (16 pages), or as much as the region (1048576)\n"
+    assert out == words
+
+
 def test_what_the_node_remembers_of_pins_is_bounded(start_node: StartNode) -> None:
     """Each pin of the same page under one group was one more entry, up to 65535 for each page."""
     out = run_script(

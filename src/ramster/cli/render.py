@@ -7,6 +7,7 @@ from typing import Any
 
 from ramster.cli.demo.plan import show_size
 from ramster.cli.tables import Part, Table
+from ramster.config.units import counted
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
 
@@ -100,17 +101,15 @@ def _memory(status: Mapping[str, Any]) -> Table:
     if spill := status.get("spill"):
         table.add("spill file", _spill(spill))
         if missing := _int(spill, "unmirrored"):
-            table.add(
-                ("unmirrored", "yellow"),
-                f"{missing} segments, {_int(spill, 'pages_unmirrored')} pages: lost if their lender goes",
-            )
+            pages = counted(_int(spill, "pages_unmirrored"), "page")
+            table.add(("unmirrored", "yellow"), f"{counted(missing, 'segment')}, {pages}: lost if their lender goes")
     return table
 
 
 def _spill(spill: Mapping[str, Any]) -> str:
     used = f"{show_size(_int(spill, 'bytes_used'))} of {show_size(_int(spill, 'bytes_total'))} used"
-    copies = f", {_int(spill, 'mirrored')} segments mirrored" if spill.get("mirror") else ""
-    return f"{used}{copies}, {_int(spill, 'pages')} pages here alone"
+    copies = f", {counted(_int(spill, 'mirrored'), 'segment')} mirrored" if spill.get("mirror") else ""
+    return f"{used}{copies}, {counted(_int(spill, 'pages'), 'page')} here alone"
 
 
 def _guard(guard: Mapping[str, Any]) -> Table:

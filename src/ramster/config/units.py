@@ -54,3 +54,8 @@ def format_bytes(amount: int) -> str:
 def format_ms(amount: int) -> str:
     """Exact text that `parse_ms` reads back: 5000 is "5s"."""
     return _format(amount, _TIMES)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 page", "2 pages"."""
+    return f"{number} {noun}{'s' * (number != 1)}"

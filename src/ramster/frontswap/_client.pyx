@@ -727,7 +727,7 @@ cdef class Mapping:
         if self._closed or self._closing:
             return False
         if self._exports > 0:
-            raise RegionBusy(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
+            raise RegionBusy(f"the region is in use: arrays or memoryviews of it exist ({self._exports})")
         self._closing = True
         return True
 
@@ -738,7 +738,7 @@ cdef class Mapping:
         if getpid() != self.creator:
             raise ForkedError("a region belongs to the process that made it; a forked child cannot close it")
         if self._exports > 0:
-            raise RegionBusy(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
+            raise RegionBusy(f"the region is in use: arrays or memoryviews of it exist ({self._exports})")
         self._closed = True
         self._release()
 
@@ -810,13 +810,14 @@ cdef class Mapping:
 
     @property
     def closed(self):
+        """Whether the memory was given back, or is just going. Never raises."""
         return bool(self._closed or self._closing)
 
     def touch(self, Py_ssize_t first, Py_ssize_t count):
         """Fault `count` pages in for writing from page `first` on, without the interpreter's lock; their bytes stay
         as they are.
 
-        A lost page is SIGBUS: ask the node first. Raises ValueError outside the region.
+        A lost page is SIGBUS: ask the node first. Raises ValueError outside the region, UsageError once closed, ForkedError.
         """
         cdef Guard *guard = self._mapped()
         cdef Py_ssize_t page

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex, TypeAlias
 from ramster.config.units import SIZE_RULE, parse_bytes
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
 from ramster.errors import UsageError
-from ramster.frontswap.messages import NAME_MAX
+from ramster.frontswap.messages import NAME_MAX, NAME_RULE, is_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,9 @@ def resident_pages(value: object, pages: int) -> int | None:
 
 def name(value: object) -> str | None:
     """A region's name, or None."""
-    return None if value is None else _text("name", value, f"text of 1 to {NAME_MAX} characters, or None")
+    if value is None or (isinstance(value, str) and is_name(value)):
+        return None if value is None else str(value)
+    raise UsageError(f"name: {shown(value)}, must be {NAME_RULE}; or None")
 
 
 def which(value: object) -> str | int:
@@ -200,6 +202,16 @@ def _sides(shape: object) -> tuple[int, ...]:
     if len(sides) != len(found):
         raise UsageError(f"shape: {shown(shape)}, must be {SHAPE_RULE}")
     return sides
+
+
+def page_run(first: object, count: object, pages: int) -> tuple[int, int]:
+    """(first page, pages) of a run of a region that has so many."""
+    at, length = _index(first), _index(count)
+    if at is None or length is None or not 0 <= at <= at + length <= pages:
+        raise UsageError(
+            f"first, count: {shown(first)}, {shown(count)}, must be numbers of pages within the region's {pages}"
+        )
+    return at, length
 
 
 def byte_range(where: object, address: int, nbytes: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,9 @@ def outgrows(beyond_bytes: int, room: Capacity, full: str) -> str | None:
         return None
     ratio = f"{beyond_bytes / free:.1f}:1" if free else "however well they compress, nothing"
     tiers = [f"arena {_short(room.arena_free_bytes)}"]
-    tiers.append(f"{room.lenders} lenders {_short(room.lenders_free_bytes)}" if room.lenders else "no lender is up")
+    tiers.append(
+        f"{counted(room.lenders, 'lender')} {_short(room.lenders_free_bytes)}" if room.lenders else "no lender is up"
+    )
     if room.spill_bytes:
         tiers.append(f"spill file {_short(room.spill_free_bytes)}" + (" (mirrors the lenders)" * room.spill_mirror))
     end = "waits, and is SIGBUS after [region] full_hold" if full == "wait" else "is SIGBUS"

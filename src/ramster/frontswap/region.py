@@ -48,7 +48,10 @@ class Pin(Entered):
         self._active = True
 
     def unpin(self) -> None:
-        """Let the pages go; again: does nothing. Raises ForkedError, NodeUnreachable."""
+        """Let the pages go; again: does nothing. The end of a `with` block does it.
+
+        Raises UsageError where `Region.unpin` was faster, or the region is closed; ForkedError, NodeUnreachable.
+        """
         try:
             if self._active:
                 self._region._unpin(self._first, self._count, self._group)
@@ -104,13 +107,22 @@ class Region(Mapping):
     last array on it are gone; where other processes are attached, until the last of them is through with it.
 
     socket: the node's region socket. nbytes: size in bytes, at least 1, or a size such as "64GiB". resident: RAM budget
-    in bytes, or a size such as "64MiB"; None: the node's default. name: shown by `ramster status`. full: what becomes
-    of a write when neither arena, lenders nor spill file take a page: "fail", SIGBUS after the node's `[region]
-    full_wait`; "wait", it waits for room, and is SIGBUS after `[region] full_hold`. A CapacityWarning says so now
-    where the region may outgrow what there is (`Client.capacity`).
+    in bytes, at least 65536 (16 pages) or all of the region, or a size such as "64MiB"; None: the node's default. name:
+    shown by `ramster status`, and what others attach by; 1 to 48 printable characters. full: what becomes of a write
+    when neither arena, lenders nor spill file take a page: "fail", SIGBUS after the node's `[region] full_wait`;
+    "wait", it waits for room, and is SIGBUS after `[region] full_hold`. A CapacityWarning says so now where the region
+    may outgrow what there is (`Client.capacity`).
 
     Raises NodeUnreachable, PermissionMissing (userfaultfd is not permitted), KernelUnsupported, Refused (over the
-    node's limits), RegionFull, UsageError. Nothing is left behind then.
+    node's limits), RegionFull, UsageError (the message names the argument). Nothing is left behind then.
+
+    Attributes: nbytes and resident, in bytes as the node made them; name; number, which the node gives each region and
+    never again; address, of its first byte in this process; closed; creator, the process that made this object.
+
+    Methods that take `where` mean a range in bytes: a slice, a range or a tuple (start, stop), an array or memoryview
+    that lies in the region, or None for all of it; rounded outwards to pages. A range that is none, or reaches out of
+    the region, is UsageError, a node that is gone NodeUnreachable, a closed region UsageError; nothing changes then,
+    and the arrays stay.
     """
 
     def __init__(
@@ -137,7 +149,9 @@ class Region(Mapping):
 
     @classmethod
     def attached(cls, socket: str | Path, name: str | SupportsIndex) -> Self:
-        """A region that another process of this user has made, by its name or its number; see Client.attach."""
+        """A region that another process of this user has made, by its name or its number; see Client.attach, also for
+        what it raises.
+        """
         region = cls.__new__(cls)
         Mapping.__init__(region)
         region._open(socket, messages.Join(version=messages.VERSION, region=arguments.which(name)))
@@ -172,9 +186,10 @@ class Region(Mapping):
     ) -> NDArray[Any]:
         """A numpy array over the region's bytes from `offset` on. It keeps the region alive.
 
-        shape, dtype, order ("C" or "F"): as for numpy.empty.
+        shape: items, an integer or a sequence of them. dtype, order ("C" or "F"): as for numpy.empty. offset: in bytes,
+        of any alignment. Nothing is read or written: the items are what the bytes say.
 
-        Raises UsageError where the array does not fit in, or the type holds Python objects.
+        Raises UsageError where the array does not fit in, or the type holds Python objects; ForkedError.
         """
         import numpy as np
 
@@ -193,7 +208,13 @@ class Region(Mapping):
 
     @_under_way
     def touch(self, first: int, count: int) -> None:
-        super().touch(first, count)
+        """Bring `count` pages in for writing, from page number `first` on (pages of 4096 bytes, not bytes); their bytes
+        stay as they are. For threads: the interpreter's lock is free meanwhile. Nothing keeps them in, `pin` does.
+
+        A page that is lost is SIGBUS here as at any touch, which ends the process: `check` says so before. Raises
+        UsageError outside the region (nothing is touched then) and for a closed one, ForkedError.
+        """
+        super().touch(*arguments.page_run(first, count, self.size // PAGE_BYTES))
 
     def pin(self, where: Range = None) -> Pin:
         """Bring a range in and keep it: present, writable, never moved, until unpinned. Pins nest; they belong to this
@@ -224,8 +245,10 @@ class Region(Mapping):
 
     @_under_way
     def unpin(self, where: Range = None) -> None:
-        """Take back one pin of the same range. Raises UsageError where it was not pinned, NodeUnreachable,
-        ForkedError.
+        """Take back one pin of the same range; its pages may leave again once nobody has them pinned.
+
+        Raises UsageError where not all of it was pinned (a part of a long range, 16 MiB each, may be taken back then),
+        NodeUnreachable, ForkedError.
         """
         self._unpin(*self._span(where))
 
@@ -243,9 +266,11 @@ class Region(Mapping):
 
     @_under_way
     def prefetch(self, where: Range = None) -> int:
-        """Bring in what of a range fits in the budget; bytes of it that are in RAM afterwards.
+        """Bring in what of a range fits in the budget, from its beginning on; bytes of it that are in RAM afterwards.
+        Waits for the pages, with the interpreter's lock free.
 
-        Raises RegionLost (`runs` in pages; the other pages stay usable), NodeUnreachable, ForkedError.
+        Raises RegionLost (`runs` in pages; the other pages stay usable, those before have come in), NodeUnreachable,
+        ForkedError.
         """
         first, count = self._span(where)
         pages = 0
@@ -258,9 +283,10 @@ class Region(Mapping):
 
     @_under_way
     def evict(self, where: Range = None) -> int:
-        """Move a range out of RAM now; bytes written out. Pinned pages stay.
+        """Move a range out of RAM now; bytes written out, which are those that had changed. Pinned pages stay.
 
-        Raises RegionFull (the rest stays resident and right), NodeUnreachable, ForkedError.
+        Raises RegionFull where neither arena, lenders nor spill file take more (the rest stays resident and right),
+        NodeUnreachable, ForkedError.
         """
         first, count = self._span(where)
         return sum(
@@ -306,7 +332,9 @@ class Region(Mapping):
 
     @_under_way
     def statistics(self) -> RegionStatistics:
-        """The node's counters for this region. Raises NodeUnreachable, ForkedError."""
+        """The node's counters for this region, a RegionStatistics; of a large one a few seconds old at most. Moves
+        nothing. Raises NodeUnreachable, ForkedError.
+        """
         self._own()
         values: dict[str, Any] = self._control.ask(messages.Statistics()).statistics
         known = {

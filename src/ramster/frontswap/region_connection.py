@@ -206,6 +206,8 @@ class Connection:
     async def _create(self, request: messages.Create) -> tuple[messages.Reply, list[int]]:
         self._check_first(request.version)
         service, settings = self.service, self.service.settings
+        if request.name is not None and not messages.is_name(request.name):
+            raise UsageError(f"name: {request.name!r}, must be {messages.NAME_RULE}")
         asked = request.resident_pages
         if asked is None:
             asked = settings.resident_default_bytes // PAGE_BYTES
@@ -228,8 +230,7 @@ class Connection:
         # Reserved before the first await: two that come at once cannot both pass the check.
         service.made[self.pid, self.uid] += 1
         service.reserved_pages += resident
-        # It is shown on terminals and in logs.
-        shown = "".join(c if c.isprintable() else "?" for c in request.name or f"pid {self.pid}")
+        shown = request.name or f"pid {self.pid}"
         service.waiting.leave(self.key)  # it is decided: nobody takes its place from here on
         try:
             region = await self.run(lambda: service.make_region(request.pages, resident, shown))

@@ -53,7 +53,10 @@ class Client:
     """Makes regions at one node, and attaches to those of other processes. Cheap: each region has its own connection.
 
     socket: path of the node's region socket; None: $RAMSTER_SOCKET, else region.sock in the default run directory.
-    Raises NodeUnreachable, PermissionMissing.
+    Raises NodeUnreachable, PermissionMissing, UntrustedNode (the socket is in a folder where others may put one),
+    UsageError (it is no region socket).
+
+    Attributes: socket, its path; creator, the process that made it.
     """
 
     def __init__(self, socket: str | Path | None = None) -> None:
@@ -73,7 +76,10 @@ class Client:
         name: str | None = None,
         full: messages.WhenFull = "fail",
     ) -> Region:
-        """A new region; see Region for arguments and errors. Also raises ForkedError."""
+        """A new region of `nbytes` bytes, of which at most `resident` are in RAM; see Region for arguments and errors.
+
+        Raises what Region raises, and ForkedError; nothing is left behind then.
+        """
         if self.creator != os.getpid():
             raise ForkedError("a client belongs to the process that made it; connect anew in the child")
         made = Region(self.socket, nbytes, resident=resident, name=name, full=full)
@@ -106,7 +112,11 @@ class Client:
         name: str | None = None,
         full: messages.WhenFull = "fail",
     ) -> NDArray[Any]:
-        """A numpy array in a region of its own; see ramster.empty for arguments and errors. Also raises ForkedError."""
+        """A numpy array of this shape (in items) in a region of its own, which lives as long as the array; see
+        ramster.empty for arguments and errors.
+
+        Raises what ramster.empty raises, and ForkedError; nothing is left behind then.
+        """
         sides, kind = arguments.layout(shape, dtype)
         placed = arguments.order(order)
         size = max(1, kind.itemsize * math.prod(sides))
@@ -122,11 +132,17 @@ class Client:
         name: str | None = None,
         full: messages.WhenFull = "fail",
     ) -> NDArray[Any]:
-        """As `empty`: fresh memory is zeros and costs nothing until touched."""
+        """As `empty`, with the same arguments: fresh memory is zeros and costs nothing until touched.
+
+        Raises what `empty` raises.
+        """
         return self.empty(shape, dtype, order, resident=resident, name=name, full=full)
 
     def capacity(self) -> Capacity:
-        """What arena, lenders and spill file of the node can take now. Raises NodeUnreachable, Refused."""
+        """What arena, lenders and spill file of the node can take now, in bytes: a Capacity. Makes nothing.
+
+        Raises NodeUnreachable, Refused.
+        """
         control = Control(self.socket)
         try:
             return capacity.decode(control.ask(messages.Capacity(version=messages.VERSION)).capacity)
@@ -134,8 +150,9 @@ class Client:
             control.hang_up()
 
     def close(self) -> None:
-        """Close every region of this client. Raises RegionBusy where one is in use (the others are closed),
-        ForkedError.
+        """Close every region of this client; again: does nothing. It can make others afterwards.
+
+        Raises RegionBusy where one is in use (the others are closed), ForkedError.
         """
         busy: RegionBusy | None = None
         for region in list(self._regions):
@@ -169,7 +186,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def connect(socket: str | Path | None = None) -> Client:
-    """A client of the node at `socket`; see Client."""
+    """A client of the node at `socket`, a path; see Client. Raises what Client raises."""
     return Client(socket)
 
 
@@ -184,7 +201,7 @@ def default_client() -> Client:
 
 def attach(name: str | SupportsIndex) -> Region:
     """A region that another process of this user has made, by its name or its number: `Client.attach` with the default
-    client of this process.
+    client of this process. Raises what that raises.
     """
     return default_client().attach(name)
 
