@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,18 @@ from tests.frontswap.conftest import DEADLINE, Engines, Node, finish, run_script
 from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
 from ramster.errors import RegionFull
-from ramster.frontswap import messages
+from ramster.frontswap import messages, region_connection, region_service
 from ramster.frontswap.region_connection import CHECK_PAGES, Connection
-from ramster.frontswap.region_service import PROCESS_WORKERS, WAITING_MAX, WORKERS, RegionService
+from ramster.frontswap.region_service import (
+    LOOKERS,
+    PROCESS_WORKERS,
+    WAITING_MAX,
+    WAITING_OF_ONE_MAX,
+    WORKERS,
+    RegionService,
+)
 from ramster.frontswap.shares import REGIONS_OF_A_PROCESS_MAX
+from ramster.testing.proxy import wait_until
 
 StartNode = Callable[..., Node]
 
@@ -281,6 +290,110 @@ def test_idle_connections_keep_nobody_out(start_node: StartNode) -> None:
         assert talker.create()["ok"]
     for each in idle:
         each.socket.close()
+
+
+def test_who_was_refused_a_place_in_a_region_does_not_stay_connected(start_node: StartNode) -> None:
+    """It had left the table of those that wait, so it was counted nowhere, and what it asked next kept it there."""
+    node = start_node()
+    with Talker(node) as first, Talker(node) as second:
+        number = first.create()["region"]
+        answer = second.say({"op": "join", "version": messages.VERSION, "region": number})
+        assert answer["error"] == "refused" and "one process" in answer["message"]
+        with contextlib.suppress(OSError):
+            second.socket.send(b'{"op":"capacity","version":2}')
+        assert second.ended()
+
+
+def _service(directory: Path, tiers: Callable[[], dict[str, int]] = dict) -> RegionService:
+    return RegionService(directory / "run", lambda *_: pytest.fail("no region"), Settings(), tiers)
+
+
+def test_who_has_no_region_goes_whatever_else_it_asks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region_connection, "HANDSHAKE_DEADLINE_S", 0.1)
+
+    def ask(path: Path) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client, contextlib.suppress(OSError):
+            client.connect(str(path))
+            client.settimeout(DEADLINE)
+            end = time.monotonic() + DEADLINE
+            while client.send(b'{"op":"capacity","version":2}') and client.recv(REGION_MESSAGE_BYTES_MAX):
+                assert time.monotonic() < end, "it may ask for ever"
+
+    async def scene() -> None:
+        service = _service(directory)
+        await service.start()
+        try:
+            await asyncio.to_thread(ask, service.path)
+        finally:
+            await service.close()
+
+    asyncio.run(scene())
+
+
+def test_who_had_to_make_room_does_not_wait_for_an_answer(directory: Path) -> None:
+    """Where looks take long, each further connection stayed for as long, beside all that the table has room for."""
+    over = threading.Event()
+    service = _service(directory, lambda: {} if over.wait(DEADLINE) else pytest.fail("deadline"))
+
+    def flood(clients: list[socket.socket]) -> None:
+        for client in clients:
+            client.settimeout(DEADLINE)
+            client.connect(str(service.path))
+            client.send(b'{"op":"capacity","version":2}')
+        wait_until(lambda: service.counters.connections == len(clients), "they have come")
+        wait_until(lambda: len(service._connections) <= WAITING_OF_ONE_MAX, "those that were too many have gone")
+        assert b"make room" in clients[0].recv(REGION_MESSAGE_BYTES_MAX)
+        over.set()
+        assert b'"ok":true' in clients[-1].recv(REGION_MESSAGE_BYTES_MAX)
+
+    async def scene() -> None:
+        await service.start()
+        clients = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2 * WAITING_OF_ONE_MAX)]
+        try:
+            await asyncio.to_thread(flood, clients)
+        finally:
+            over.set()
+            for client in clients:
+                client.close()
+            await service.close()
+
+    asyncio.run(scene())
+
+
+def test_one_user_leaves_a_thread_that_looks_to_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region_service, "is_own", lambda uid: False)
+    over, running = threading.Event(), threading.Semaphore(0)
+
+    class Slow:
+        def look(self) -> dict[str, int]:
+            running.release()
+            assert over.wait(DEADLINE)
+            return {}
+
+    async def scene() -> None:
+        service = _service(directory)
+        ends = [socket.socketpair() for _ in range(LOOKERS + 1)]
+        connections = []
+        for ours, _ in ends:
+            connections.append(Connection(service, ours))
+            service._connections[connections[-1]] = asyncio.current_task()  # type: ignore[assignment]
+            monkeypatch.setattr(connections[-1], "_ready", lambda: None)
+            connections[-1].shared = Slow()  # type: ignore[assignment]
+        asked = [asyncio.create_task(each._statistics()) for each in connections]
+        assert await asyncio.to_thread(running.acquire, timeout=DEADLINE)
+        # As another user would have it.
+        assert not await asyncio.wait_for(service.look(lambda: running.acquire(blocking=False)), DEADLINE)
+        over.set()
+        await asyncio.gather(*asked)
+        service._connections.clear()
+        for connection in connections:
+            connection.leave()
+        for ours, theirs in ends:
+            ours.close()
+            theirs.close()
+        await service.close()
+
+    asyncio.run(scene())
 
 
 def test_one_process_does_not_get_every_region(start_node: StartNode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -32,10 +32,12 @@ _log = logging.getLogger("ramster.regions")
 
 # Pages that one answer to Check looks at, some 50 ms.
 CHECK_PAGES: Final = 1 << 18
-# Two messages of a local process.
+# Two messages of a local process; whatever else it asks, who has no region by then goes.
 HANDSHAKE_DEADLINE_S: Final = 10.0
 _SO_PEERPIDFD: Final = 77  # Linux 6.5; not in Python's socket module
 _UFFD_INITIALIZED: Final = 1 << 31  # as /proc/PID/fdinfo shows it
+
+_DISPLACED: Final = "too many connections were waiting for a region, and this one had to make room"
 
 _T = TypeVar("_T")
 
@@ -56,12 +58,13 @@ class Connection:
         self.attachment: int | None = None
         self.attached = False
         self._groups = PinGroups()
+        self._until = self.loop.time() + HANDSHAKE_DEADLINE_S
         self.key = 0  # among those that wait
         self._gone = False
         self._displaced = False
         self._waiting: asyncio.Future[None] | None = None
         # Shared with the others of this process and of this user.
-        self.turns, self.users_turns = service.turns_of(self.pid, self.uid)
+        self.turns, self.users_turns, self.users_looks = service.turns_of(self.pid, self.uid)
         if self.pidfd is not None:
             self.loop.add_reader(self.pidfd, self.leave)
 
@@ -69,6 +72,29 @@ class Connection:
         """Run a request of this application in the pool, as soon as it and its user have a turn."""
         async with self.turns, self.users_turns:
             return await self.service.run(work)
+
+    async def _statistics(self) -> dict[str, int]:
+        self._ready()
+        shared = self.shared
+        assert shared is not None
+        async with self.users_looks:
+            return await self.service.look(shared.look)
+
+    async def _unless_displaced(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Who has no region waits for nothing once another one needs its place: it would be counted nowhere."""
+        task = self.loop.create_task(work)
+        self._waiting = self.loop.create_future()
+        if self._gone:
+            self._notify()
+        try:
+            either: set[asyncio.Future[Any]] = {task, self._waiting}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Refused(_DISPLACED)
+            return task.result()
+        finally:
+            self._waiting = None
+            task.cancel()
 
     def leave(self) -> None:
         """The application has ended, or the node wants to: stop after the request that is being served."""
@@ -111,13 +137,13 @@ class Connection:
             self._waiting = self.loop.create_future()
             self.loop.add_reader(self.sock, self._notify)
             try:
-                async with asyncio.timeout(None if self.attached else HANDSHAKE_DEADLINE_S):
+                async with asyncio.timeout_at(None if self.attached else self._until):
                     await self._waiting
             finally:
                 self.loop.remove_reader(self.sock)
                 self._waiting = None
             if self._displaced:
-                self._refuse(Refused("too many connections were waiting for a region, and this one had to make room"))
+                self._refuse(Refused(_DISPLACED))
             if self._gone:
                 return None
             try:
@@ -167,7 +193,7 @@ class Connection:
                     reply, sent = await self._join(request)
                 case messages.Capacity():
                     _check_version(request.version)
-                    reply = messages.Reply(ok=True, capacity=await self.service.room())
+                    reply = messages.Reply(ok=True, capacity=await self._unless_displaced(self.service.room()))
                 case messages.Attach():
                     reply = await self._attach(request, fds.pop())
                 case messages.Close():
@@ -176,7 +202,7 @@ class Connection:
                 case messages.Undo():
                     reply = messages.Reply(ok=True, pages=await self._undo(request.group))
                 case messages.Statistics():
-                    reply = messages.Reply(ok=True, statistics=await self.service.look(self._ready()[0].statistics))
+                    reply = messages.Reply(ok=True, statistics=await self._statistics())
                 case _:
                     reply = await self._span(request)
         except RamsterError as error:
@@ -263,10 +289,12 @@ class Connection:
             self.attachment, channel = await self.run(shared.region.join)
             memfd = os.dup(shared.region.memfd)
         except BaseException:
+            self._gone = True  # after the answer, since it stands in nobody's table any more
             if channel >= 0:
                 os.close(channel)
             await self._leave_region()
             raise
+        self._until = self.loop.time() + HANDSHAKE_DEADLINE_S
         region = shared.region
         settings = self.service.settings
         reply = messages.Reply(

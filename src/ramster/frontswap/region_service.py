@@ -49,6 +49,7 @@ PROCESS_WORKERS: Final = 4
 USER_WORKERS: Final = 5
 # What only counts, and what ends, waits for none of those.
 LOOKERS: Final = 2
+USER_LOOKERS: Final = 1
 LEAVERS: Final = 4
 
 _T = TypeVar("_T")
@@ -119,6 +120,7 @@ class RegionService:
         self._acceptor: Acceptor | None = None
         self._quiet_until = 0.0
         self._lock: int | None = None
+        self._tiers_now: asyncio.Task[dict[str, int]] | None = None
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="ramster-region")
         self._lookers = ThreadPoolExecutor(LOOKERS, thread_name_prefix="ramster-look")
         self.leavers = ThreadPoolExecutor(LEAVERS, thread_name_prefix="ramster-leave")
@@ -174,13 +176,15 @@ class RegionService:
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._connections.pop(connection))
 
-    def turns_of(self, pid: int, uid: int) -> tuple[asyncio.Semaphore, asyncio.Semaphore]:
-        """How many requests of a process, and of a user, may be in the pool at once: others need some of it."""
-        own = is_own(uid)
-        users = WORKERS if own else USER_WORKERS
+    def turns_of(self, pid: int, uid: int) -> tuple[asyncio.Semaphore, asyncio.Semaphore, asyncio.Semaphore]:
+        """How many requests of a process, and of a user, may be in the pool at once, and how many looks of a user at
+        statistics: others need some of it.
+        """
+        users, looks = (WORKERS, LOOKERS) if is_own(uid) else (USER_WORKERS, USER_LOOKERS)
         return (
             next((c.turns for c in self._connections if c.pid == pid), None) or asyncio.Semaphore(PROCESS_WORKERS),
             next((c.users_turns for c in self._connections if c.uid == uid), None) or asyncio.Semaphore(users),
+            next((c.users_looks for c in self._connections if c.uid == uid), None) or asyncio.Semaphore(looks),
         )
 
     async def look(self, work: Callable[[], _T]) -> _T:
@@ -206,9 +210,13 @@ class RegionService:
         """A Capacity's numbers; empty where nobody can tell."""
         if self.tiers is None:
             return {}
+        if self._tiers_now is None or self._tiers_now.done():
+            self._tiers_now = asyncio.get_running_loop().create_task(self.look(self.tiers))
+        # One look for all who ask meanwhile: there may be more of them than threads.
+        tiers = await asyncio.shield(self._tiers_now)
         beyond = sum(max(0, each.region.pages - each.reserved_pages) for each in self.regions.values())
         return {
-            **await self.look(self.tiers),
+            **tiers,
             "regions_bytes": beyond * PAGE_BYTES,
             "resident_max_bytes": self.settings.resident_max_bytes,
             "resident_reserved_bytes": self.reserved_pages * PAGE_BYTES,
@@ -277,6 +285,8 @@ class RegionService:
             connection.leave()
         if self._connections:
             await asyncio.wait(list(self._connections.values()))
+        if self._tiers_now is not None:
+            await asyncio.wait([self._tiers_now])
         for pool in (self._pool, self._lookers, self.leavers):
             pool.shutdown()
         self._unlock()

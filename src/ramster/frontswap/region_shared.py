@@ -77,6 +77,18 @@ class Shared:
         # Taken in pool threads. A member that leaves may take a while: `info` waits for the last one only.
         self._leaving = threading.Lock()
         self._closing = threading.Lock()
+        self._looking = threading.Lock()
+
+    def look(self) -> dict[str, int]:
+        """The region's statistics. Runs in a pool thread, for a member or under the lock that `leave` takes."""
+        with self._looking:
+            began = time.monotonic()
+            if began >= self._look_after:
+                self._statistics = dict(self.region.statistics())
+                ended = time.monotonic()
+                # Where it is quick, each asker gets the numbers of this moment.
+                self._look_after = ended + LOOK_AGAIN * (ended - began) if ended - began > 0.02 else 0.0
+            return dict(self._statistics)
 
     def info(self) -> RegionInfo | None:
         """Runs in a pool thread; None where the region is gone."""
@@ -84,17 +96,9 @@ class Shared:
         if not pids or not self._closing.acquire(timeout=1.0):
             return None
         try:
-            began = time.monotonic()
             if self._closed:
                 return None
-            if began >= self._look_after:
-                self._statistics = dict(self.region.statistics())
-                ended = time.monotonic()
-                # Where it is quick, each asker gets the numbers of this moment.
-                self._look_after = ended + LOOK_AGAIN * (ended - began) if ended - began > 0.02 else 0.0
-            return RegionInfo(
-                number=self.number, name=self.shown, pid=pids[0], pids=pids, statistics=dict(self._statistics)
-            )
+            return RegionInfo(number=self.number, name=self.shown, pid=pids[0], pids=pids, statistics=self.look())
         finally:
             self._closing.release()
 
