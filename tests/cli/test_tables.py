@@ -231,3 +231,33 @@ def test_a_swap_is_whole(
     for text in ("s" * 63, each["device"], other["device"], "bridge (through the page cache)", "1048576 MiB", "32767"):
         assert any(text in line for line in printed.out.splitlines()), text
     assert REASON in printed.err
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        ({}, ""),
+        ({"full": 0, "refused": 0}, ""),
+        (
+            {"full": 1},
+            "region solver is full: neither arena, lenders nor spill file take a page of it, and what it writes",
+        ),
+        (
+            {"full": True, "refused": 1},
+            "waits; 1 fault found no room in time and gave SIGBUS so far; enlarge [arena] size",
+        ),
+        ({"full": 0, "refused": 2}, "region solver was full: 2 faults found no room in time and gave SIGBUS so far"),
+    ],
+)
+def test_a_full_region_is_said(region: dict[str, Any], said: str) -> None:
+    parts = status_tables({"regions": [{"name": "solver", "pages": 100, **region}]})
+    text = "\n".join(line for part in parts for line in plain(part, None))
+    assert said in text and (said or "full" not in text), text
+
+
+def test_read_errors_of_the_spill_file_are_said() -> None:
+    def text(spill: dict[str, Any]) -> str:
+        return "\n".join(line for part in status_tables({"spill": spill}) for line in plain(part, None))
+
+    assert "read errors" not in text({"read_errors": 0, "last_error": "x"})
+    assert re.search(r"spill read errors +3: .*\(EIO\)", text({"read_errors": 3, "last_error": "EIO"}))

@@ -223,8 +223,8 @@ class ReferenceRegion:
         with self._lock:
             return self._lost_runs(first, count)
 
-    def troubles(self) -> tuple[int, int, int]:
-        return 0, 0, 0
+    def troubles(self) -> tuple[int, int, int, bool]:
+        return 0, 0, 0, False
 
     def wait_when_full(self, hold_ms: int) -> None:
         """It is never full."""

@@ -7,10 +7,13 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ramster.node.notices import Look, PeerLook, RegionLook, notices
+from ramster.node.watch import Watch
 from ramster.testing.cluster import Application, Cluster
 from ramster.testing.proxy import wait_until
 
@@ -61,6 +64,19 @@ def region(look: RegionLook) -> Look:
         ),
         (region(replace(REGION, lost=2)), region(REGION), ["INFO region matrix of process 4711: its lost pages"]),
         (region(REGION), region(replace(REGION, refused=1)), ["ERROR region matrix of process 4711: full, 1 page"]),
+        (
+            region(REGION),
+            region(replace(REGION, full=True)),
+            ["WARNING region matrix of process 4711 is full: neither"],
+        ),
+        (region(replace(REGION, full=True)), region(replace(REGION, full=True)), []),
+        (region(replace(REGION, full=True)), region(REGION), ["INFO region matrix of process 4711 has room again"]),
+        (
+            region(replace(REGION, full=True)),
+            region(replace(REGION, full=True, refused=2)),
+            ["ERROR region matrix of process 4711: full, 2 pages"],
+        ),
+        (region(replace(REGION, full=True)), Look(peers={2: DOWN}), []),  # it was closed
         (peers(DOWN), peers(replace(DOWN, lost=True)), ["ERROR node beta has been out of reach for too long"]),
         (peers(replace(DOWN, lost=True)), peers(UP), ["INFO the link to node beta is up again"]),
         (region(REGION), region(replace(REGION, removed=3)), ["WARNING region matrix of process 4711 removed 3 pages"]),
@@ -76,6 +92,28 @@ def test_what_changed_is_said_once(before: Look, now: Look, said: list[str]) -> 
     lines = [f"{logging.getLevelName(each.level)} {each.text}" for each in notices(before, now, probe_s=1.0)]
     assert len(lines) == len(said), lines
     assert all(line.startswith(words) for line, words in zip(lines, said, strict=True)), lines
+
+
+def test_a_region_whose_room_comes_and_goes_is_full_until_it_has_had_room_for_a_while() -> None:
+    state = {1: False, 2: False}
+    regions: Any = SimpleNamespace(
+        troubles=lambda: {number: ("matrix", 4711, 0, 0, 0, full) for number, full in state.items()}
+    )
+    nothing: Any = None
+    watch = Watch(nothing, nothing, regions, (), 1000)
+    seen = []
+    for now, full in [(0.0, False), (1.0, True), (2.0, False), (3.0, True), (4.0, False), (7.9, False), (8.0, False)]:
+        state[1] = full
+        looks = watch._look_at_regions(now)
+        seen.append(looks[1].full)
+        assert not looks[2].full
+    assert seen == [False, True, True, True, True, True, False]
+    state[1] = True
+    assert watch._look_at_regions(9.0)[1].full
+    del state[1]
+    assert 1 not in watch._look_at_regions(9.5)
+    state[1] = False  # another one
+    assert not watch._look_at_regions(9.9)[1].full
 
 
 PAGES = 4000

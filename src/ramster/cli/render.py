@@ -100,6 +100,11 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add(("lost pages", "red"), str(lost))
     if spill := status.get("spill"):
         table.add("spill file", _spill(spill))
+        if unread := _int(spill, "read_errors"):
+            reason = str(spill.get("last_error") or "")
+            table.add(
+                ("spill read errors", "red"), f"{unread}: pages there may be lost" + f" ({reason})" * bool(reason)
+            )
         if missing := _int(spill, "unmirrored"):
             pages = counted(_int(spill, "pages_unmirrored"), "page")
             table.add(("unmirrored", "yellow"), f"{counted(missing, 'segment')}, {pages}: lost if their lender goes")
@@ -179,8 +184,21 @@ def _regions(regions: list[Mapping[str, Any]]) -> tuple[Part, ...]:
             f"{_int(region, 'fault_local_p50_us')}/{_int(region, 'fault_local_p99_us')} us",
             f"{_int(region, 'fault_remote_p50_us')}/{_int(region, 'fault_remote_p99_us')} us",
         )
-    said: list[Part] = [(line, "yellow") for line in map(thrashing, regions) if line]
+    said: list[Part] = [(line, "red") for line in map(full, regions) if line]
+    said += [(line, "yellow") for line in map(thrashing, regions) if line]
     return (table, *said, "") if said else (table,)
+
+
+def full(region: Mapping[str, Any]) -> str:
+    """What to say of a region that is full, or was; nothing of others."""
+    name = f"region {region.get('name') or region.get('id', '?')}"
+    refused = _int(region, "refused")
+    ended = f"{counted(refused, 'fault')} found no room in time and gave SIGBUS so far"
+    if region.get("full"):
+        ways = "enlarge [arena] size, add a lender or a spill file"
+        what = f"{name} is full: neither arena, lenders nor spill file take a page of it, and what it writes waits"
+        return f"{what}; {ended}; {ways}" if refused else f"{what}; {ways}"
+    return f"{name} was full: {ended}" if refused else ""
 
 
 def thrashing(region: Mapping[str, Any]) -> str:

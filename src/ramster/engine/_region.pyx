@@ -2283,10 +2283,11 @@ cdef class Region:
     def troubles(self):
         cdef Region_t *r = self.live()
         cdef uint64_t lost, refused, removed
+        cdef bint full
         pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused, removed = r.lost, r.refused, r.removed
+        lost, refused, removed, full = r.lost, r.refused, r.removed, r.full
         pthread_mutex_unlock(&r.lock)
-        return lost - min(removed, lost), refused, removed
+        return lost - min(removed, lost), refused, removed, bool(full)
 
     def close(self):
         self.shut()

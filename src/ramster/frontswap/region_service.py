@@ -268,9 +268,9 @@ class RegionService:
         found = [await self.look(shared.info) for shared in list(self.regions.values())]
         return sorted((info for info in found if info is not None), key=lambda info: info.number)
 
-    def troubles(self) -> dict[int, tuple[str, int, int, int, int]]:
+    def troubles(self) -> dict[int, tuple[str, int, int, int, int, bool]]:
         """By region's number: its name, a process of it, pages lost now, faults refused and pages removed by the
-        application so far. Cheap.
+        application so far, whether it is full. Cheap.
         """
         found = {number: shared.troubles() for number, shared in self.regions.items()}
         return {number: each for number, each in found.items() if each is not None}

@@ -45,6 +45,8 @@ class RegionLook:
     """Faults that found no room in time, so far."""
     removed: int = 0
     """Pages that the application itself took away while their only copy was there, so far."""
+    full: bool = False
+    """Nothing has taken a further page of it, a short while ago or now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,15 @@ def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
             f"{name} removed {_pages(now.removed - before.removed)} whose only copy was there (MADV_REMOVE): lost",
             name,
         )
+    if now.full and not before.full:
+        yield Notice(
+            logging.WARNING,
+            f"{name} is full: neither arena, lenders nor spill file take a page of it, so what it writes waits for "
+            "room and is SIGBUS in the end; enlarge [arena] size, add a lender or a spill file",
+            name,
+        )
+    elif before.full and not now.full:
+        yield Notice(logging.INFO, f"{name} has room again", name)
     if now.refused > before.refused:
         yield Notice(
             logging.ERROR,
