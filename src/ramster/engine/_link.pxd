@@ -344,8 +344,8 @@ cdef bint links_later(Links_t *l, Work work, void *context) noexcept nogil
 cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
-cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
-cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
+cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
 cdef bytes peer_certificate(SSL *ssl)
 

@@ -56,8 +56,8 @@ from ramster.engine._pending cimport (
     pending_verdict)
 from ramster.engine._running cimport GAP_NS, ran_ns
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
-    REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
+    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, NO_POOL, OK, ORDINALS_MAX, PAGE,
+    REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, no_pool, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
     store_short_of_frames, store_unspill,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
@@ -1150,7 +1150,7 @@ cdef void waiter_complete(void *context, Reply *reply) noexcept nogil:
     pthread_mutex_unlock(&w.lock)
 
 
-cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
+cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
     """Get a page wherever it is, waiting for a lender at most give_up, for the spill file SPILL_S."""
     cdef RemoteRef ref
     cdef Wanted wanted
@@ -1215,7 +1215,7 @@ cdef void fetching_answered(void *context, Reply *reply) noexcept nogil:
     fetching_less(f, 1)
 
 
-cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
+cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
     """Get up to GET_PAGES_MAX pages of a dense pool wherever they are, as get_page does with one, and leave them there. Everything
     that is away is asked for at once, pages of one segment together, so that a slow lender is waited for once. 'staging' has
     room for n replies of one page."""
@@ -2715,7 +2715,7 @@ cdef class Links:
                 with nogil:
                     send_waiting(l, &l.peers[p].channels[BULK], &frame, NULL, now_ns() + 1000000000ull)
 
-    def get(self, uint32_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
+    def get(self, uint64_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
         """A page, wherever it is: bytes, or None. PageLost when nobody has it (any more) or its lender does not answer."""
         cdef Links_t *l = self.live()
         cdef uint64_t key[3]
@@ -2735,6 +2735,8 @@ cdef class Links:
             raise errors.PageLost(f"page {index} of pool {pool} is lost: what came back fails its check")
         if result == UNREACHABLE or result == BUSY:
             raise errors.PageLost(f"page {index} of pool {pool} cannot be had: its lender does not answer")
+        if result == NO_POOL:
+            raise no_pool(l.store, pool)
         raise errors.UsageError(f"there is no page {index} in pool {pool}")
 
     def drop_foreign(self, uint32_t owner):

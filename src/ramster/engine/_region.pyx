@@ -75,7 +75,6 @@ from ramster import errors
 
 cdef enum:
     PARKED_MAX = 1024
-    NO_POOL = 0xffffffff
     RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
     RESIDENT_PAGES_MAX = 1 << 30
     RESERVE_GROWS_NS = 1000000      # at most once in so long, while faults have to wait for room ...
@@ -1804,7 +1803,6 @@ cdef class Region:
         r = <Region_t *> calloc(1, sizeof(Region_t))
         if r == NULL:
             raise MemoryError
-        r.pool = NO_POOL            # from the first moment on: what is not made must not be destroyed as pool 0, somebody else's
         self.r = r
         self.links = links
         self.name = name
@@ -1845,7 +1843,6 @@ cdef class Region:
         memcpy(r.label, <const char *> label, len(label))
         result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
-            r.pool = NO_POOL
             if result == NO_MEMORY and (errno == EMFILE or errno == ENFILE):
                 raise OSError(errno, strerror(errno).decode())
             raise errors.StoreFull("no memory for the page table of another region" if result == NO_MEMORY else
@@ -2316,6 +2313,6 @@ cdef class Region:
             while r.batches_used or r.users:
                 cond_wait_until(&r.changed, &r.lock, now_ns() + 100000000ull)
             pthread_mutex_unlock(&r.lock)
-            if r.pool != NO_POOL:
+            if r.pool:
                 store_destroy_pool(r.store, r.pool)
         return 0
