@@ -1,5 +1,5 @@
 """The links' native interface: what regions may call. See _link.pyx for the rules."""
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.openssl cimport SSL, SSL_CTX

@@ -47,17 +47,17 @@ from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
     pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, start_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._conduct cimport BUCKET, COSTLY, IDLE, NONSENSE, USEFUL, conduct_charge
-from ramster.engine._histogram cimport Histogram, quantile, record
+from ramster.engine._histogram cimport quantile, record
 from ramster.engine._pending cimport (
     P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
     pending_verdict)
 from ramster.engine._running cimport GAP_NS, ran_ns
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, NO_POOL, OK, ORDINALS_MAX, PAGE,
-    REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, no_pool, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
+    REMOTE, SPILL_PEER, UNREACHABLE, ImageHeader, RemoteMeta, RemoteRef, Store, no_pool, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
     store_short_of_frames, store_unspill,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,

@@ -1,5 +1,5 @@
 """The spill file's native state. See _spill.pyx for the rules."""
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
@@ -47,7 +47,6 @@ cdef struct Copy:                   # a segment that is mirrored later; the copy
     pthread_cond_t done
     uint32_t sizes[16]              # of what is asked for
     uint32_t bytes                  # of the image so far
-    int status
     bint right
     bint answered
 

@@ -29,7 +29,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from ramster.engine._c.atomic cimport *
 from ramster.engine._c.check cimport ASSERT
-from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, POSIX_FADV_DONTNEED, PROT_READ, PROT_WRITE, SYNC_FILE_RANGE_WRITE, fallocate,
     mlock, mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
@@ -425,7 +425,6 @@ cdef void copy_answered(void *context, Reply *reply) noexcept nogil:
             c.bytes += size
             entry += size
     c.right = right
-    c.status = reply.status
     c.answered = True
     pthread_cond_signal(&c.done)
     pthread_mutex_unlock(&c.lock)

@@ -67,7 +67,6 @@ cdef enum Counter:
     C_CORRUPT
     C_FILLED                    # live same-filled pages (goes up and down)
     C_SHIPPED_SEGMENTS
-    C_LOST_SEGMENTS
     C_PLUGGED                   # puts into room that dead entries had left in a sealed segment
     C_RECOMPRESSED              # pages that left as zstd
     C_RECOMPRESSED_SAVED        # bytes
@@ -194,7 +193,6 @@ cdef struct Pool:
     Object **object_buckets
     uint64_t buckets                # of each kind, a power of two
     uint64_t leaves
-    uint64_t objects
 
 cdef struct Head:
     pthread_mutex_t lock

@@ -995,7 +995,6 @@ cdef Leaf *make_leaf(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t numbe
         b = oid_hash(oid) & (pool.buckets - 1)
         thing.next = pool.object_buckets[b]
         pool.object_buckets[b] = thing
-        pool.objects += 1
     leaf.object = thing
     leaf.number = number
     b = leaf_hash(thing, number) & (pool.buckets - 1)
@@ -1032,7 +1031,6 @@ cdef void drop_leaf(Pool *pool, Leaf *leaf) noexcept nogil:
             object_link = &object_link[0].next
         object_link[0] = thing.next
         give_object(pool.nodes, thing)
-        pool.objects -= 1
 
 
 cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
@@ -2381,7 +2379,6 @@ cdef void fall_back(Store_t *s, Segment *row) noexcept nogil:
     """Under the row's lock: a remote segment whose lender has it no more is lost, unless the spill file has it too."""
     if row.spill == 0:
         store32(&row.state, SEG_LOST, RELEASE)
-        count(s, C_LOST_SEGMENTS, 1)
         return
     row.peer = SPILL_PEER
     row.compacting &= COMPACT_QUEUED
