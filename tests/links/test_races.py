@@ -479,6 +479,8 @@ def test_link_cut_for_longer_than_give_up(make_pair: MakePair) -> None:
     with pytest.raises(PageLost, match="does not answer"):
         pair.fetch(7)
     wait_until(lambda: pair.a.links.peers()[0]["lost"], "out of reach for longer than give_up")
+    assert pair.a.links.unreachable() == {LENDER: len(PAGES)}
+    assert pair.a.store.statistics().pages_lost == 0
     before = pair.a.links.counters()["unreachable"]
     with pytest.raises(PageLost, match="does not answer"):
         pair.fetch(8)

@@ -57,7 +57,7 @@ from ramster.engine._pending cimport (
 from ramster.engine._running cimport GAP_NS, ran_ns
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, NO_POOL, OK, ORDINALS_MAX, PAGE,
-    REMOTE, SPILL_PEER, UNREACHABLE, ImageHeader, RemoteMeta, RemoteRef, Store, no_pool, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
+    REMOTE, SPILL_PEER, UNREACHABLE, ImageHeader, RemoteMeta, RemoteRef, Store, no_pool, store_alone, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
     store_short_of_frames, store_unspill,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
@@ -2745,6 +2745,24 @@ cdef class Links:
 
     def foreign(self):
         """Segments held, by owner's number."""
+    def unreachable(self):
+        """Pages whose only copy is on a peer that has been out of reach for too long, by its number: a get of them fails now. As
+        soon as it is back they are not counted any more. What is gone for good is the store's to count."""
+        cdef Links_t *l = self.live()
+        cdef uint8_t away[256]
+        cdef uint64_t pages[256]
+        cdef uint32_t i, some = 0
+        memset(away, 0, sizeof(away))
+        memset(pages, 0, sizeof(pages))
+        for i in range(PEERS_MAX):
+            if peer_at(l, i) != NULL and links_peer_lost(l, i):
+                away[i] = 1
+                some += 1
+        if some:
+            with nogil:
+                store_alone(l.store, away, pages)
+        return {i: pages[i] for i in range(PEERS_MAX) if pages[i]}
+
         cdef Links_t *l = self.live()
         cdef uint32_t i
         held = [load32(&l.owner_images[i], RELAXED) for i in range(256)]

@@ -374,6 +374,7 @@ cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uin
 cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
 cdef bint store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
+cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil
 cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
 cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,

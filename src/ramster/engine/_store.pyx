@@ -2450,6 +2450,20 @@ cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
         elif row.peer == peer and row.state == SEG_FREE_SENT:
             free_row(s, segment)
         spin_unlock(&row.lock)
+cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil:
+    """Adds, for each peer that is marked, the pages that it alone has, of those that may not be dropped."""
+    cdef uint32_t segment
+    cdef Segment *row
+    for segment in range(load32(&s.segments_used, ACQUIRE)):
+        row = &s.segments[segment]
+        if load32(&row.state, RELAXED) != SEG_REMOTE:
+            continue
+        spin_lock(&row.lock)
+        if row.state == SEG_REMOTE and row.spill == 0 and peers[row.peer] and not row.ephemeral:
+            pages[row.peer] += row.live_entries
+        spin_unlock(&row.lock)
+
+
     return pages
 
 

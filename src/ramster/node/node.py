@@ -242,7 +242,8 @@ class Node:
             self.guard.add(keeps_in_ram(a.path))
 
     async def status(self) -> dict[str, Any]:
-        arena = dataclasses.asdict(self.store.statistics())
+        unreachable = self.links.unreachable()
+        arena = dataclasses.asdict(self.store.statistics()) | {"pages_unreachable": sum(unreachable.values())}
         links = self.links.counters()
         seen = {row["number"]: row for row in self.links.peers()}
         reasons = self.peering.reasons() if self.peering is not None else {}
@@ -265,6 +266,7 @@ class Node:
                     "standing": self._standing(peer.number),
                     "reason": "" if state == "up" else reason,
                     **{key: row.get(key, 0) for key in _PEER_KEYS},
+                    "pages_unreachable": unreachable.get(peer.number, 0),
                 }
             )
         names = {peer.number: peer.name for peer in self.config.peers}

@@ -33,6 +33,8 @@ class PeerLook:
     """Out of reach for longer than pages are waited for."""
     silent_s: float = 0.0
     """For how long nothing came on a connection that is up."""
+    pages: int = 0
+    """Of one that is `lost`: stored pages whose only copy it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,9 @@ def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[No
     if now.lost and not now.gone and before is not None and not before.lost:
         yield Notice(
             logging.ERROR,
-            f"{name} has been out of reach for too long: pages whose only copy it has cannot be had, unless it comes "
-            "back with the same memory",
+            f"{name} has been out of reach for too long: "
+            + (f"{_pages(now.pages)} whose only copy it has" if now.pages else "pages whose only copy it has")
+            + " cannot be had, unless it comes back with the same memory",
             name,
         )
     if now.up and before is not None and not was_up and (before.gone or before.reason):

@@ -66,6 +66,7 @@ class Watch:
                     name=self._names.get(row["number"], str(row["number"])),
                     up=row["up"],
                     gone=row["gone"],
+        unreachable = self._links.unreachable()
                     reason=row["reason"],
                     lost=row["lost"],
                     silent_s=row["silent_ms"] / 1000,
@@ -77,3 +78,4 @@ class Watch:
             puts_refused=self._refused,
             pages_lost=arena.pages_lost,
         )
+                    pages=unreachable.get(row["number"], 0),
