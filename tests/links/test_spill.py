@@ -245,6 +245,35 @@ def test_a_file_cut_short_is_a_loss_that_is_said(alone: Alone) -> None:
     assert alone.get(200) == page(200)
 
 
+def test_reads_that_fail_are_said_once_and_the_pages_are_there_when_they_work_again(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel refuses reads of a descriptor that was opened for writing alone, as a disk would with EIO."""
+    worker = Worker(alone.store, alone.links, Policy(Settings()), 5, alone.spill)
+    alone.put(*PAGES)
+    alone.write()
+    worker.step()
+    assert caplog.records == []
+    good, bad = os.dup(alone.spill._fd), os.open(alone.path, os.O_WRONLY)
+    try:
+        os.dup2(bad, alone.spill._fd)
+        for index in (3, 50):
+            with pytest.raises(PageLost):
+                alone.get(index)
+            worker.step()
+        assert alone.spill.statistics().read_errors == 2
+        (record,) = caplog.records
+        why = "reading failed (Bad file descriptor); pages that lie there cannot be had while that lasts"
+        assert (record.levelname, record.message) == ("WARNING", f"spill file {alone.path}: {why}")
+        os.dup2(good, alone.spill._fd)
+    finally:
+        os.close(good)
+        os.close(bad)
+    worker.step()
+    alone.expect(PAGES)
+    assert len(caplog.records) == 1 and alone.store.statistics().pages_lost == 0
+
+
 def test_a_disk_that_is_full_in_the_middle_leaves_pages_in_the_arena(alone: Alone) -> None:
     """A limit on file size fails a write like a full disk; afterwards it works again."""
     alone.put(*PAGES)
