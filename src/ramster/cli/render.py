@@ -102,6 +102,11 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add(("pages out of reach", "red"), f"{away}: {', '.join(names)} has the only copy")
     if spill := status.get("spill"):
         table.add("spill file", _spill(spill))
+        if cuts := _int(spill, "cuts"):
+            table.add(
+                ("spill file cut short", "red"),
+                f"by somebody else, {cuts} times; {_int(spill, 'pages_cut')} pages lost by it",
+            )
         if missing := _int(spill, "unmirrored"):
             table.add(
                 ("unmirrored", "yellow"),

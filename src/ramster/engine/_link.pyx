@@ -855,6 +855,12 @@ cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcep
     return links_peer_reachable(l, peer) or store_is_spilled(l.store, slot)
 
 
+cdef void links_look_at_spill(Links_t *l) noexcept nogil:
+    """Before something is said of many pages: what somebody has cut off the spill file counts as lost from here on."""
+    if load32(&l.spilling.ready, ACQUIRE):
+        l.spilling.look(l.spilling.spill)
+
+
 cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
     """Send what links_get has queued for a lender."""
     cdef Peer *peer = peer_at(l, number)
@@ -2739,12 +2745,6 @@ cdef class Links:
             raise no_pool(l.store, pool)
         raise errors.UsageError(f"there is no page {index} in pool {pool}")
 
-    def drop_foreign(self, uint32_t owner):
-        """Forget everything held for a node; returns the number of segments."""
-        return lent_drop(self.live(), owner, 0)
-
-    def foreign(self):
-        """Segments held, by owner's number."""
     def unreachable(self):
         """Pages whose only copy is on a peer that has been out of reach for too long, by its number: a get of them fails now. As
         soon as it is back they are not counted any more. What is gone for good is the store's to count."""
@@ -2763,6 +2763,12 @@ cdef class Links:
                 store_alone(l.store, away, pages)
         return {i: pages[i] for i in range(PEERS_MAX) if pages[i]}
 
+    def drop_foreign(self, uint32_t owner):
+        """Forget everything held for a node; returns the number of segments."""
+        return lent_drop(self.live(), owner, 0)
+
+    def foreign(self):
+        """Segments held, by owner's number."""
         cdef Links_t *l = self.live()
         cdef uint32_t i
         held = [load32(&l.owner_images[i], RELAXED) for i in range(256)]

@@ -58,7 +58,7 @@ from ramster.engine._c.pthread cimport (
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
-    Links, Reply, links_flush, links_get, links_later, links_slot_lost, links_slot_reachable, reply_bytes,
+    Links, Reply, links_flush, links_get, links_later, links_look_at_spill, links_slot_lost, links_slot_reachable, reply_bytes,
     reply_next)
 from ramster.engine._prefetch cimport (
     ADVICE_CYCLIC, ADVICE_SEQUENTIAL, RANGES_MAX, SKIP_MAX, Plan, Range, pattern_advise, pattern_fault, pattern_init, pattern_missed, pattern_next,
@@ -2231,6 +2231,7 @@ cdef class Region:
             while True:
                 # A lender that is out of reach now is back, or counts as lost, within give_up: only then is there an answer.
                 undecided = 0
+                links_look_at_spill(r.links)
                 runs = self.lost_runs(r, first, count, True, late, &undecided)
                 if undecided == 0 or late or load32(&r.stopping, ACQUIRE):
                     return runs

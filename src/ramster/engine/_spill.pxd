@@ -80,6 +80,13 @@ cdef struct Spill_t:
     uint32_t reserve
     Thread threads[8]
     uint32_t started
+    pthread_mutex_t look_lock       # of what follows, down to 'look_image': whoever sees that the file is too short
+    bint over
+    uint64_t file_bytes             # how long it has to be
+    uint8_t *header                 # one block
+    uint64_t cuts                   # atomic: how often somebody had cut it short
+    uint64_t cut_pages              # atomic: pages lost by that
+    Layout look_image
     uint8_t *keep_buffer            # the shipper's
     uint8_t *merge_buffer           # of the thread that writes, like what follows
     Gathered *merge_pages

@@ -108,8 +108,9 @@ cdef packed struct ImageHeader:     # of a sealed segment on the wire and on the
 cdef struct RemoteMeta:
     uint8_t seal_id[24]
     uint8_t key[32]
-    uint32_t bare                   # its image in the spill file is entries alone, without header and directory
-    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD and GONE bits; 'entries' of them
+    uint16_t bare                   # its image in the spill file is entries alone, without header and directory
+    uint16_t cut                    # live entries that were cut off the spill file: lost
+    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD, GONE and CUT bits; 'entries' of them
 
 cdef struct Segment:
     uint32_t lock
@@ -316,6 +317,7 @@ cdef struct Store_t:
     bint cleaner_running
     uint32_t stopping
     Running running                 # the node's; deadlines for others are in its time
+    uint64_t cut                    # atomic: live entries of all segments that were cut off the spill file
     uint64_t counters[8][32]
 
 
@@ -372,9 +374,11 @@ cdef uint32_t store_retell(Store_t *s, uint32_t peer) noexcept nogil
 cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint8_t *live) noexcept nogil
 cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t image_bytes) noexcept nogil
 cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
+cdef uint32_t store_spilled_now(Store_t *s, uint32_t segment, RemoteRef *ref, Layout *image) noexcept nogil
+cdef bint store_cut(Store_t *s, const RemoteRef *ref, const Layout *image, uint64_t *pages) noexcept nogil
+cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
 cdef bint store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
-cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil
 cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
 cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil
 cdef uint32_t store_spilled(Store_t *s, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t count,

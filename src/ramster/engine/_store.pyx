@@ -68,7 +68,8 @@ cdef enum:
     DIRECTORY_DEAD = 0x8000
     DIRECTORY_OFFSET = 0x7fff
     DIRECTORY_GONE = 0x4000         # in RemoteMeta.sizes: dead, and not even in the image in the spill file any more
-    SIZE_UNITS = 0x3fff             # in RemoteMeta.sizes
+    DIRECTORY_CUT = 0x2000          # in RemoteMeta.sizes: not in the spill file any more, where alone it was
+    SIZE_UNITS = 0x1fff             # in RemoteMeta.sizes
     DIRECTORY_SIZE_SHIFT = 16
     DIRECTORY_ABSENT = 0xffff
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
@@ -459,6 +460,9 @@ cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
             mark = &row.meta.sizes[ordinal]
             found = (mark[0] & DIRECTORY_DEAD) == 0
             size = <uint32_t> (mark[0] & SIZE_UNITS) * 8
+            if found and mark[0] & DIRECTORY_CUT:
+                row.meta.cut -= 1
+                sub64(&s.cut, 1, RELAXED)
             mark[0] |= DIRECTORY_DEAD
         elif row.frame != SEGMENT_FRAMES_NONE:
             word = &directory(s, row.frame)[-1 - <int64_t> ordinal]
@@ -1462,6 +1466,11 @@ cdef int decode_local(const uint8_t *place, uint32_t room, const RemoteRef *expe
     return decode(header, place + HEADER_BYTES, expected, page)
 
 
+cdef inline bint is_cut(const Segment *row, uint32_t ordinal) noexcept nogil:
+    """Under the lock of a remote segment: this entry of it was cut off the spill file, and is nowhere else."""
+    return row.meta.cut != 0 and row.meta.sizes[ordinal] & DIRECTORY_CUT != 0
+
+
 cdef int store_get(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
                    RemoteRef *ref) noexcept nogil:
     """Uncompress a page into 'page'. REMOTE fills 'ref' and touches nothing else. mode: 1 remove, 0 remove if the pool
@@ -1526,7 +1535,7 @@ cdef int store_get(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t i
             continue
         state = row.state
         row.touched_ms = coarse_ms()
-        if state == SEG_REMOTE:
+        if state == SEG_REMOTE and not is_cut(row, slot_ordinal(slot)):
             ref.segment = slot_segment(slot)
             ref.generation = row.generation
             ref.ordinal = slot_ordinal(slot)
@@ -1538,7 +1547,7 @@ cdef int store_get(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t i
             spin_unlock(&row.lock)
             leave(reader)
             return REMOTE
-        if state == SEG_LOST:
+        if state == SEG_LOST or state == SEG_REMOTE:
             spin_unlock(&row.lock)
             if forget_ephemeral(s, pool, oid, index, slot):
                 continue
@@ -1612,6 +1621,8 @@ cdef int store_where(Store_t *s, uint64_t pool_id, uint32_t index, uint32_t *pee
         spin_lock(&row.lock)
         if row.generation == slot_generation(slot[0]) and row.state != SEG_FREE and row.state < SEG_FREEING:
             result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else OK
+            if result == REMOTE and is_cut(row, slot_ordinal(slot[0])):
+                result = LOST
             peer[0] = row.peer
             spin_unlock(&row.lock)
             return result
@@ -2347,6 +2358,8 @@ cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil:
     spin_lock(&row.lock)
     if row.generation == slot_generation(slot):
         result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else MISS
+        if result == REMOTE and is_cut(row, slot_ordinal(slot)):
+            result = LOST
     spin_unlock(&row.lock)
     return result
 
@@ -2393,7 +2406,8 @@ cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil:
         return False
     row = &s.segments[slot_segment(slot)]
     spin_lock(&row.lock)
-    spilled = row.generation == slot_generation(slot) and row.state == SEG_REMOTE and row.spill != 0
+    spilled = row.generation == slot_generation(slot) and row.state == SEG_REMOTE and row.spill != 0 and \
+        not is_cut(row, slot_ordinal(slot))
     spin_unlock(&row.lock)
     return spilled
 
@@ -2436,20 +2450,40 @@ cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) n
     return spill
 
 
-cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
-    """A lender's memory is gone for good (it restarted or said goodbye): what only it held is lost. Returns pages."""
-    cdef uint32_t segment
-    cdef uint64_t pages = 0
-    cdef Segment *row
-    for segment in range(load32(&s.segments_used, ACQUIRE)):
-        row = &s.segments[segment]
-        spin_lock(&row.lock)
-        if row.peer == peer and row.state == SEG_REMOTE:
-            fall_back(s, row)
-            pages += row.live_entries if row.state == SEG_LOST else 0
-        elif row.peer == peer and row.state == SEG_FREE_SENT:
-            free_row(s, segment)
-        spin_unlock(&row.lock)
+cdef uint32_t store_spilled_now(Store_t *s, uint32_t segment, RemoteRef *ref, Layout *image) noexcept nogil:
+    """As store_spilled_live, whatever is in this row now."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t spill = 0
+    if load32(&row.state, RELAXED) != SEG_REMOTE:
+        return 0
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.spill != 0:
+        spill = row.spill
+        lay_out(row, segment, ref, image)
+    spin_unlock(&row.lock)
+    return spill
+
+
+cdef bint store_cut(Store_t *s, const RemoteRef *ref, const Layout *image, uint64_t *pages) noexcept nogil:
+    """Entries of this segment, which lies in the spill file alone, were cut off it: those that 'image' marks so are lost. Adds to
+    'pages' those that live. False: the segment has another image by now, or is elsewhere too."""
+    cdef Segment *row = &s.segments[ref.segment]
+    cdef uint32_t ordinal
+    cdef bint same
+    spin_lock(&row.lock)
+    same = row.state == SEG_REMOTE and row.generation == ref.generation and row.spill == ref.spill and row.peer == SPILL_PEER
+    if same:
+        row.damaged = True              # neither merged nor compacted: what is left of it stays where it is
+        for ordinal in range(row.entries):
+            if image.sizes[ordinal] & DIRECTORY_CUT and row.meta.sizes[ordinal] & (DIRECTORY_CUT | DIRECTORY_DEAD) == 0:
+                row.meta.sizes[ordinal] |= DIRECTORY_CUT
+                row.meta.cut += 1
+                add64(&s.cut, 1, RELAXED)
+                pages[0] += 1
+    spin_unlock(&row.lock)
+    return same
+
+
 cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil:
     """Adds, for each peer that is marked, the pages that it alone has, of those that may not be dropped."""
     cdef uint32_t segment
@@ -2464,6 +2498,20 @@ cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcep
         spin_unlock(&row.lock)
 
 
+cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
+    """A lender's memory is gone for good (it restarted or said goodbye): what only it held is lost. Returns pages."""
+    cdef uint32_t segment
+    cdef uint64_t pages = 0
+    cdef Segment *row
+    for segment in range(load32(&s.segments_used, ACQUIRE)):
+        row = &s.segments[segment]
+        spin_lock(&row.lock)
+        if row.peer == peer and row.state == SEG_REMOTE:
+            fall_back(s, row)
+            pages += row.live_entries if row.state == SEG_LOST else 0
+        elif row.peer == peer and row.state == SEG_FREE_SENT:
+            free_row(s, segment)
+        spin_unlock(&row.lock)
     return pages
 
 
@@ -2840,6 +2888,7 @@ cdef uint64_t store_census(Store_t *s, uint64_t pool_id, uint64_t first, uint32_
     cdef Pool *pool = pool_at(s, pool_id)
     cdef uint64_t slot, next = first + count
     cdef uint32_t i, state
+    cdef bint cuts = load64(&s.cut, RELAXED) != 0
     if pool != NULL and not load8(&pool.populated[first // SLOTS_PER_CHUNK], ACQUIRE):
         next = (first // SLOTS_PER_CHUNK + 1) * SLOTS_PER_CHUNK
     elif pool != NULL:
@@ -2855,6 +2904,8 @@ cdef uint64_t store_census(Store_t *s, uint64_t pool_id, uint64_t first, uint32_
                 census[4] += 1              # damaged
             else:
                 state = load32(&s.segments[slot_segment(slot)].state, RELAXED)
+                if cuts and state == SEG_REMOTE and store_slot_state(s, slot) == LOST:
+                    state = SEG_LOST
                 census[3 if state == SEG_REMOTE else 4 if state == SEG_LOST else 2] += 1
     leave(reader)
     return next
@@ -3430,11 +3481,12 @@ cdef class Store:
             if row.state == SEG_REMOTE:
                 remote += 1
                 live_r += row.live_bytes
-                pages_r += row.live_entries
+                pages_r += row.live_entries - row.meta.cut
+                pages_x += row.meta.cut
                 used_r += row.held_bytes
                 if row.peer == SPILL_PEER:
                     spilled += 1
-                    pages_s += row.live_entries
+                    pages_s += row.live_entries - row.meta.cut
                 elif row.spill:
                     mirrored += 1
                 elif not row.ephemeral:

@@ -92,7 +92,7 @@ class Node:
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region, self.tiers)
         self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, credentials)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
-        self.watch = Watch(self.store, self.links, self.region_service, c.peers, c.links.keepalive_ms)
+        self.watch = Watch(self.store, self.links, self.region_service, c.peers, c.links.keepalive_ms, self.spill)
         self.region_service.before_leaving = self.watch.look
         self.peering: Peering | None = None
         if credentials is not None:
@@ -332,6 +332,7 @@ class Node:
             "mirror": self.spill.mirror,
             "file_system": self.spill.file_system,
             "reserved": self.spill.reserved,
+            "linked": self.spill.linked,
             "segments": arena["segments_spilled"],
             "mirrored": arena["segments_mirrored"],
             "unmirrored": arena["segments_unmirrored"] if self.spill.mirror else 0,

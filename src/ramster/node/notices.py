@@ -60,6 +60,10 @@ class Look:
     puts_refused: int = 0
     pages_lost: int = 0
     """Stored pages whose only copy is gone, now."""
+    cuts: int = 0
+    """How often somebody had cut the spill file short, so far."""
+    pages_cut: int = 0
+    """Pages that this has cost, so far; `pages_lost` has them too while they are not put again or flushed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,17 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     """
     for number, peer in now.peers.items():
         yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s)
-    if now.pages_lost > before.pages_lost:
+    cut = now.pages_cut - before.pages_cut
+    if now.cuts > before.cuts:
+        yield Notice(
+            logging.ERROR if cut else logging.WARNING,
+            "somebody else has cut the spill file short: "
+            + (f"{_pages(cut)} that lay there alone are lost" if cut else "nothing that lay there alone is lost"),
+        )
+    if now.pages_lost - cut > before.pages_lost:
         yield Notice(
             logging.ERROR,
-            f"{_pages(now.pages_lost - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
+            f"{_pages(now.pages_lost - cut - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
             f"{_whose(now)}",
         )
     for number, region in now.regions.items():

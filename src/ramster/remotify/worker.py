@@ -46,6 +46,7 @@ class Worker:
         self._said = ""
         self._failed = ""
         self._read_errors = 0
+        self._linked = True
         self._copies = (0, 0)
         self._count_at = 0.0
         self._missing = False
@@ -135,6 +136,7 @@ class Worker:
         """What a decision needs of it; a kind of trouble is said once."""
         if self.spill is None:
             return None
+        self.spill.look()
         free, waiting, works, total = self.spill.room()
         seen = self.spill.statistics()
         reads_failed = seen.read_errors > self._read_errors
@@ -143,6 +145,13 @@ class Worker:
         if trouble and trouble != self._said:
             log.warning("spill file %s: %s while that lasts", self.spill.path, trouble)
             self._said = trouble
+        if self._linked and not self.spill.linked:
+            self._linked = False
+            log.warning(
+                "spill file %s was removed, or another file put in its place: this node goes on with the one that it "
+                "has open, whose room the disk has back when the node ends",
+                self.spill.path,
+            )
         if not self.spill.mirror:
             return SpillRoom(free, waiting, works)
         if (now := time.monotonic()) >= self._count_at:
