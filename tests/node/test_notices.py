@@ -78,6 +78,26 @@ def region(look: RegionLook) -> Look:
         ),
         (region(replace(REGION, full=True)), Look(peers={2: DOWN}), []),  # it was closed
         (peers(DOWN), peers(replace(DOWN, lost=True)), ["ERROR node beta has been out of reach for too long"]),
+        (
+            peers(DOWN),
+            peers(replace(DOWN, lost=True, pages=3)),
+            ["ERROR node beta has been out of reach for too long: 3 pages (12KiB) whose only copy it has cannot"],
+        ),
+        (
+            Look(),
+            Look(cuts=1, pages_cut=2, pages_lost=2),
+            ["ERROR somebody else has cut the spill file short: 2 pages (8KiB) that lay there alone are lost"],
+        ),
+        (Look(cuts=1), Look(cuts=2), ["WARNING somebody else has cut the spill file short: nothing that lay there"]),
+        (
+            Look(cuts=1, pages_cut=2, pages_lost=2),
+            Look(cuts=2, pages_cut=3, pages_lost=7),
+            [
+                "ERROR somebody else has cut the spill file short: 1 page",
+                "ERROR 4 pages (16KiB) have lost their only copy",
+            ],
+        ),
+        (Look(cuts=1, pages_cut=2, pages_lost=2), Look(cuts=1, pages_cut=2), []),
         (peers(replace(DOWN, lost=True)), peers(UP), ["INFO the link to node beta is up again"]),
         (region(REGION), region(replace(REGION, removed=3)), ["WARNING region matrix of process 4711 removed 3 pages"]),
         (Look(), Look(damaged=1), ["ERROR 1 page (4KiB) failed the check of their bytes"]),

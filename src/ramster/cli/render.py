@@ -98,8 +98,16 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add(("damaged pages", "red"), str(damaged))
     if lost := _int(arena, "pages_lost"):
         table.add(("lost pages", "red"), str(lost))
+    if away := _int(arena, "pages_unreachable"):
+        names = [str(peer.get("name", "?")) for peer in status.get("peers") or () if _int(peer, "pages_unreachable")]
+        table.add(("pages out of reach", "red"), f"{away}: {', '.join(names)} has the only copy")
     if spill := status.get("spill"):
         table.add("spill file", _spill(spill))
+        if cuts := _int(spill, "cuts"):
+            table.add(
+                ("spill file cut short", "red"),
+                f"by somebody else, {counted(cuts, 'time')}; {counted(_int(spill, 'pages_cut'), 'page')} lost by it",
+            )
         if unread := _int(spill, "read_errors"):
             reason = str(spill.get("last_error") or "")
             table.add(

@@ -1,5 +1,5 @@
 """The links' native interface: what regions may call. See _link.pyx for the rules."""
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.openssl cimport SSL, SSL_CTX
@@ -215,6 +215,7 @@ ctypedef uint32_t (*SpillKeep)(void *spill, const uint8_t *image, uint32_t bytes
 ctypedef void (*SpillRelease)(void *spill, uint32_t number) noexcept nogil
 ctypedef uint32_t (*SpillUnderWay)(void *spill) noexcept nogil
 ctypedef void (*SpillStop)(void *spill) noexcept nogil
+ctypedef bint (*SpillLook)(void *spill) noexcept nogil
 
 cdef struct Spilling:
     uint32_t ready                  # atomic: the rest is set; never unset
@@ -226,6 +227,7 @@ cdef struct Spilling:
     SpillRelease release
     SpillUnderWay under_way
     SpillStop stop                  # end its threads; what it has not read is completed by nobody
+    SpillLook look                  # mark what somebody has cut off the file
 
 cdef struct Links_t:
     Store_t *store
@@ -333,6 +335,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
                    void *context, bint send_now) noexcept nogil
 cdef int links_unspill(Links_t *l, const RemoteRef *ref) noexcept nogil
 cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
+cdef void links_look_at_spill(Links_t *l) noexcept nogil
 cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
 cdef uint32_t pending_asked(Links_t *l, uint32_t i, uint64_t id, uint32_t *segment, uint32_t *generation,
                             uint16_t *ordinals) noexcept nogil
@@ -344,8 +347,8 @@ cdef bint links_later(Links_t *l, Work work, void *context) noexcept nogil
 cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
-cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
-cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
+cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
 cdef bytes peer_certificate(SSL *ssl)
 

@@ -47,17 +47,17 @@ from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
     pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, start_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._conduct cimport BUCKET, COSTLY, IDLE, NONSENSE, USEFUL, conduct_charge
-from ramster.engine._histogram cimport Histogram, quantile, record
+from ramster.engine._histogram cimport quantile, record
 from ramster.engine._pending cimport (
     P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
     pending_verdict)
 from ramster.engine._running cimport GAP_NS, ran_ns
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
-    REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
+    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, NO_POOL, OK, ORDINALS_MAX, PAGE,
+    REMOTE, SPILL_PEER, UNREACHABLE, ImageHeader, RemoteMeta, RemoteRef, Store, no_pool, store_alone, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
     store_short_of_frames, store_unspill,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
@@ -855,6 +855,12 @@ cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcep
     return links_peer_reachable(l, peer) or store_is_spilled(l.store, slot)
 
 
+cdef void links_look_at_spill(Links_t *l) noexcept nogil:
+    """Before something is said of many pages: what somebody has cut off the spill file counts as lost from here on."""
+    if load32(&l.spilling.ready, ACQUIRE):
+        l.spilling.look(l.spilling.spill)
+
+
 cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
     """Send what links_get has queued for a lender."""
     cdef Peer *peer = peer_at(l, number)
@@ -1150,7 +1156,7 @@ cdef void waiter_complete(void *context, Reply *reply) noexcept nogil:
     pthread_mutex_unlock(&w.lock)
 
 
-cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
+cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
     """Get a page wherever it is, waiting for a lender at most give_up, for the spill file SPILL_S."""
     cdef RemoteRef ref
     cdef Wanted wanted
@@ -1215,7 +1221,7 @@ cdef void fetching_answered(void *context, Reply *reply) noexcept nogil:
     fetching_less(f, 1)
 
 
-cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
+cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
     """Get up to GET_PAGES_MAX pages of a dense pool wherever they are, as get_page does with one, and leave them there. Everything
     that is away is asked for at once, pages of one segment together, so that a slow lender is waited for once. 'staging' has
     room for n replies of one page."""
@@ -2715,7 +2721,7 @@ cdef class Links:
                 with nogil:
                     send_waiting(l, &l.peers[p].channels[BULK], &frame, NULL, now_ns() + 1000000000ull)
 
-    def get(self, uint32_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
+    def get(self, uint64_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
         """A page, wherever it is: bytes, or None. PageLost when nobody has it (any more) or its lender does not answer."""
         cdef Links_t *l = self.live()
         cdef uint64_t key[3]
@@ -2735,7 +2741,27 @@ cdef class Links:
             raise errors.PageLost(f"page {index} of pool {pool} is lost: what came back fails its check")
         if result == UNREACHABLE or result == BUSY:
             raise errors.PageLost(f"page {index} of pool {pool} cannot be had: its lender does not answer")
+        if result == NO_POOL:
+            raise no_pool(l.store, pool)
         raise errors.UsageError(f"there is no page {index} in pool {pool}")
+
+    def unreachable(self):
+        """Pages whose only copy is on a peer that has been out of reach for too long, by its number: a get of them fails now. As
+        soon as it is back they are not counted any more. What is gone for good is the store's to count."""
+        cdef Links_t *l = self.live()
+        cdef uint8_t away[256]
+        cdef uint64_t pages[256]
+        cdef uint32_t i, some = 0
+        memset(away, 0, sizeof(away))
+        memset(pages, 0, sizeof(pages))
+        for i in range(PEERS_MAX):
+            if peer_at(l, i) != NULL and links_peer_lost(l, i):
+                away[i] = 1
+                some += 1
+        if some:
+            with nogil:
+                store_alone(l.store, away, pages)
+        return {i: pages[i] for i in range(PEERS_MAX) if pages[i]}
 
     def drop_foreign(self, uint32_t owner):
         """Forget everything held for a node; returns the number of segments."""

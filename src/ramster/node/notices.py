@@ -33,6 +33,8 @@ class PeerLook:
     """Out of reach for longer than pages are waited for."""
     silent_s: float = 0.0
     """For how long nothing came on a connection that is up."""
+    pages: int = 0
+    """Of one that is `lost`: stored pages whose only copy it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class Look:
     puts_refused: int = 0
     pages_lost: int = 0
     """Stored pages whose only copy is gone, now."""
+    cuts: int = 0
+    """How often somebody had cut the spill file short, so far."""
+    pages_cut: int = 0
+    """Pages that this has cost, so far; `pages_lost` has them too while they are not put again or flushed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +83,17 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     """
     for number, peer in now.peers.items():
         yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s)
-    if now.pages_lost > before.pages_lost:
+    cut = now.pages_cut - before.pages_cut
+    if now.cuts > before.cuts:
+        yield Notice(
+            logging.ERROR if cut else logging.WARNING,
+            "somebody else has cut the spill file short: "
+            + (f"{_pages(cut)} that lay there alone are lost" if cut else "nothing that lay there alone is lost"),
+        )
+    if now.pages_lost - cut > before.pages_lost:
         yield Notice(
             logging.ERROR,
-            f"{_pages(now.pages_lost - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
+            f"{_pages(now.pages_lost - cut - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
             f"{_whose(now)}",
         )
     for number, region in now.regions.items():
@@ -110,8 +123,9 @@ def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[No
     if now.lost and not now.gone and before is not None and not before.lost:
         yield Notice(
             logging.ERROR,
-            f"{name} has been out of reach for too long: pages whose only copy it has cannot be had, unless it comes "
-            "back with the same memory",
+            f"{name} has been out of reach for too long: "
+            + (f"{_pages(now.pages)} whose only copy it has" if now.pages else "pages whose only copy it has")
+            + " cannot be had, unless it comes back with the same memory",
             name,
         )
     if now.up and before is not None and not was_up and (before.gone or before.reason):

@@ -150,10 +150,12 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
         outcome.words = lines[-1].removeprefix("ramster: ") if lines else ""
         outcome.finished = False
     if code == -signal.SIGBUS and nodes:
-        # Where the node counts lost pages for good, its figure is exact.
+        # While it still has the region's pages.
         with contextlib.suppress(RamsterError):
             outcome.status = nodes[0].control.status()
-            outcome.lost_seen = max(outcome.lost_seen, int((outcome.status.get("counters") or {}).get("pages_lost", 0)))
+            arena = outcome.status.get("arena") or {}
+            lost = int(arena.get("pages_lost", 0)) + int(arena.get("pages_unreachable", 0))
+            outcome.lost_seen = max(outcome.lost_seen, lost)
     elif code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise RamsterError(f"the {work.kind} worker ended with {how}: {lines[-1] if lines else 'no message'}")
