@@ -7,6 +7,7 @@ from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_
 from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._conduct cimport Conduct
 from ramster.engine._histogram cimport Histogram
+from ramster.engine._turns cimport Turns
 from ramster.engine._store cimport ENTRY_BYTES_MAX, RemoteMeta, RemoteRef, Store, Store_t
 
 cdef enum:
@@ -94,6 +95,7 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     uint32_t asked_head
     uint32_t asked_count
     uint64_t work                   # of the present turn
+    uint64_t turn                   # how much of it there may be
     uint32_t pings                  # sent and not answered
     Conduct conduct
     Conduct handshakes              # TLS messages after the handshake
@@ -234,6 +236,7 @@ cdef struct Links_t:
     Peer *peers[256]
     pthread_mutex_t peers_lock
     int epolls[2]
+    Turns turns[2]                  # of each reactor alone
     int wakes[2]
     pthread_t reactors[2]
     pthread_t shipper

@@ -55,6 +55,7 @@ from ramster.engine._pending cimport (
     P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
     pending_verdict)
 from ramster.engine._running cimport GAP_NS, ran_ns
+from ramster.engine._turns cimport Turns, turn_next, turn_of, turn_over
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
     REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
@@ -75,9 +76,9 @@ cdef enum:
     SEND_BYTES = 65536              # encrypted bytes worth a system call
     WIRE_BYTES = 65536 + 20480 + 4096   # one record more, and what a key update or an alert takes
     RECORDS_PER_SEND_TURN = 4
-    # One turn of a connection, then another of this reactor has its own. Work is counted and not measured: about a unit for
-    # each ns. A turn ends with the frame that brings it over this: nobody else waits for more than a ms because of one peer.
-    WORK_PER_TURN = 500000
+    EARLY_MESSAGES_MAX = 4          # of TLS, between its handshake and the first frames; an honest peer sends none
+    # One turn of a connection, then another of this reactor has its own: see _turns.pxd. Work is counted and not measured,
+    # about a unit for each ns. A turn ends with the frame that brings it over what it may have.
     WORK_READ = 2000                # a record; what it brings is a unit a byte, and so is what is sent for it
     WORK_FRAME = 1000
     WORK_ENTRY = 50                 # looked up in an image
@@ -300,6 +301,22 @@ cdef void flush(Links_t *l, Channel *ch) noexcept nogil:
         lock_to_write(ch)
         more = flush_record(l, ch)
         pthread_mutex_unlock(&ch.lock)
+
+
+cdef bint flush_left(Links_t *l, Channel *ch) noexcept nogil:
+    """By the reactor, as a turn begins: what found the socket full before. It costs as much as what is new. True: the turn is over,
+    and more could be sent now."""
+    cdef bint more = load32(&ch.out_used, RELAXED) != 0 and load32(&ch.image_count, ACQUIRE) == 0
+    cdef uint32_t before
+    while more:
+        if ch.work >= ch.turn:
+            return True
+        lock_to_write(ch)
+        before = ch.out_used
+        more = flush_record(l, ch)
+        ch.work += before - ch.out_used
+        pthread_mutex_unlock(&ch.lock)
+    return False
 
 
 cdef void *sender_main(void *argument) noexcept nogil:
@@ -706,7 +723,7 @@ cdef bint answer_asked(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef Asked *first
     cdef bint found
     while ch.asked_count:
-        if ch.work >= WORK_PER_TURN:
+        if ch.work >= ch.turn:
             return True
         first = &ch.asked[ch.asked_head]
         if lent_answer(l, peer, ch, &first.frame, first.ordinals, &found) == AGAIN:
@@ -1852,7 +1869,7 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef Frame *f
     cdef uint8_t *place
     cdef uint32_t n, room = 0
-    while ch.work < WORK_PER_TURN:
+    while ch.work < ch.turn:
         if ch.in_body:
             n = min(ch.end - ch.start, ch.frame.length - ch.body_got)
             place = body_place(l, ch, &room)
@@ -1906,7 +1923,7 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
 
 
 cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """Read and handle WORK_PER_TURN. 0: nothing more now, 1: more waits, -1: the connection is done for."""
+    """Read and handle what the turn allows. 0: nothing more now, 1: more waits, -1: the connection is done for."""
     cdef int n, error
     cdef uint8_t *target
     cdef uint32_t room = 0
@@ -1914,7 +1931,7 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     while True:
         if ch.start != ch.end and parse(l, peer, ch) != 0:
             return -1
-        if ch.work >= WORK_PER_TURN:
+        if ch.work >= ch.turn:
             return 1
         target = body_place(l, ch, &room) if ch.in_body and ch.start == ch.end else NULL
         direct = target != NULL
@@ -2011,23 +2028,38 @@ cdef bint channel_close(Channel *ch, uint64_t deadline_ns) noexcept nogil:
     return closed
 
 
-cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+cdef bint turn(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """True: something is left for another turn. What waits to be sent goes first, then what waits to be answered, so that nothing
+    new is read while the connection takes what it asked for. One that takes nothing is read from all the same: two that waited for each other to
+    read would wait for ever."""
     cdef int result
-    store32(&ch.kick, 0, RELAXED)
-    if not is_up(ch):
-        return
-    ch.work = 0
+    if flush_left(l, ch) or answer_asked(l, peer, ch):
+        return True
     result = receive(l, peer, ch)
     if result < 0:
         channel_down(l, peer, ch)
-        return
+        return False
     flush(l, ch)
-    if answer_asked(l, peer, ch):
-        result = 1
-    store64(&l.turn_work_max[ch.kind], max(l.turn_work_max[ch.kind], ch.work), RELAXED)
-    if result > 0:
-        store32(&ch.kick, 1, RELEASE)
-        eventfd_write(l.wakes[ch.kind], 1)
+    return answer_asked(l, peer, ch) or result > 0
+
+
+cdef void serve(Links_t *l, Peer *peer, int kind, uint64_t work) noexcept nogil:
+    cdef Channel *ch = &peer.channels[kind]
+    cdef bint more
+    if not is_up(ch):
+        return
+    ch.work = 0
+    ch.turn = work
+    more = turn(l, peer, ch)
+    store64(&l.turn_work_max[kind], max(l.turn_work_max[kind], ch.work), RELAXED)
+    turn_over(&l.turns[kind], peer.number, ch.work, more)
+
+
+cdef void came(Links_t *l, Peer *peer, int kind) noexcept nogil:
+    """Something came on a connection, or it can be written to."""
+    cdef int64_t work = turn_of(&l.turns[kind], peer.number)
+    if work:
+        serve(l, peer, kind, <uint64_t> work)
 
 
 cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexcept nogil:
@@ -2062,14 +2094,15 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
 
 
 cdef void react(Links_t *l, int kind) noexcept nogil:
-    cdef epoll_event events[32]
+    cdef epoll_event events[256]    # of all peers: who is idle is seen behind however many who wait for their turns
     cdef int n, i
-    cdef uint32_t p
+    cdef int64_t work
+    cdef uint32_t p = 0
     cdef uint64_t value, now, ticked = 0, looked = now_ns()
     cdef bint late = False
     cdef Peer *peer
     while not load32(&l.stopping, ACQUIRE):
-        n = epoll_wait(l.epolls[kind], events, 32, TICK_MS)
+        n = epoll_wait(l.epolls[kind], events, 256, 0 if l.turns[kind].count else TICK_MS)
         for i in range(n):
             if events[i].data.u32 < PEERS_MAX:
                 peer = peer_at(l, events[i].data.u32)
@@ -2078,13 +2111,16 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
                     if peer.channels[kind].ssl != NULL:
                         arm(l, &peer.channels[kind], False)
                     pthread_mutex_unlock(&peer.channels[kind].lock)
-                serve(l, peer, &peer.channels[kind])
+                came(l, peer, kind)
                 continue
             eventfd_read(l.wakes[kind], &value)
             for p in range(PEERS_MAX):
                 peer = peer_at(l, p)
                 if peer != NULL and swap32(&peer.channels[kind].kick, 0, ACQ_REL):
-                    serve(l, peer, &peer.channels[kind])
+                    came(l, peer, kind)
+        work = turn_next(&l.turns[kind], &p)
+        if work:
+            serve(l, peer_at(l, p), kind, <uint64_t> work)
         now = ran(l)
         late = now_ns() > looked + GAP_NS and not late
         looked = now_ns()
