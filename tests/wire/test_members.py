@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import time
@@ -20,6 +21,7 @@ from ramster.wire import conduct, frames, hello
 from ramster.wire.frames import FrameType
 
 BAD, GOOD = 3, 2
+KINDS = {"get": GET, "bulk": BULK}
 DEADLINE_S = 60.0
 # A turn ends with the frame that brings it over what it may have; the dearest ones, an answer of 64 pages and an order
 # to compact the largest directory, cost less than half a millisecond.
@@ -305,6 +307,47 @@ def test_whoever_floods_with_what_means_nothing_is_cut_off_and_nobody_else(
     good.still_served()
     good.close()
     served.links.drop_foreign(BAD)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["its own", "both sides'"])
+@pytest.mark.parametrize("kind", ["get", "bulk"])
+def test_whoever_changes_its_keys_again_and_again_is_cut_off(served: Served, kind: str, both: bool) -> None:
+    """TLS has no end of key updates, and no frame comes of them."""
+    good = Good(served)
+    bad = served.attached(BAD, kind)
+    sent = 0
+    with contextlib.suppress(RamsterError):
+        while sent < 1_000_000:
+            bad.update_keys(TIMEOUT_S, both)
+            sent += 1
+    assert sent < 1_000_000
+    wait_until(lambda: not served.links.up(BAD, KINDS[kind]), "cut off")
+    row = next(row for row in served.links.peers() if row["number"] == BAD)
+    assert row["reason"] == "the peer changed its keys again and again"
+    assert served.links.counters()["floods"] == 1 and served.links.faults(BAD)[0] == 1
+    good.still_served()
+    bad.close()
+    good.close()
+
+
+def test_an_honest_number_of_key_updates_is_none_of_anybodys_business(served: Served) -> None:
+    bad = served.attached(BAD, "get")
+    for _ in range(100):
+        bad.update_keys(TIMEOUT_S)
+        served.still_serves(bad)
+    assert served.links.counters()["floods"] == 0
+    bad.close()
+
+
+def test_key_updates_are_no_hello(served: Served) -> None:
+    """Whoever has a thread of this node and says nothing else is told so, and not only after the time for a hello."""
+    bad = served.tls(BAD)
+    for _ in range(10):
+        bad.update_keys(TIMEOUT_S)
+    kind, length = frames.unpack(bad.receive(frames.HEADER_BYTES, TIMEOUT_S))
+    assert kind == FrameType.REFUSE
+    assert "it changes its keys again and again" in hello.decode_refusal(bad.receive(length, TIMEOUT_S))
+    bad.close()
 
 
 def test_whoever_asks_for_much_has_one_turn_after_the_other(served: Served) -> None:

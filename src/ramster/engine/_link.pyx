@@ -1763,7 +1763,17 @@ cdef void on_message(int sent, int version, int type, const void *bytes, size_t 
     cdef Channel *ch = <Channel *> argument
     if not sent and type == SSL3_RT_HANDSHAKE and not conduct_charge(&ch.handshakes, NONSENSE, now_ns() // 1000000, BUCKET):
         ch.rekeyed = True
+        SSL_set_shutdown(ssl, SSL_RECEIVED_SHUTDOWN)    # SSL_read ends here, and not with the last of what has come
         shutdown(ch.fd, SHUT_RDWR)
+
+
+cdef void on_early_message(int sent, int version, int type, const void *bytes, size_t length, SSL *ssl, void *argument) noexcept nogil:
+    """The same before the connection is attached: SSL_read would not come back as long as they come, nor see its deadline."""
+    cdef uint32_t *messages = <uint32_t *> argument
+    if not sent and type == SSL3_RT_HANDSHAKE:
+        messages[0] += 1
+        if messages[0] > EARLY_MESSAGES_MAX:
+            SSL_set_shutdown(ssl, SSL_RECEIVED_SHUTDOWN)
 
 
 cdef uint32_t dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint8_t *body) noexcept nogil:
@@ -2223,6 +2233,7 @@ cdef class Connection:
     cdef SSL *ssl
     cdef readonly int fd
     cdef object context
+    cdef uint32_t messages
 
     def __cinit__(self, TlsContext context, int fd, bint server):
         self.fd = fd
@@ -2252,6 +2263,8 @@ cdef class Connection:
         cdef pollfd p
         cdef int64_t left
         cdef int n
+        if self.messages > EARLY_MESSAGES_MAX:
+            raise errors.ProtocolError("it changes its keys again and again and says no more")
         if error != SSL_ERROR_WANT_READ and error != SSL_ERROR_WANT_WRITE:
             raise errors.CertificateError(f"TLS failed: {tls_reason(self.ssl)}")
         p.fd = self.fd
@@ -2273,6 +2286,8 @@ cdef class Connection:
             with nogil:
                 result = SSL_do_handshake(self.ssl)
             if result == 1:
+                SSL_set_msg_callback_arg(self.ssl, &self.messages)
+                SSL_set_msg_callback(self.ssl, on_early_message)
                 return peer_certificate(self.ssl)
             self.wait(SSL_get_error(self.ssl, result), deadline)
 
@@ -2289,6 +2304,20 @@ cdef class Connection:
                 left -= n
             else:
                 self.wait(SSL_get_error(self.ssl, n), deadline)
+
+    def update_keys(self, double timeout_s, bint both=False):
+        """Say that the next bytes come under another key; both: and that the other side's shall, too. How tests play whoever does
+        nothing else."""
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef int result
+        SSL_key_update(self.ssl, SSL_KEY_UPDATE_REQUESTED if both else SSL_KEY_UPDATE_NOT_REQUESTED)
+        while True:
+            ERR_clear_error()
+            with nogil:
+                result = SSL_do_handshake(self.ssl)
+            if result == 1:
+                return
+            self.wait(SSL_get_error(self.ssl, result), deadline)
 
     def receive(self, int size, double timeout_s):
         """Exactly 'size' bytes."""
