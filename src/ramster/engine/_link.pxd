@@ -17,7 +17,8 @@ cdef enum:
     ORDERS_MAX = 512
     ORDERS_PER_PEER = 64
     SHARE = 4                       # a peer may have a quarter of what is free: however many stand still, others find room
-    ORPHANS_MAX = 64
+    ORPHANS_MAX = 64                # a lender with so many gets nothing more before it has forgotten some
+    TOLD_MAX = 1024                 # the same, with so many FREE and COMPACT that it has not answered
     IMAGES = 2                      # sealed segments that wait for one lender's connection: one is sent, one is sealed
     FRAME_BYTES = 48
     RECEIVE_BYTES = 32768
@@ -131,8 +132,9 @@ cdef struct Peer:
     uint64_t segments_sent
     uint64_t refused
     uint32_t refusal                # status of the last refusal
-    uint32_t orphans[64]            # shipped, never answered: not shipped there again before it says that they are freed
-    uint32_t orphan_generations[64]
+    uint32_t *orphans               # it may have them, and is to forget them: not shipped there again before it says that it did
+    uint32_t *orphan_generations
+    uint32_t orphan_room            # for ORPHANS_MAX, what was under way then, and every segment that it held
     uint32_t orphan_count
     uint32_t orphans_told           # the first so many, on the present connection
     Histogram round_trip

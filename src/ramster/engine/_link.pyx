@@ -1415,7 +1415,8 @@ cdef void ship_failed(Links_t *l, const Ship *ship) noexcept nogil:
 
 cdef void add_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept nogil:
     """Under ship_lock: this lender is to forget a segment that has another place, and gets none of this name before it did."""
-    if peer.orphan_count < ORPHANS_MAX and not is_orphan(peer, segment, generation):
+    ASSERT(peer.orphan_count < peer.orphan_room, b"a lender has no more orphans than it was sent segments")
+    if not is_orphan(peer, segment, generation):
         peer.orphans[peer.orphan_count] = segment
         peer.orphan_generations[peer.orphan_count] = generation
         store32(&peer.orphan_count, peer.orphan_count + 1, RELAXED)
@@ -1431,18 +1432,21 @@ cdef bint is_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept 
 
 
 cdef void orphan_freed(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
-    cdef uint32_t i, kept = 0, told = 0
+    cdef uint32_t i = 0, after
+    cdef bint more
     pthread_mutex_lock(&l.ship_lock)
-    for i in range(peer.orphan_count):
-        if peer.orphans[i] == f.segment and peer.orphan_generations[i] == f.generation:
-            continue
-        peer.orphans[kept] = peer.orphans[i]
-        peer.orphan_generations[kept] = peer.orphan_generations[i]
-        kept += 1
-        told += i < peer.orphans_told
-    store32(&peer.orphan_count, kept, RELAXED)
-    peer.orphans_told = told
+    while i < peer.orphan_count and (peer.orphans[i] != f.segment or peer.orphan_generations[i] != f.generation):
+        i += 1                      # the answers come in the order in which they were told: this ends at once
+    if i < peer.orphan_count:
+        after = peer.orphan_count - i - 1
+        memmove(peer.orphans + i, peer.orphans + i + 1, 4 * <size_t> after)
+        memmove(peer.orphan_generations + i, peer.orphan_generations + i + 1, 4 * <size_t> after)
+        store32(&peer.orphan_count, peer.orphan_count - 1, RELAXED)
+        peer.orphans_told -= i < peer.orphans_told
+    more = peer.orphans_told < peer.orphan_count
     pthread_mutex_unlock(&l.ship_lock)
+    if more:
+        eventfd_write(l.order_fd, 1)
 
 
 cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
@@ -1569,11 +1573,12 @@ cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
         o = &l.orders[i]
         peer = peer_at(l, o.peer)
         expired = load32(&peer.gone, ACQUIRE) or load32(&peer.channels[BULK].up, ACQUIRE) == 0 or \
-            is_orphan(peer, o.segment, o.generation) or \
+            (peer.orphan_count < ORPHANS_MAX and is_orphan(peer, o.segment, o.generation)) or \
             now > max(o.ordered_ns, peer.progress_ns) + ORDER_S * 1000000000ull
         # What is on its way may all become orphans.
         if not expired and (found or peer.shipping >= min(l.bulk_in_flight, (SHIPS_MAX - l.ships_used) // SHARE) or
                             peer.shipping + peer.orphan_count >= ORPHANS_MAX or
+                            load32(&peer.told, RELAXED) >= TOLD_MAX or     # each keeps the number of a segment from being used
                             load32(&peer.channels[BULK].image_count, ACQUIRE) >= IMAGES):
             l.orders[kept] = o[0]
             kept += 1
@@ -1641,7 +1646,7 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
             frame.handle = NO_FRAME
             if tell(l, peer, &frame, NULL) != SENT:
                 pthread_mutex_lock(&l.ship_lock)
-                peer.orphans_told = 0
+                peer.orphans_told -= peer.orphans_told != 0
                 pthread_mutex_unlock(&l.ship_lock)
                 break
     while store_next_freed(l.store, &segment, &generation, &number, &handle, &spill):
@@ -2472,6 +2477,8 @@ cdef class Links:
                     free(l.peers[i].channels[k].images[1])
                     free(l.peers[i].channels[k].received)
                     free(l.peers[i].channels[k].asked)
+                free(l.peers[i].orphans)
+                free(l.peers[i].orphan_generations)
                 free(l.peers[i])
         for k in range(2):
             for fd in (l.epolls[k], l.wakes[k]):
@@ -2620,6 +2627,11 @@ cdef class Links:
         if peer == NULL:
             raise MemoryError
         peer.number = number
+        peer.orphan_room = l.store.segments_max + 2 * ORPHANS_MAX
+        peer.orphans = <uint32_t *> calloc(peer.orphan_room, 4)     # room in the address space: there are few, as a rule none
+        peer.orphan_generations = <uint32_t *> calloc(peer.orphan_room, 4)
+        if peer.orphans == NULL or peer.orphan_generations == NULL:
+            raise MemoryError
         pthread_mutex_init(&peer.attach_lock, NULL)
         for k in range(2):
             pthread_mutex_init(&peer.channels[k].lock, NULL)
