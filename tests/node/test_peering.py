@@ -412,6 +412,44 @@ def test_a_link_that_does_not_answer_makes_room(cluster: Cluster, running: Calla
         end.close()
 
 
+def test_nobody_looks_again_and_again_whether_a_link_answers(
+    cluster: Cluster, running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer that waits is woken by what happens."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=1000)
+    silent = greet(cluster, alpha.address, "beta", "get", 1000)
+    wait_until(lambda: alpha.links.up(2, GET), "up")
+    looks: list[int] = []
+    probe = alpha.links.probe
+
+    def counting(number: int, ask: bool) -> tuple[int, int] | None:
+        looks.append(number)
+        return probe(number, ask)
+
+    monkeypatch.setattr(alpha.links, "probe", counting)
+    end = greet(cluster, alpha.address, "beta", "get", 2000)
+    wait_until(lambda: alpha.links.up(2, GET) and probe(2, False) is not None and generation_of(alpha, 2) == 2000, "in")
+    assert 4 <= len(looks) < 20, "it waited for a second"
+    for each in (silent, end):
+        each.close()
+
+
+def test_a_node_that_closes_lets_nobody_wait_for_a_sign_of_life(
+    cluster: Cluster, running: Callable[..., Running]
+) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=60_000)
+    silent = greet(cluster, alpha.address, "beta", "get", 1000)
+    wait_until(lambda: alpha.links.up(2, GET), "up")
+    with ThreadPoolExecutor(1) as pool:
+        newcomer = pool.submit(greet, cluster, alpha.address, "beta", "get", 2000)
+        # The one that waits has been told of: a PING has come.
+        assert frames.unpack(silent.receive(frames.HEADER_BYTES, TIMEOUT_S))[0] == FrameType.PING
+        alpha.close()
+        with pytest.raises(RamsterError, match="this node stops"):
+            newcomer.result(TIMEOUT_S)
+    silent.close()
+
+
 def frames_of(end: Connection) -> list[int]:
     """The types of all frames that come, until it is closed."""
     found: list[int] = []

@@ -125,6 +125,7 @@ cdef struct Peer:
     uint32_t gone                   # atomic: it said goodbye
     bint lends                      # it took a segment of ours in this life
     uint32_t told                   # atomic: FREE and COMPACT on this connection, not answered yet
+    uint32_t listened               # atomic: somebody waits for a sign of life
     uint32_t faults                 # atomic: how often it was cut off for what it sent
     uint64_t fault_ns               # when last
     Channel channels[2]

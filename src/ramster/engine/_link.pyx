@@ -1973,6 +1973,9 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         store64(&ch.received_ns, ran(l), RELAXED)
         store64(&ch.unanswered_ns, 0, RELAXED)
         ch.silent = False
+        if load32(&peer.listened, ACQUIRE):
+            store32(&peer.listened, 0, RELAXED)
+            eventfd_write(l.event_fd, 1)
         say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
@@ -2701,7 +2704,8 @@ cdef class Links:
 
     def probe(self, uint32_t number, bint ask):
         """Of a link that lives: (generation of the peer's process, when something came from it last, in ns in which this node ran).
-        None where no connection is up, or the peer said goodbye. ask: send a PING on each connection."""
+        None where no connection is up, or the peer said goodbye. ask: send a PING on each connection; event_fd is raised when
+        anything comes."""
         cdef Links_t *l = self.live()
         cdef Peer *peer = peer_at(l, number)
         cdef Frame frame
@@ -2710,6 +2714,8 @@ cdef class Links:
         if peer == NULL or load32(&peer.gone, ACQUIRE):
             return None
         with nogil:
+            if ask:
+                store32(&peer.listened, 1, RELEASE)
             for k in range(2):
                 if is_up(&peer.channels[k]):
                     heard_ns = max(heard_ns, load64(&peer.channels[k].received_ns, RELAXED))

@@ -45,7 +45,6 @@ _DIGITS = re.compile(r"[\d.]+")
 # So many are accepted before everybody else in the loop has a turn: accepting does not wait while somebody is there.
 _ACCEPTS_A_TURN = 16
 _NO_ROOM = "it had to make room for others"
-_LOOK_S = 0.02
 _KINDS = {"get": GET, "bulk": BULK}
 
 
@@ -127,6 +126,9 @@ class Peering:
         self._grace: dict[int, asyncio.TimerHandle] = {}
         self._stood_still_ms = 0
         self._dice = random.Random()
+        self._news = threading.Condition()
+        """Notified of whatever the links raise; guards `_closing`."""
+        self._closing = False
 
     async def start(self) -> None:
         """Listen and begin to connect. PortTaken when somebody else listens there."""
@@ -145,6 +147,9 @@ class Peering:
     async def close(self) -> None:
         """Stop listening and connecting; established connections belong to the engine and stay."""
         asyncio.get_running_loop().remove_reader(self.links.event_fd)
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -179,6 +184,8 @@ class Peering:
         """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.links.event_fd)
+        with self._news:
+            self._news.notify_all()
         self._on_change()
         stood_ms = self.links.stood_still_ms() - self._stood_still_ms
         self._stood_still_ms += stood_ms
@@ -240,11 +247,15 @@ class Peering:
         if life is not None and life[0] != theirs.generation:
             life = self.links.probe(theirs.number, True)  # a link of its own process owes it no sign of life
         asked = _Asked(life, self.links.ran_ms() / 1000)
-        while self._judge(theirs, asked) is Verdict.WAITS:
-            time.sleep(_LOOK_S)
+        with self._news:
+            while (left := self._judge(theirs, asked)) > 0:
+                if self._closing:
+                    raise ProtocolError("this node stops")
+                self._news.wait(left)
         return asked
 
-    def _judge(self, theirs: hello.Hello, asked: _Asked) -> Verdict:
+    def _judge(self, theirs: hello.Hello, asked: _Asked) -> float:
+        """For how much longer, in seconds in which this node runs, another process could answer; 0: it did not."""
         life, waited = self.links.probe(theirs.number, False), self.links.ran_ms() / 1000 - asked.at
         answer_s = min(self.settings.idle_timeout_ms / 1000, ANSWER_S_MAX)
         verdict = judge(theirs.generation, asked.life, life, waited, answer_s)
@@ -253,7 +264,7 @@ class Peering:
                 f"another process with the certificate of {theirs.name} is connected and answers: "
                 "one node, one process; has its key been copied?"
             )
-        return verdict
+        return max(answer_s - waited, 0.001) if verdict is Verdict.WAITS else 0.0
 
     def _attach(self, connection: Connection, theirs: hello.Hello, kind: str, asked: _Asked) -> None:
         """In a thread: hand it to the engine, unless another process of that peer came in between."""
