@@ -578,7 +578,8 @@ def _words(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError):
-        return (error.strerror or str(error)).lower()
+        # asyncio's own words would be "connect call failed", and not why.
+        return (os.strerror(error.errno) if error.errno else str(error)).lower()
     if isinstance(error, RamsterError):
         return str(error)
     return f"{type(error).__name__}: {error}"
