@@ -256,7 +256,9 @@ class Node:
             reason = (not row.get("gone") and reasons.get(peer.number)) or row.get("reason", "")
             reason = refusals.get(peer.number) or reason
             if not reason and peer.number > self.config.node.number:
-                reason = f"it has not connected yet; {peer.name} has the higher number and dials"
+                reason = (
+                    f"no connection yet; {peer.name}, which has the higher number, connects, and this node asks it to"
+                )
             peers.append(
                 {
                     "name": peer.name,
