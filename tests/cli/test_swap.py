@@ -16,7 +16,7 @@ import pytest
 from ramster.cli import main
 from ramster.constants import MIB
 from ramster.errors import NodeUnreachable, Refused, ToolMissing, UsageError
-from ramster.frontswap import cgroups, devices, swap
+from ramster.frontswap import cgroups, devices, swap, swap_records, swap_state
 
 GOOD: dict[str, Any] = {
     "arena": {"locked": True, "segment_bytes": 256 << 10, "frames_free": 256},
@@ -231,7 +231,7 @@ def test_an_nbd_device_is_ours_while_it_is_attached_as_we_left_it(
     if now is not None:
         (tmp_path / "nbd3/pid").write_text(f"{now}\n")
     record = swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd3", made=True, attached=bool(noted), attachment=noted)
-    assert swap._devices(WHERE, record) == (["/dev/nbd3"] if ours else [])
+    assert swap_records.own_devices(WHERE, record) == (["/dev/nbd3"] if ours else [])
 
 
 @pytest.mark.parametrize("connections", [0, 1])
@@ -254,6 +254,7 @@ def test_a_device_that_was_chosen_and_not_attached_stays_another_programs_swap(
     monkeypatch.setattr(devices, "_BLOCK", tmp_path)
     monkeypatch.setattr(devices, "swaps", lambda: [theirs])
     monkeypatch.setattr(swap, "swaps", lambda: [theirs])
+    monkeypatch.setattr(swap_state, "swaps", lambda: [theirs])
     monkeypatch.setattr(devices, "step", lambda words, *rest: used.append(list(words)))
     monkeypatch.setattr(swap, "_swap_off", lambda where, row, say: used.append([row.device]))
 
@@ -418,7 +419,7 @@ def test_nothing_is_waited_for_where_the_name_is_taken(
 def test_others_have_the_lock_while_a_link_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(swap, "need", lambda *tools: None)
-    monkeypatch.setattr(swap, "LOCK_S", 0.0)
+    monkeypatch.setattr(swap_records, "LOCK_S", 0.0)
     where = swap.place(tmp_path, "other")
     where.directory.mkdir()
     swap.write(where, swap.Record("other", MIB, 50, "bridge"))
