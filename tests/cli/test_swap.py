@@ -261,6 +261,10 @@ def test_a_device_that_was_chosen_and_not_attached_stays_another_programs_swap(
     class Node(Silent):
         has = True
 
+        def change_export(self, name: str, *, swap: bool) -> dict[str, Any]:
+            used.append([f"swap {swap}"])
+            return {}
+
         def exports(self) -> list[dict[str, Any]]:
             return [{"name": "swap0", "connections": connections}] if self.has else []
 
@@ -271,7 +275,7 @@ def test_a_device_that_was_chosen_and_not_attached_stays_another_programs_swap(
     assert found["swaps"][0]["state"] == "half-done"
     assert [row["device"] for row in found["others"]] == ["/dev/nbd3"]
     ended = swap.off(Node(), run_dir, "swap0", force=False, say=lambda line: None)
-    assert used == [] and ended.done == ("removed the export swap0",)
+    assert used == [["swap False"]] and ended.done == ("removed the export swap0",)
     assert "/dev/nbd3 is attached to something else by now, which stays" in ended.notes
     assert swap.names(run_dir) == []
 
@@ -348,6 +352,9 @@ class Silent:
         raise NodeUnreachable("gone")
 
     def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]:
+        raise NodeUnreachable("gone")
+
+    def change_export(self, name: str, *, swap: bool) -> dict[str, Any]:
         raise NodeUnreachable("gone")
 
     def remove_export(self, name: str, *, force: bool = False) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,7 +19,7 @@ from urllib.parse import quote
 
 from ramster import limits
 from ramster.admission import Limits, Table
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
 from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES
 from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
@@ -176,13 +177,24 @@ class ExportService:
             raise
         return Registered(name, number, pool, size, most, read_only, swap, allow)
 
-    async def change(self, name: str, size_bytes: int | None = None, read_only: bool | None = None) -> dict[str, Any]:
+    async def change(
+        self,
+        name: str,
+        size_bytes: int | None = None,
+        read_only: bool | None = None,
+        *,
+        allow: Sequence[str] | None = None,
+        swap: bool | None = None,
+    ) -> dict[str, Any]:
         """Lets it grow, makes it read-only or writable; what is None stays. Clients see another size when they connect
         next. Either all is changed or nothing.
 
-        UsageError where it would shrink or outgrow its max_bytes. Refused where read_only would change while clients
-        use it, who were told in their handshake.
+        allow, swap: as of `create`, from now on. Connections of those whom the new list does not have are ended.
+
+        UsageError where it would shrink or outgrow its max_bytes, or for a wrong allow. Refused where read_only would
+        change while clients use it, who were told in their handshake.
         """
+        allowed = None if allow is None else self._allow_list(allow)
         notes: list[str] = []
         size = None if size_bytes is None else whole_pages("size", size_bytes, notes)
         async with self._changing:
@@ -209,10 +221,32 @@ class ExportService:
                 await asyncio.to_thread(self.server.resize, export.number, size)
                 with self._lock:
                     export.size_bytes = size
+            if swap is not None and swap != export.swap:
+                with self._lock:
+                    export.swap = swap
+                log.info("export %s: this machine %s", name, "swaps on it" if swap else "does not swap on it any more")
+            if allowed is not None:
+                notes += await self._admit(export, allowed)
             described = await asyncio.to_thread(self._describe, export)
         if grows and export.clients:
             notes.append("clients that are connected see the new size when they connect again")
         return {**described, "notes": notes}
+
+    async def _admit(self, export: Registered, allow: tuple[str, ...]) -> list[str]:
+        """Its new allow list, and the end of those connections that it does not let in; what is to be said of them."""
+        with self._lock:  # whoever enters after this meets the new list
+            export.allow = allow
+            out = [each for each in export.clients if objection(allow, each.name, local=each.local) is not None]
+        log.info("export %s: for %s from now on", export.name, ", ".join(allow) or "every client of the cluster")
+        if not out:
+            return []
+        whose = ", ".join(sorted({each.who for each in out}))
+        log.info("export %s: closing %s, not on its allow list any more", export.name, whose)
+        still = await end_all(out)
+        notes = [f"closed {counted(len(out) - still, 'connection')} of clients that may not use it any more: {whose}"]
+        if still:
+            notes.append(f"{counted(still, 'connection')} did not end within {END_S:g} s")
+        return notes
 
     def _turn(self, server: NbdServer, export: Registered, read_only: bool) -> None:
         with self._lock:  # nobody enters meanwhile
@@ -282,6 +316,7 @@ class ExportService:
                 return {}
             census = self.store.census(export.pool)
             statistics = self.server.statistics(export.number)
+        left = export.deserted_at if export.swap else None
         return {
             **statistics,
             "pages_stored": census["here"] + census["away"],
@@ -295,6 +330,7 @@ class ExportService:
             "swap": export.swap,
             "allow": list(export.allow),
             "connections": len(export.clients),
+            "deserted_s": 0.0 if left is None else round(time.monotonic() - left, 1),
             "uris": self.uris(export.name),
         }
 
@@ -362,6 +398,7 @@ class ExportService:
                 return Refusal(OptionReply.ERR_POLICY, refused)
             connection.export = found
             found.clients.add(connection)
+            found.deserted_at = None
             return found.wire()
 
     def _find(self, name: str, client: Connection) -> Registered | Refusal:
@@ -378,8 +415,16 @@ class ExportService:
 
     def leave(self, connection: Connection) -> None:
         with self._lock:
-            if connection.export is not None:
-                connection.export.clients.discard(connection)
+            if (export := connection.export) is not None:
+                export.clients.discard(connection)
+                if not export.clients:
+                    export.deserted_at = time.monotonic()
+
+    def swapped_on(self) -> dict[int, tuple[str, bool]]:
+        """By number of each export that this machine swaps on: (name, whether its last client has gone)."""
+        with self._lock:
+            exports = [each for each in self._exports.values() if each.swap and not each.removing]
+            return {each.number: (each.name, each.deserted_at is not None) for each in exports}
 
     def ended(self, connection: Connection, kind: str, reason: str) -> None:
         """A handshake came to nothing."""

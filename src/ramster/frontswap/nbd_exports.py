@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
 from ramster.errors import UsageError
 from ramster.wire.nbd import Export, OptionReply, Refusal
@@ -53,13 +53,13 @@ class Registered:
     glance: threading.Lock = field(default_factory=threading.Lock)
     """Held while its pool is looked at, which must not be destroyed meanwhile."""
     forgotten: bool = False
+    deserted_at: float | None = None
+    """When the last of its clients left, by time.monotonic(); None while there are any, or none has come yet."""
 
     def in_use(self) -> str:
         """By whom, for a refusal."""
         shown = ", ".join([client.who for client in self.clients][:3]) + (", ..." if len(self.clients) > 3 else "")
-        return (
-            f"export {self.name} is in use by {len(self.clients)} connection{'s' * (len(self.clients) > 1)} ({shown})"
-        )
+        return f"export {self.name} is in use by {counted(len(self.clients), 'connection')} ({shown})"
 
     def wire(self) -> Export:
         text = format_bytes(self.size_bytes) + (", read-only" if self.read_only else "")

@@ -361,6 +361,8 @@ def _take_down(node: Node, where: Place, record: Record) -> tuple[list[str], lis
             device = record.device
         elif now is not None:
             notes.append(f"{record.device} is attached to something else by now, which stays")
+    with contextlib.suppress(RamsterError):  # it may have none, or be gone
+        node.change_export(where.name, swap=False)  # so that it does not warn of the connections that end now
     done = detach(where, device)
     try:
         # Also when the record does not know of it: a crash came between the making and the note of it.

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ramster.config.units import show_seconds
 from ramster.errors import NodeAbsent, RamsterError
 from ramster.frontswap.devices import Place, daemons, loop_direct, loops, mounted, nbd_attachment, swap_on, swaps
 from ramster.frontswap.swap_records import Record, names, own_devices, recorded
@@ -21,16 +22,25 @@ class Node(Protocol):
     def status(self) -> dict[str, Any]: ...
     def exports(self) -> list[dict[str, Any]]: ...
     def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]: ...
+    def change_export(self, name: str, *, swap: bool) -> dict[str, Any]: ...
     def remove_export(self, name: str, *, force: bool = False) -> None: ...
 
 
 def judge_state(
-    name: str, way: str, *, swapping: bool, node: bool, connections: int | None, attached: bool
+    name: str,
+    way: str,
+    *,
+    swapping: bool,
+    node: bool,
+    connections: int | None,
+    attached: bool,
+    deserted_s: float = 0.0,
 ) -> tuple[str, str]:
     """(state, what is wrong and what to do about it; "" where it is on).
 
     swapping: the kernel does, and `on` came to its end. connections: of the export; None: there is none. attached: what
-    stands between kernel and node is there: nbdfuse, or the device's connection.
+    stands between kernel and node is there: nbdfuse, or the device's connection. deserted_s: for how long nobody has
+    been connected who was.
 
     "on"; "half-done"; and, where the kernel swaps on what nobody serves, "cut off": without a node or its export,
     "broken": with something missing between them.
@@ -45,11 +55,15 @@ def judge_state(
         return "cut off", f"the node that it is on does not answer: {end}"
     if connections is None:
         return "cut off", f"the node has no export {name} any more: {end}"
+    since = f" (nobody has been connected to its export for {show_seconds(int(deserted_s))})" if deserted_s else ""
     if not attached:
         what = "nbdfuse, which stands between the kernel and the node, is gone"
-        return "broken", f"{what if way == 'bridge' else 'its device is not connected to the node any more'}: {end}"
+        return (
+            "broken",
+            f"{what if way == 'bridge' else 'its device is not connected to the node any more'}{since}: {end}",
+        )
     if not connections:
-        return "broken", f"nothing is connected to its export any more (was the node started anew?): {end}"
+        return "broken", f"{since[2:-1] or 'nothing is connected to its export (was the node started anew?)'}: {end}"
     return "on", ""
 
 
@@ -77,6 +91,7 @@ def describe(where: Place, record: Record, node: Node | None) -> dict[str, Any]:
         node=node is not None,
         connections=None if export is None else int(export.get("connections", 0)),
         attached=there if record.way == "nbd" else bool(processes),
+        deserted_s=0.0 if export is None else float(export.get("deserted_s", 0.0)),
     )
     return {
         "name": record.name,

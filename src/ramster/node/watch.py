@@ -11,8 +11,9 @@ from ramster import logs
 from ramster.config.knobs import Peer
 from ramster.engine.links import Links
 from ramster.engine.store import Store
+from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
-from ramster.node.notices import Look, PeerLook, RegionLook, notices
+from ramster.node.notices import Look, PeerLook, RegionLook, SwapLook, notices
 
 log = logging.getLogger("ramster.node")
 
@@ -24,11 +25,18 @@ class Watch:
     """One asyncio task of the node; waits for nobody and touches no page."""
 
     def __init__(
-        self, store: Store, links: Links, regions: RegionService, peers: Iterable[Peer], keepalive_ms: int
+        self,
+        store: Store,
+        links: Links,
+        regions: RegionService,
+        exports: ExportService,
+        peers: Iterable[Peer],
+        keepalive_ms: int,
     ) -> None:
         self._store = store
         self._links = links
         self._regions = regions
+        self._exports = exports
         self._names = {peer.number: peer.name for peer in peers}
         self._probe_s = keepalive_ms / 1000
         self._before = Look()
@@ -73,6 +81,7 @@ class Watch:
                 for row in self._links.peers()
             },
             regions={number: RegionLook(*each) for number, each in self._regions.troubles().items()},
+            swaps={number: SwapLook(*each) for number, each in self._exports.swapped_on().items()},
             damaged=arena.corrupt_pages + self._links.counters()["corrupt_replies"],
             puts_refused=self._refused,
             pages_lost=arena.pages_lost,

@@ -57,21 +57,31 @@ Examples:
   ramster export rm vm
   ramster export rm vm --force
 """
-SET_HELP = """Let an export grow, or make it read-only or writable. What is in it stays.
+SET_HELP = """Let an export grow, be read-only or writable, or be for other clients. What is in it stays.
 
 It grows up to the --max-size that it was made with; clients see the new size
 when they connect the next time. --read-only and --read-write are refused
 while clients use it, because a client learns which it is when it connects.
 
+The names after --allow take the place of those that it was for. It counts for
+new connections at once; those of clients that are not named are closed.
+
 \b
 Examples:
   ramster export set data --size 16GiB
   ramster export set data --read-only
+  ramster export set data --allow web --allow backup
+  ramster export set data --allow-all
   ramster export set data --read-write --size 32GiB
 """
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The export's name.")]
 SizeOption = Annotated[str, typer.Option("--size", metavar="SIZE", help='Its size, such as "8GiB".')]
+
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="NAME", help="A client that may use it over TCP; may be repeated."),
+]
 
 
 @app.command("create", help=CREATE_HELP)
@@ -83,10 +93,7 @@ def create(
         typer.Option("--max-size", metavar="SIZE", help="How large it may ever grow; its size if not given."),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Clients may not write.")] = False,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option("--allow", metavar="NAME", help="A client that may use it over TCP; may be repeated."),
-    ] = None,
+    allow: AllowOption = None,
     as_json: JsonOption = False,
     wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
@@ -141,16 +148,21 @@ def set_(
     read_only: Annotated[
         bool | None, typer.Option("--read-only/--read-write", help="Clients may not write, or may again.")
     ] = None,
+    allow: AllowOption = None,
+    allow_all: Annotated[bool, typer.Option("--allow-all", help="Every client of the cluster may use it.")] = False,
     as_json: JsonOption = False,
     wait: WaitOption = WAIT_S,
     socket: SocketOption = None,
     config: ConfigOption = None,
 ) -> None:
-    if size is None and read_only is None:
-        raise UsageError("nothing to set; give --size, --read-only or --read-write")
+    if size is None and read_only is None and not allow and not allow_all:
+        raise UsageError("nothing to set; give --size, --read-only, --read-write, --allow or --allow-all")
+    if allow and allow_all:
+        raise UsageError("--allow and --allow-all both say who may use it; give one of them")
     size_bytes = None if size is None else size_option("--size", size)
     client = _client(socket, config, wait)
-    _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only), as_json)
+    allowed = [] if allow_all else allow or None
+    _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only, allow=allowed), as_json)
 
 
 def _client(socket: Path | None, config: Path | None, wait_s: float) -> ControlClient:
