@@ -41,7 +41,7 @@ class Patience:
     def __init__(self, wait_s: float, say: Callable[[str], None]) -> None:
         began = time.monotonic()
         self._until, self._say_from = began + wait_s, began + SAY_AFTER_S
-        self._wait_s, self._say = wait_s, say
+        self.wait_s, self._say = wait_s, say
         self._said: set[str] = set()
 
     def left(self, what: str) -> bool:
@@ -51,7 +51,7 @@ class Patience:
             return False
         if now >= self._say_from and what not in self._said:
             self._said.add(what)
-            self._say(f"{what} (up to {self._wait_s:g} s; --wait sets it)")
+            self._say(f"{what} (up to {self.wait_s:g} s; --wait sets it)")
         time.sleep(min(_POLL_S, self._until - now))
         return True
 

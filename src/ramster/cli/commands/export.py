@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import (
-    WAIT_S,
-    ConfigOption,
-    JsonOption,
-    SocketOption,
-    WaitOption,
-    control_socket,
-    say,
-    size_option,
-)
-from ramster.cli.control_client import ControlClient, Patience
+from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, size_option
 from ramster.errors import UsageError
 
 app = typer.Typer(help="Block devices of this node, for any NBD client.", no_args_is_help=True)
@@ -85,6 +74,7 @@ AllowOption = Annotated[
 
 
 @app.command("create", help=CREATE_HELP)
+@for_node()
 def create(
     name: NameArgument,
     size: SizeOption,
@@ -95,25 +85,24 @@ def create(
     read_only: Annotated[bool, typer.Option("--read-only", help="Clients may not write.")] = False,
     allow: AllowOption = None,
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
     size_bytes = size_option("--size", size)
     max_bytes = None if max_size is None else size_option("--max-size", max_size)
-    client = _client(socket, config, wait)
+    client = node.awaited()
     export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only, allow=allow or ())
     _show(export, as_json)
 
 
 @app.command("ls", help=LS_HELP)
+@for_node()
 def ls(
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    exports = _client(socket, config, wait).exports()
+    exports = node.awaited().exports()
     if as_json:
         typer.echo(json.dumps({"exports": exports}, indent=2))
         return
@@ -127,19 +116,20 @@ def ls(
 
 
 @app.command("rm", help=RM_HELP)
+@for_node()
 def rm(
     name: NameArgument,
     force: Annotated[bool, typer.Option("--force", help="End the connections of its clients first.")] = False,
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    _client(socket, config, wait).remove_export(name, force=force)
+    node.awaited().remove_export(name, force=force)
     typer.echo(json.dumps({"removed": name}) if as_json else f"removed the export {name}")
 
 
 @app.command("set", help=SET_HELP)
+@for_node()
 def set_(
     name: NameArgument,
     size: Annotated[
@@ -151,22 +141,17 @@ def set_(
     allow: AllowOption = None,
     allow_all: Annotated[bool, typer.Option("--allow-all", help="Every client of the cluster may use it.")] = False,
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
     if size is None and read_only is None and not allow and not allow_all:
         raise UsageError("nothing to set; give --size, --read-only, --read-write, --allow or --allow-all")
     if allow and allow_all:
         raise UsageError("--allow and --allow-all both say who may use it; give one of them")
     size_bytes = None if size is None else size_option("--size", size)
-    client = _client(socket, config, wait)
+    client = node.awaited()
     allowed = [] if allow_all else allow or None
     _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only, allow=allowed), as_json)
-
-
-def _client(socket: Path | None, config: Path | None, wait_s: float) -> ControlClient:
-    return ControlClient(control_socket(socket, config)).await_node(Patience(wait_s, say))
 
 
 def _show(export: Mapping[str, Any], as_json: bool) -> None:

@@ -10,16 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ramster.cli.commands.options import (
-    WAIT_S,
-    ConfigOption,
-    SocketOption,
-    WaitOption,
-    control_socket,
-    say,
-    size_option,
-)
-from ramster.cli.control_client import ControlClient, Patience
+from ramster.cli.commands.options import ChosenNode, for_node, say, size_option
 from ramster.errors import Refused, UsageError
 
 HELP = """Run a command with so much RAM; what does not fit goes to swap.
@@ -41,6 +32,7 @@ ANSWER_S = 5.0
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 
+@for_node()
 def run(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What to run.")],
     memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help='RAM that it may use, such as "512MiB".')],
@@ -49,9 +41,8 @@ def run(
         str | None, typer.Option("--json", metavar="FILE", help="Write the summary as JSON; - is stdout.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No summary on stderr.")] = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> int:
     from ramster.frontswap import swap
     from ramster.frontswap.cgroups import LIMIT_BYTES_MIN
@@ -62,9 +53,8 @@ def run(
     limit = size_option("--memory", memory)
     if limit < LIMIT_BYTES_MIN:
         raise UsageError(f"--memory is {memory!r}; allowed is {LIMIT_BYTES_MIN >> 20}MiB or more")
-    path = control_socket(socket, config)
-    client = ControlClient(path, timeout_s=ANSWER_S)
-    patience = Patience(wait, say)
+    path, patience = node.path, node.patience
+    client = node.client(ANSWER_S)
     on, bad = swap.health(client, path.parent)
     while not on and swap.half_done(path.parent) and patience.left("waiting for a swap that is being switched on"):
         on, bad = swap.health(client, path.parent)
