@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, size_option
+from ramster.cli.complete import export_names
 from ramster.errors import UsageError
 
 app = typer.Typer(help="Block devices of this node, for any NBD client.", no_args_is_help=True)
@@ -65,6 +66,9 @@ Examples:
 """
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The export's name.")]
+ExistingArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="The export's name.", autocompletion=export_names)
+]
 SizeOption = Annotated[str, typer.Option("--size", metavar="SIZE", help='Its size, such as "8GiB".')]
 
 AllowOption = Annotated[
@@ -118,7 +122,7 @@ def ls(
 @app.command("rm", help=RM_HELP)
 @for_node()
 def rm(
-    name: NameArgument,
+    name: ExistingArgument,
     force: Annotated[bool, typer.Option("--force", help="End the connections of its clients first.")] = False,
     as_json: JsonOption = False,
     *,
@@ -131,7 +135,7 @@ def rm(
 @app.command("set", help=SET_HELP)
 @for_node()
 def set_(
-    name: NameArgument,
+    name: ExistingArgument,
     size: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help='Its new size, such as "16GiB"; it cannot shrink.')
     ] = None,

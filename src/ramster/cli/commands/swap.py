@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, say, size_option
+from ramster.cli.complete import swap_names
 from ramster.constants import MIB
 from ramster.errors import UsageError
 
@@ -105,7 +106,7 @@ def on(
 def off(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Which one; may be left out when there is one."),
+        typer.Argument(metavar="NAME", help="Which one; may be left out when there is one.", autocompletion=swap_names),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every swap of this node.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also when RAM may not have room for it.")] = False,
