@@ -10,6 +10,7 @@ from ramster.cli.tables import Part, Table
 from ramster.config.units import counted, show_seconds
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
+from ramster.logs import escaped
 
 _STATE_STYLES = {"up": "green", "connecting": "yellow", "down": "red"}
 
@@ -45,7 +46,7 @@ def losses(would_lose: Mapping[str, Any]) -> list[str]:
         lines.append(f"{size} stored in export {export.get('name', '?')}{used}")
     known = {"foreign", "regions", "exports"}
     lines += [f"{key}: {value}" for key, value in sorted(would_lose.items()) if key not in known and value]
-    return lines
+    return [escaped(line) for line in lines]
 
 
 def _int(data: Mapping[str, Any], key: str) -> int:
@@ -92,15 +93,16 @@ def _memory(status: Mapping[str, Any]) -> Table:
         if missing := _int(spill, "unmirrored"):
             table.add(
                 ("unmirrored", "yellow"),
-                f"{missing} segments, {_int(spill, 'pages_unmirrored')} pages: lost if their lender goes",
+                f"{counted(missing, 'segment')}, {counted(_int(spill, 'pages_unmirrored'), 'page')}: "
+                "lost if their lender goes",
             )
     return table
 
 
 def _spill(spill: Mapping[str, Any]) -> str:
     used = f"{show_size(_int(spill, 'bytes_used'))} of {show_size(_int(spill, 'bytes_total'))} used"
-    copies = f", {_int(spill, 'mirrored')} segments mirrored" if spill.get("mirror") else ""
-    return f"{used}{copies}, {_int(spill, 'pages')} pages here alone"
+    copies = f", {counted(_int(spill, 'mirrored'), 'segment')} mirrored" if spill.get("mirror") else ""
+    return f"{used}{copies}, {counted(_int(spill, 'pages'), 'page')} here alone"
 
 
 def _guard(guard: Mapping[str, Any]) -> Table:

@@ -56,9 +56,9 @@ def format_ms(amount: int) -> str:
     return _format(amount, _TIMES)
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things whose plural ends in s: "1 page", "0 pages"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+def counted(count: int, noun: str, form: str = "") -> str:
+    """A number of things whose plural ends in s: "1 page", "0 pages". form: of the number, as for format()."""
+    return f"{count:{form}} {noun}{'s' * (count != 1)}"
 
 
 def show_seconds(seconds: int) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
 from ramster.constants import MIB, PAGE_BYTES
 from ramster.errors import NodeUnreachable, PermissionMissing, RamsterError, Refused, UsageError
 from ramster.frontswap.cgroups import tight
@@ -331,10 +331,11 @@ def _swap_off(where: Place, row: Swap, say: Say) -> None:
                     last, seen = now, used
                 if now - said >= 1.0:
                     said = now
-                    say(f"swapping in: {used // PAGE_BYTES} pages left ({used // MIB} MiB)")
+                    say(f"swapping in: {counted(used // PAGE_BYTES, 'page')} left ({used // MIB} MiB)")
                 if now - last > STALLED_S:
                     raise Refused(
-                        f"swapoff {device} has read nothing for {STALLED_S:g} s, {seen // PAGE_BYTES} pages are left; "
+                        f"swapoff {device} has read nothing for {STALLED_S:g} s, "
+                        f"{counted(seen // PAGE_BYTES, 'page')} left; "
                         "the swap stays on; look at `ramster status`: is a lender away?"
                     )
         except BaseException:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
 from ramster.constants import PAGE_BYTES
 
 # A peer is said to stand still after this many probes without an answer; the idle time-out, which ends its link, comes
@@ -104,8 +104,9 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     if now.puts_refused > before.puts_refused:
         yield Notice(
             logging.WARNING,
-            f"the arena is full and nothing leaves it: {now.puts_refused - before.puts_refused} puts refused; "
-            f"enlarge [arena] size, add a lender or a spill file",
+            "the arena is full and nothing leaves it: "
+            f"{counted(now.puts_refused - before.puts_refused, 'put')} refused; "
+            "enlarge [arena] size, add a lender or a spill file",
         )
 
 
@@ -194,4 +195,4 @@ def _whose(now: Look) -> str:
 
 
 def _pages(count: int) -> str:
-    return f"{count} page{'s' * (count != 1)} ({format_bytes(count * PAGE_BYTES)})"
+    return f"{counted(count, 'page')} ({format_bytes(count * PAGE_BYTES)})"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, size_option
+from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, say, size_option
 from ramster.cli.complete import export_names
 from ramster.errors import UsageError
 
@@ -164,6 +164,6 @@ def _show(export: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(export, indent=2))
         return
     for note in export.get("notes") or []:
-        typer.echo(note, err=True)
+        say(note, by="")
     for uri in export.get("uris") or []:
         typer.echo(uri)

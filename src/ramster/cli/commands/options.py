@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter
@@ -16,6 +17,7 @@ from ramster.cli.control_client import ControlClient, Patience
 from ramster.config.paths import canonical_socket, default_run_dir
 from ramster.config.paths import control_socket as control_path
 from ramster.errors import UsageError
+from ramster.logs import escaped
 
 Result = TypeVar("Result")
 
@@ -97,9 +99,12 @@ def for_node(*, waits: bool = True) -> Callable[[Callable[..., Result]], Callabl
     return decorate
 
 
-def say(line: str) -> None:
-    """What is not the answer itself: on stderr, as errors are."""
-    typer.echo(f"ramster: {line}", err=True)
+def say(text: str, by: str = "ramster: ") -> None:
+    """What is not the answer itself, and errors: on stderr.
+
+    Words of other nodes, programs and files stand in it: what cannot be printed is shown as an escape.
+    """
+    typer.echo(by + "\n".join(escaped(line, sys.maxsize) for line in text.split("\n")), err=True)
 
 
 def size_option(option: str, text: str) -> int:

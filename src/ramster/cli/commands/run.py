@@ -68,7 +68,7 @@ def run(
             "make one (ramster swap on --size SIZE), or use --any-swap for what there is"
         )
     if not swaps():
-        typer.echo("ramster: this machine has no swap: what does not fit is killed", err=True)
+        say("this machine has no swap: what does not fit is killed")
 
     def watch() -> str | None:
         return "; and ".join(swap.health(client, path.parent)[1]) or None
@@ -82,8 +82,8 @@ def run(
             try:
                 Path(report).write_text(text)
             except OSError as error:
-                typer.echo(f"ramster: cannot write {report}: {error.strerror}", err=True)
+                say(f"cannot write {report}: {error.strerror}")
     if not quiet:
         for line in explain(summary):
-            typer.echo(f"ramster: {line}", err=True)
+            say(line)
     return summary.exit_code

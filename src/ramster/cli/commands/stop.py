@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import ChosenNode, for_node
+from ramster.cli.commands.options import ChosenNode, for_node, say
 from ramster.cli.control_client import ControlClient
 from ramster.errors import NodeUnreachable, Refused
 
@@ -60,7 +60,7 @@ def stop(
                 + "close the regions, remove the exports and stop the owners first, or use --force to lose it"
             )
         for line in lines:
-            typer.echo(f"lost: {line}", err=True)
+            say(line, by="lost: ")
         _wait(client, process, name)
     typer.echo(f"node {name} has stopped")
 
