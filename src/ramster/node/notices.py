@@ -52,11 +52,21 @@ class RegionLook:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapLook:
+    """An export that this machine's kernel swaps on."""
+
+    name: str
+    deserted: bool = False
+    """It had clients, and none of them is left."""
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """The node at one moment."""
 
     peers: dict[int, PeerLook] = field(default_factory=dict)
     regions: dict[int, RegionLook] = field(default_factory=dict)
+    swaps: dict[int, SwapLook] = field(default_factory=dict)
     damaged: int = 0
     """Pages that failed their check, here or as they came back, so far."""
     puts_refused: int = 0
@@ -98,6 +108,8 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
         )
     for number, region in now.regions.items():
         yield from _region(before.regions.get(number, RegionLook(region.name, region.pid)), region, _why(now))
+    for number in {**before.swaps, **now.swaps}:
+        yield from _swap(before.swaps.get(number), now.swaps.get(number))
     if now.damaged > before.damaged:
         yield Notice(
             logging.ERROR,
@@ -173,6 +185,22 @@ def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
             "[arena] size, add a lender or a spill file",
             name,
         )
+
+
+def _swap(before: SwapLook | None, now: SwapLook | None) -> Iterator[Notice]:
+    """None: there is no such export, or no kernel swaps on it."""
+    was, is_ = before is not None and before.deserted, now is not None and now.deserted
+    if now is not None and is_ and not was:
+        yield Notice(
+            logging.WARNING,
+            f"export {now.name}: the last connection of this machine's kernel, which swaps on it, is gone (nbdfuse or "
+            "nbd-client was killed?): reads of its pages fail with I/O errors, and a process that needs one is killed; "
+            f"`ramster swap status` says more, `ramster swap off {now.name}` ends it",
+            now.name,
+        )
+    elif before is not None and was and not is_:
+        how = "is connected to it again" if now is not None else "does not swap on it any more"
+        yield Notice(logging.INFO, f"export {before.name}: this machine's kernel {how}", before.name)
 
 
 def _why(now: Look) -> str:

@@ -13,8 +13,9 @@ from ramster.config.knobs import Peer
 from ramster.engine.links import Links
 from ramster.engine.spill import Spill
 from ramster.engine.store import Store
+from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
-from ramster.node.notices import Look, PeerLook, RegionLook, notices
+from ramster.node.notices import Look, PeerLook, RegionLook, SwapLook, notices
 
 log = logging.getLogger("ramster.node")
 
@@ -31,6 +32,7 @@ class Watch:
         store: Store,
         links: Links,
         regions: RegionService,
+        exports: ExportService,
         peers: Iterable[Peer],
         keepalive_ms: int,
         spill: Spill | None = None,
@@ -39,6 +41,7 @@ class Watch:
         self._store = store
         self._links = links
         self._regions = regions
+        self._exports = exports
         self._names = {peer.number: peer.name for peer in peers}
         self._probe_s = keepalive_ms / 1000
         self._before = Look()
@@ -87,6 +90,7 @@ class Watch:
                 for row in self._links.peers()
             },
             regions=self._look_at_regions(time.monotonic()),
+            swaps={number: SwapLook(*each) for number, each in self._exports.swapped_on().items()},
             damaged=arena.corrupt_pages + self._links.counters()["corrupt_replies"],
             puts_refused=self._refused,
             pages_lost=arena.pages_lost,
