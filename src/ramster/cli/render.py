@@ -7,9 +7,10 @@ from typing import Any
 
 from ramster.cli.demo.plan import show_size
 from ramster.cli.tables import Part, Table
-from ramster.config.units import counted
+from ramster.config.units import counted, show_seconds
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
+from ramster.logs import escaped
 
 _STATE_STYLES = {"up": "green", "connecting": "yellow", "down": "red"}
 
@@ -41,11 +42,11 @@ def losses(would_lose: Mapping[str, Any]) -> list[str]:
         lines.append(f"{size} of {name} of process {region.get('pid', '?')}, which runs on it")
     for export in would_lose.get("exports") or []:
         size, clients = show_size(int(export.get("pages", 0)) * PAGE_BYTES), int(export.get("connections", 0))
-        used = f", which {clients} connection{'s' * (clients != 1)} use{'s' * (clients == 1)}" if clients else ""
+        used = f", which {counted(clients, 'connection')} use{'s' * (clients == 1)}" if clients else ""
         lines.append(f"{size} stored in export {export.get('name', '?')}{used}")
     known = {"foreign", "regions", "exports"}
     lines += [f"{key}: {value}" for key, value in sorted(would_lose.items()) if key not in known and value]
-    return lines
+    return [escaped(line) for line in lines]
 
 
 def _int(data: Mapping[str, Any], key: str) -> int:
@@ -60,17 +61,6 @@ def _node(status: Mapping[str, Any]) -> str:
         f"pid {status.get('pid', '?')}, version {status.get('version', '?')}, "
         f"up {show_seconds(seconds)}, generation {status.get('generation', '?')}"
     )
-
-
-def show_seconds(seconds: int) -> str:
-    """Seconds as people say them: 5 s, 3 min, 2 h 5 min, 4 d 1 h."""
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
 
 
 def _memory(status: Mapping[str, Any]) -> Table:
@@ -98,8 +88,16 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add(("damaged pages", "red"), str(damaged))
     if lost := _int(arena, "pages_lost"):
         table.add(("lost pages", "red"), str(lost))
+    if away := _int(arena, "pages_unreachable"):
+        names = [str(peer.get("name", "?")) for peer in status.get("peers") or () if _int(peer, "pages_unreachable")]
+        table.add(("pages out of reach", "red"), f"{away}: {', '.join(names)} has the only copy")
     if spill := status.get("spill"):
         table.add("spill file", _spill(spill))
+        if cuts := _int(spill, "cuts"):
+            table.add(
+                ("spill file cut short", "red"),
+                f"by somebody else, {counted(cuts, 'time')}; {counted(_int(spill, 'pages_cut'), 'page')} lost by it",
+            )
         if unread := _int(spill, "read_errors"):
             reason = str(spill.get("last_error") or "")
             table.add(
@@ -232,7 +230,19 @@ def export_table(exports: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
             str(_int(export, "writes")),
             (str(errors), "red" if errors else ""),
         )
-    return (table,)
+    said: list[Part] = [(line, "red") for line in map(deserted, exports) if line]
+    return (table, *said, "") if said else (table,)
+
+
+def deserted(export: Mapping[str, Any]) -> str:
+    """What to say of an export that this machine's kernel swaps on and is not connected to any more."""
+    seconds = export.get("deserted_s") or 0
+    if not export.get("swap") or not seconds or not isinstance(seconds, int | float):
+        return ""
+    return (
+        f"this machine's kernel swaps on export {export.get('name', '?')} and has not been connected to it for "
+        f"{show_seconds(int(seconds))}: `ramster swap status` says what that means"
+    )
 
 
 def _foreign(lend: Mapping[str, Any]) -> tuple[Part, ...]:

@@ -33,6 +33,8 @@ class PeerLook:
     """Out of reach for longer than pages are waited for."""
     silent_s: float = 0.0
     """For how long nothing came on a connection that is up."""
+    pages: int = 0
+    """Of one that is `lost`: stored pages whose only copy it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +52,30 @@ class RegionLook:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapLook:
+    """An export that this machine's kernel swaps on."""
+
+    name: str
+    deserted: bool = False
+    """It had clients, and none of them is left."""
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """The node at one moment."""
 
     peers: dict[int, PeerLook] = field(default_factory=dict)
     regions: dict[int, RegionLook] = field(default_factory=dict)
+    swaps: dict[int, SwapLook] = field(default_factory=dict)
     damaged: int = 0
     """Pages that failed their check, here or as they came back, so far."""
     puts_refused: int = 0
     pages_lost: int = 0
     """Stored pages whose only copy is gone, now."""
+    cuts: int = 0
+    """How often somebody had cut the spill file short, so far."""
+    pages_cut: int = 0
+    """Pages that this has cost, so far; `pages_lost` has them too while they are not put again or flushed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +93,23 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     """
     for number, peer in now.peers.items():
         yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s)
-    if now.pages_lost > before.pages_lost:
+    cut = now.pages_cut - before.pages_cut
+    if now.cuts > before.cuts:
+        yield Notice(
+            logging.ERROR if cut else logging.WARNING,
+            "somebody else has cut the spill file short: "
+            + (f"{_pages(cut)} that lay there alone are lost" if cut else "nothing that lay there alone is lost"),
+        )
+    if now.pages_lost - cut > before.pages_lost:
         yield Notice(
             logging.ERROR,
-            f"{_pages(now.pages_lost - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
+            f"{_pages(now.pages_lost - cut - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
             f"{_whose(now)}",
         )
     for number, region in now.regions.items():
         yield from _region(before.regions.get(number, RegionLook(region.name, region.pid)), region, _why(now))
+    for number in {**before.swaps, **now.swaps}:
+        yield from _swap(before.swaps.get(number), now.swaps.get(number))
     if now.damaged > before.damaged:
         yield Notice(
             logging.ERROR,
@@ -110,8 +135,9 @@ def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[No
     if now.lost and not now.gone and before is not None and not before.lost:
         yield Notice(
             logging.ERROR,
-            f"{name} has been out of reach for too long: pages whose only copy it has cannot be had, unless it comes "
-            "back with the same memory",
+            f"{name} has been out of reach for too long: "
+            + (f"{_pages(now.pages)} whose only copy it has" if now.pages else "pages whose only copy it has")
+            + " cannot be had, unless it comes back with the same memory",
             name,
         )
     if now.up and before is not None and not was_up and (before.gone or before.reason):
@@ -159,6 +185,22 @@ def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
             "[arena] size, add a lender or a spill file",
             name,
         )
+
+
+def _swap(before: SwapLook | None, now: SwapLook | None) -> Iterator[Notice]:
+    """None: there is no such export, or no kernel swaps on it."""
+    was, is_ = before is not None and before.deserted, now is not None and now.deserted
+    if now is not None and is_ and not was:
+        yield Notice(
+            logging.WARNING,
+            f"export {now.name}: the last connection of this machine's kernel, which swaps on it, is gone (nbdfuse or "
+            "nbd-client was killed?): reads of its pages fail with I/O errors, and a process that needs one is killed; "
+            f"`ramster swap status` says more, `ramster swap off {now.name}` ends it",
+            now.name,
+        )
+    elif before is not None and was and not is_:
+        how = "is connected to it again" if now is not None else "does not swap on it any more"
+        yield Notice(logging.INFO, f"export {before.name}: this machine's kernel {how}", before.name)
 
 
 def _why(now: Look) -> str:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from ramster import logs
 from ramster.config.knobs import Peer
 from ramster.engine.links import Links
+from ramster.engine.spill import Spill
 from ramster.engine.store import Store
+from ramster.frontswap.nbd import ExportService
 from ramster.frontswap.region_service import RegionService
-from ramster.node.notices import Look, PeerLook, RegionLook, notices
+from ramster.node.notices import Look, PeerLook, RegionLook, SwapLook, notices
 
 log = logging.getLogger("ramster.node")
 
@@ -26,11 +28,20 @@ class Watch:
     """One asyncio task of the node; waits for nobody and touches no page."""
 
     def __init__(
-        self, store: Store, links: Links, regions: RegionService, peers: Iterable[Peer], keepalive_ms: int
+        self,
+        store: Store,
+        links: Links,
+        regions: RegionService,
+        exports: ExportService,
+        peers: Iterable[Peer],
+        keepalive_ms: int,
+        spill: Spill | None = None,
     ) -> None:
+        self._spill = spill
         self._store = store
         self._links = links
         self._regions = regions
+        self._exports = exports
         self._names = {peer.number: peer.name for peer in peers}
         self._probe_s = keepalive_ms / 1000
         self._before = Look()
@@ -61,6 +72,8 @@ class Watch:
 
     def _look(self) -> Look:
         arena = self._store.statistics()
+        unreachable = self._links.unreachable()
+        spill = self._spill.statistics() if self._spill is not None else None
         if arena.puts_refused > self._refused and time.monotonic() - self._full_said >= FULL_AGAIN_S:
             self._refused, self._full_said = arena.puts_refused, time.monotonic()
         return Look(
@@ -72,13 +85,17 @@ class Watch:
                     reason=row["reason"],
                     lost=row["lost"],
                     silent_s=row["silent_ms"] / 1000,
+                    pages=unreachable.get(row["number"], 0),
                 )
                 for row in self._links.peers()
             },
             regions=self._look_at_regions(time.monotonic()),
+            swaps={number: SwapLook(*each) for number, each in self._exports.swapped_on().items()},
             damaged=arena.corrupt_pages + self._links.counters()["corrupt_replies"],
             puts_refused=self._refused,
             pages_lost=arena.pages_lost,
+            cuts=spill.cuts if spill is not None else 0,
+            pages_cut=spill.pages_cut if spill is not None else 0,
         )
 
     def _look_at_regions(self, now: float) -> dict[int, RegionLook]:
