@@ -1795,9 +1795,12 @@ cdef class Region:
         if not 0 < pages <= 1 << 32:
             raise errors.UsageError(f"a region of {pages} pages: must be 1 to 2^32")
         if resident_pages < RESIDENT_PAGES_MIN and resident_pages < pages:
-            raise errors.UsageError(f"{resident_pages} resident pages: a region needs at least {RESIDENT_PAGES_MIN}")
+            raise errors.UsageError(
+                f"resident: {resident_pages * PAGE} bytes, must be at least {RESIDENT_PAGES_MIN * PAGE} ({RESIDENT_PAGES_MIN} pages), or "
+                f"as much as the region ({pages * PAGE})")
         if min(resident_pages, pages) > RESIDENT_PAGES_MAX:
-            raise errors.UsageError(f"{resident_pages} resident pages: a region has at most {RESIDENT_PAGES_MAX}")
+            raise errors.UsageError(
+                f"resident: {resident_pages * PAGE} bytes, must be at most {<uint64_t> RESIDENT_PAGES_MAX * PAGE}")
         if not 1 <= fault_threads <= THREADS_MAX or not 1 <= evictor_threads <= THREADS_MAX:
             raise errors.UsageError(f"a region has 1 to {THREADS_MAX} threads of each kind")
         r = <Region_t *> calloc(1, sizeof(Region_t))
@@ -2278,10 +2281,11 @@ cdef class Region:
     def troubles(self):
         cdef Region_t *r = self.live()
         cdef uint64_t lost, refused, removed
+        cdef bint full
         pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused, removed = r.lost, r.refused, r.removed
+        lost, refused, removed, full = r.lost, r.refused, r.removed, r.full
         pthread_mutex_unlock(&r.lock)
-        return lost - min(removed, lost), refused, removed
+        return lost - min(removed, lost), refused, removed, bool(full)
 
     def close(self):
         self.shut()
