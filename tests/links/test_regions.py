@@ -127,7 +127,7 @@ def test_a_bit_that_flips_in_the_arena_loses_one_page(serve: Callable[..., Servi
     with Application(service.directory / "run" / "region.sock", PAGES, RESIDENT) as application:
         application.ask("write", 0, 300)
         application.ask("evict", 0, 300)
-        region_pool = service.pair.pool + 1
+        region_pool = service.pair.pool + 4096 + 1  # the next number, in the next place
         service.pair.a.store.corrupt(region_pool, 7, 500)
         answer = application.ask("prefetch", 7, 1)
         assert answer["error"] == "region-lost" and answer["runs"] == [[7, 1]]
@@ -246,9 +246,9 @@ def _down(pair: Pair, kind: int) -> bool:
 
 
 def test_a_region_that_cannot_be_made_takes_no_other_pool_along(make_pair: MakePair) -> None:
-    """Numbers of pools begin at 0, and so did the one of a region that was not there yet."""
+    """What is not there yet has no pool: it must not have one by being zero."""
     pair = make_pair()
-    pool = 0  # somebody's: the pair has one
+    pool = pair.pool
     pair.a.store.put(pool, 7, b"x" * 4096)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
