@@ -86,7 +86,7 @@ def test_what_a_stop_loses_is_said_and_nothing_is_killed(tmp_path: Path) -> None
             client = dialled.go("vm")
             client.write(0, bytes(range(256)) * 16)
             node.signal(signal.SIGTERM)
-            node.wait(lambda _: "not stopping: export vm holds 1 pages" in node.log, "refused")
+            node.wait(lambda _: "not stopping: export vm holds 1 page;" in node.log, "refused")
             assert node.process is not None
             fake = tmp_path / "ramster"
             fake.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m ramster.cli "$@"\n')
