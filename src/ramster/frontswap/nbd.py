@@ -51,7 +51,6 @@ _WORDS: Final = {
     "lost": "is lost, the node that kept it is gone",
     "unreachable": "cannot be had, the node that keeps it does not answer",
     "corrupt": "is damaged, its bytes fail their check",
-    "refused": "was not stored, there was no room for it",
 }
 # Dead hosts are noticed after two minutes; a client that merely has nothing to say is never dropped.
 _KEEPALIVE: Final = (
