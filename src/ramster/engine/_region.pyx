@@ -12,7 +12,9 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 * A page that a read fault brought in is mapped write-protected. As long as it is 'clean', the store has the same bytes and
   eviction only punches. If the store's copy was lost meanwhile, the resident page is what saves it: it is stored again.
 * A stored copy is forgotten as soon as its page may be written, before the page can be evicted again.
-* UFFDIO_COPY may do part of its work (EAGAIN) or find the page there (EEXIST); a dead application gives ESRCH.
+* UFFDIO_COPY may do part of its work (EAGAIN); a dead application gives ESRCH. EEXIST says that the memfd has a page where this
+  node put none: a page is brought in by whoever took it from 'away' to 'fetching', alone, and a page that is away has been
+  punched. So it is the application's doing (fallocate, write() to the file), never a newer version, and is punched in turn.
 
 Several processes (docs/adr/0007): the state of a page is the region's, what a mapping does with it is each process's own.
 
@@ -87,7 +89,8 @@ cdef enum:
     CHECK_MAX_NS = 20000000000      # ... which ends well before the application's patience does
     FOLLOW_READS = 64               # between two looks where the application runs; one costs half a microsecond
     AHEAD_WINDOWS = 8               # that pin and prefetch have under way while they wait for the first of them
-    OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
+    OVERDRAFT = 64                  # pages whose poison is lifted, by several threads, that may be resident beyond the budget
+    FOREIGN_MAX = 64                # pages that the application puts in place of those that come in, beyond one for each
     SPARE_WINDOW = 8                # pages at once of these: no more than that is dropped for them
     FULL_PAUSE_NS = 50000000        # between two looks at whether the store has room again
     NOTE_NS = 100000000             # that a guardian has to write a note before its process dies
@@ -222,13 +225,27 @@ cdef Attachment *somebody(Region_t *r, Attachment *via) noexcept nogil:
     return NULL
 
 
+cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
+    return (<const uint64_t *> page)[0] == 0 and memcmp(page, page + 8, PAGE - 8) == 0
+
+
+cdef bint clear_foreign(Region_t *r, uint64_t page) noexcept nogil:
+    """With this page in hand, which is away: the memfd has something there, which the application alone can have made. Zeros are what
+    fallocate leaves, or a look at the file: they go. False for other bytes: those were written past the mapping, in part perhaps,
+    and neither they nor what is stored is the page."""
+    cdef uint64_t found[512]
+    cdef ssize_t got = pread(r.memfd, found, PAGE, <long> (page * PAGE))
+    if got != PAGE or not all_zeros(<const uint8_t *> found):
+        return False
+    return fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> (page * PAGE), PAGE) == 0
+
+
 cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t pages, const uint8_t *bytes, bint protected,
-                      bint *newer) noexcept nogil:
+                      bint *spoiled) noexcept nogil:
     """Put a run with these bytes into the memfd, map it in one process and wake there. Returns how many pages are there now,
-    from the first on; 'newer' is set when the memfd had one of them already: what is there then is newer than anything
-    stored."""
+    from the first on; 'spoiled' is set when the application wrote to the place of the next one."""
     cdef uffdio_copy_t copy
-    cdef uint32_t turns = 0
+    cdef uint32_t turns = 0, cleared = 0
     cdef uint64_t done = 0
     cdef Attachment *a
     pthread_rwlock_rdlock(&r.mapped)
@@ -245,9 +262,12 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
         if copy.copy > 0:
             done += <uint64_t> copy.copy // PAGE
         if errno == EEXIST:
-            newer[0] = True
-            map_in(a, page + done, 1, False)
-            done += 1
+            if not clear_foreign(r, page + done):
+                spoiled[0] = True
+                break
+            cleared += 1
+            if cleared > pages + FOREIGN_MAX:
+                break               # filled as fast as it is punched: whoever waits faults again
         elif errno == EAGAIN:
             let_it_run(&turns)
         elif failed(a) == ESRCH:
@@ -381,14 +401,17 @@ cdef void poison(Attachment *a, uint64_t page) noexcept nogil:
         wake_in(a, page, 1)
 
 
-cdef void note_loss(Attachment *a, uint64_t page, int state) noexcept nogil:
+cdef void note_loss(Attachment *a, uint64_t page, uint8_t state) noexcept nogil:
     """By a fault thread, before it poisons: a process that is about to die of SIGBUS has said why on its stderr."""
     cdef char text[GUARD_TEXT]
     cdef uint64_t now = now_ns()
     if a.noted_ns != 0 and now < a.noted_ns + LOSS_NOTE_NS:
         return
     a.noted_ns = now
-    if state == PAGE_DAMAGED:
+    if state & STATE_MASK == PAGE_DAMAGED and state & FLAG_REMOVED:
+        snprintf(text, sizeof(text), b"region %s: the process removed or wrote over page %llu of its file: lost; SIGBUS",
+                 a.region.label, <unsigned long long> page)
+    elif state & STATE_MASK == PAGE_DAMAGED:
         snprintf(text, sizeof(text), b"region %s: page %llu is damaged (its bytes fail their check); SIGBUS",
                  a.region.label, <unsigned long long> page)
     else:
@@ -462,16 +485,33 @@ cdef void not_arrived(Region_t *r, uint64_t first, uint64_t count) noexcept nogi
     wake(r, first, count)
 
 
-cdef void page_lost(Region_t *r, uint64_t page, int state) noexcept nogil:
-    """The state is lost, which may end (a lender comes back), or damaged, which does not. Whoever waits for it faults again
-    and is told by its own fault thread."""
+cdef inline void mark_removed(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a page that was just lost by what the application itself did."""
+    r.states[page] |= FLAG_REMOVED
+    r.removed += 1
+    r.lost_removed += 1
+
+
+cdef void page_lost(Region_t *r, uint64_t page, int state, bint removed=False) noexcept nogil:
+    """The state is lost, which may end (a lender comes back), or damaged, which does not; removed: by the application. Whoever
+    waits for it faults again and is told by its own fault thread."""
     pthread_mutex_lock(&r.lock)
     set_state(r, page, state)
     r.resident -= 1
     r.lost += 1
+    if removed:
+        mark_removed(r, page)
     pthread_cond_broadcast(&r.changed)
     pthread_mutex_unlock(&r.lock)
     wake(r, page, 1)
+
+
+cdef inline void no_longer_lost(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a page that is lost, refused or damaged will be something else."""
+    if not r.states[page] & FLAG_REFUSED:
+        r.lost -= 1
+    if r.states[page] & FLAG_REMOVED and state_of(r, page) == PAGE_DAMAGED:
+        r.lost_removed -= 1
 
 
 cdef inline uint32_t bit_of(Attachment *a) noexcept nogil:
@@ -664,28 +704,38 @@ cdef Batch *take_batch(Attachment *a) noexcept nogil:
     return NULL
 
 
+cdef void forget_stored(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t page, zero[3]
+    for page in range(first, end):
+        store_flush(r.store, r.pool, zero, <uint32_t> page)
+
+
 cdef void serve_run(Batch *b, uint32_t i, uint32_t j, uint8_t kind) noexcept nogil:
     """Pages i to j of a batch have arrived or failed in the same way: map them, forget stored copies of what may be
     written, wake."""
     cdef Region_t *r = b.region
     cdef uint32_t k, done
-    cdef uint64_t zero[3]
-    cdef bint newer = False, dirty
+    cdef bint spoiled
     if kind == KIND_LOST or kind == KIND_DAMAGED:
         for k in range(i, j):
             page_lost(r, b.first + k, PAGE_LOST if kind == KIND_LOST else PAGE_DAMAGED)
-    elif kind == KIND_ABSENT:
-        not_arrived(r, b.first + i, j - i)
-    elif kind != KIND_DONE:
-        done = <uint32_t> copy_in(r, b.via, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &newer)
-        dirty = newer or kind == KIND_WRITE
-        if dirty:
-            for k in range(i, i + done):
-                store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
+        return
+    if kind == KIND_DONE:
+        return
+    while kind != KIND_ABSENT and i < j:
+        spoiled = False
+        done = <uint32_t> copy_in(r, b.via, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &spoiled)
+        if kind == KIND_WRITE:
+            forget_stored(r, b.first + i, b.first + i + done)
         if done:
-            arrived(r, b.first + i, done, PAGE_DIRTY if dirty else PAGE_CLEAN)
-        if done < j - i:
-            not_arrived(r, b.first + i + done, j - i - done)
+            arrived(r, b.first + i, done, PAGE_DIRTY if kind == KIND_WRITE else PAGE_CLEAN)
+        i += done
+        if not spoiled:
+            break
+        page_lost(r, b.first + i, PAGE_DAMAGED, True)
+        i += 1
+    if i < j:
+        not_arrived(r, b.first + i, j - i)
 
 
 cdef void finish_batch(Batch *b) noexcept nogil:
@@ -867,12 +917,6 @@ cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ah
     want_room(r)
 
 
-cdef void forget_stored(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
-    cdef uint64_t page, zero[3]
-    for page in range(first, end):
-        store_flush(r.store, r.pool, zero, <uint32_t> page)
-
-
 cdef Batch *claim_ahead(Attachment *a, Plan *plan) noexcept nogil:
     """Under the lock: the next run of a stream that is not here yet, or NULL. Takes room only while evictors keep up."""
     cdef Region_t *r = a.region
@@ -928,11 +972,12 @@ cdef int removed(Region_t *r, uint64_t page) noexcept nogil:
     fallocate). If what is stored equals it, nothing is lost. Else its only copy is gone: zeros, which MADV_REMOVE promises, would
     be the truth here and the old bytes where the page was away, so it is said to be gone. Its new state."""
     cdef int state = PAGE_AWAY if state_of(r, page) == PAGE_CLEAN and stored_copy_good(r, page) else PAGE_DAMAGED
-    r.removed += state == PAGE_DAMAGED
     set_state(r, page, state)
     resident_gone(&r.set, <uint32_t> page)
     r.resident -= 1
-    r.lost += state == PAGE_DAMAGED
+    if state == PAGE_DAMAGED:
+        r.lost += 1
+        mark_removed(r, page)
     pthread_cond_broadcast(&r.changed)
     return state
 
@@ -944,11 +989,12 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     cdef Plan plan
     cdef Batch *b
     cdef int state, met
-    cdef bint refused, said = False
+    cdef uint8_t flags
+    cdef bint said = False
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
-    refused = r.states[page] & FLAG_REFUSED
+    flags = r.states[page]
     if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
         set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
         state = PAGE_AWAY
@@ -965,8 +1011,8 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
             tell_guard(a, GUARD_NOTE, page, 1, b"the process removed a page (MADV_REMOVE): lost; SIGBUS", 0)
             await_note(a, now_ns() + NOTE_NS)
         if state == PAGE_LOST or state == PAGE_DAMAGED:
-            if not refused and not said:    # that it is full has been said
-                note_loss(a, page, state)
+            if not flags & FLAG_REFUSED and not said:   # that it is full has been said
+                note_loss(a, page, flags)
             poison(a, page)
         else:
             wake_in(a, page, 1)     # it came in meanwhile
@@ -1049,9 +1095,31 @@ cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
         wake_in(a, page, 1)         # evicted meanwhile: the writer takes a missing fault
 
 
+cdef bint any_holes(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t page
+    for page in range(first, end):
+        if is_hole(r, page):
+            return True
+    return False
+
+
+cdef void give_back(Region_t *r, uint64_t first, uint64_t end, uint64_t but, int state) noexcept nogil:
+    """Pages that were taken in hand stay as they were, all but one."""
+    cdef uint64_t page
+    cdef bint waiters = False
+    pthread_mutex_lock(&r.lock)
+    for page in range(first, end):
+        if page != but:
+            waiters |= set_state(r, page, state)
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+    if waiters:
+        wake(r, first, end - first)
+
+
 cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
-    """In the memfd but not mapped here: another process brought it in. What should not be there (somebody filled the hole behind
-    our back) is the page all the same, and counts as dirty. But the event may be older than the page's last eviction."""
+    """In the memfd but not mapped here: another process brought it in. If it is not resident, the application filled the hole behind
+    our back (fallocate), or the event is older than the page's last eviction: the page is what is stored, all the same."""
     cdef Region_t *r = a.region
     cdef uint64_t first, end
     cdef Plan plan
@@ -1064,34 +1132,27 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         r.states[page] |= FLAG_WAITERS
         pthread_mutex_unlock(&r.lock)
         return
+    # What fallocate made is a hole still, as far as the file tells: CONTINUE would fill it with zeros.
+    if (state != PAGE_CLEAN and state != PAGE_DIRTY) or is_hole(r, page):
+        pthread_mutex_unlock(&r.lock)
+        on_missing(a, page, write)
+        return
     clean = state == PAGE_CLEAN
     if clean and write and yields(a, page):
         return
-    if state == PAGE_CLEAN or state == PAGE_DIRTY:
-        pattern_fault(&r.maps, page, &plan)
-        if clean and (write or not a.can_continue_protected):
-            clean = False
-            if not write or not plan.sequential:
-                plan.low = page         # neighbours lose their stored copies only where a writer goes on in order
-                plan.high = page + 1
-        take_alike(r, page, plan.low, plan.high, &first, &end)
-        pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
-    elif is_hole(r, page):
-        pthread_mutex_unlock(&r.lock)
-        wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
-        return
-    elif r.resident >= r.budget + SPARE_MAX + OVERDRAFT:
-        park(a, page, write)
-        pthread_mutex_unlock(&r.lock)
-        return
-    else:
-        r.resident += 1             # over the budget by one per faulting thread; evictors see to it
-        if (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.states[page] & FLAG_REFUSED:
-            r.lost -= 1
-        r.states[page] = <uint8_t> ((r.states[page] & ~(STATE_MASK | FLAG_REFUSED)) | PAGE_FETCHING)
+    pattern_fault(&r.maps, page, &plan)
+    if clean and (write or not a.can_continue_protected):
+        clean = False
+        if not write or not plan.sequential:
+            plan.low = page             # neighbours lose their stored copies only where a writer goes on in order
+            plan.high = page + 1
+    take_alike(r, page, plan.low, plan.high, &first, &end)
+    pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
+    pthread_mutex_unlock(&r.lock)
+    if end - first > 1 and any_holes(r, first, end):
+        give_back(r, first, end, page, state)
         first = page
         end = page + 1
-    pthread_mutex_unlock(&r.lock)
     if not clean and state != PAGE_DIRTY:
         forget_stored(r, first, end)
     map_in(a, first, end - first, clean)
@@ -1205,10 +1266,6 @@ cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
     return where == OK or where == MISS or (where == REMOTE and links_slot_reachable(r.links, peer, slot))
 
 
-cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
-    return (<const uint64_t *> page)[0] == 0 and memcmp(page, page + 8, PAGE - 8) == 0
-
-
 cdef enum:
     VANISHED = 2                    # of 'gone' below
 
@@ -1265,6 +1322,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
         if gone[i] == VANISHED:
             waiters[i] = r.states[pages[i]] & FLAG_WAITERS
             removed(r, pages[i])
+            evicted += 1                # it has left, in its way
             continue
         waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_FETCHING)
         if gone[i]:
@@ -1354,8 +1412,7 @@ cdef bint had_again(Region_t *r, uint64_t page) noexcept nogil:
     """Under the lock: a page that is lost, and was only out of reach, is away again once its lender, or room, is there."""
     cdef int state = state_of(r, page)
     if state == PAGE_LOST and r.can_poison and stored_copy_at_hand(r, page):
-        if not r.states[page] & FLAG_REFUSED:
-            r.lost -= 1
+        no_longer_lost(r, page)
         set_state(r, page, PAGE_AWAY)
         state = PAGE_AWAY
     return state == PAGE_AWAY
@@ -1603,8 +1660,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                     state = GONE_FULL if r.states[page] & FLAG_REFUSED else GONE_LOST
                     pthread_mutex_unlock(&r.lock)
                     return state
-                if not r.states[page] & FLAG_REFUSED:
-                    r.lost -= 1
+                no_longer_lost(r, page)
                 set_state(r, page, PAGE_AWAY)
                 state = PAGE_AWAY
             if state == PAGE_DIRTY or (state == PAGE_CLEAN and not writable):
@@ -2281,9 +2337,9 @@ cdef class Region:
         cdef Region_t *r = self.live()
         cdef uint64_t lost, refused, removed
         pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused, removed = r.lost, r.refused, r.removed
+        lost, refused, removed = r.lost - r.lost_removed, r.refused, r.removed
         pthread_mutex_unlock(&r.lock)
-        return lost - min(removed, lost), refused, removed
+        return lost, refused, removed
 
     def close(self):
         self.shut()
