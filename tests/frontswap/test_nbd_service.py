@@ -349,7 +349,9 @@ def test_a_page_whose_write_was_refused_is_what_it_was_when_it_has_turned(served
     client = served.client("image")
     first = noise()
     client.write(0, first)
-    full = next(n for n in range(1, pages) if client.ask(Command.WRITE, n * PAGE_BYTES, PAGE_BYTES, payload=noise()).error)
+    full = next(
+        n for n in range(1, pages) if client.ask(Command.WRITE, n * PAGE_BYTES, PAGE_BYTES, payload=noise()).error
+    )
     assert client.ask(Command.WRITE, 0, PAGE_BYTES, payload=noise()).error == Errno.ENOSPC
     client.close()
     for read_only in (True, False):

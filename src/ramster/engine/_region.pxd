@@ -153,6 +153,7 @@ cdef struct Region_t:
     uint64_t looked_returned
     uint64_t looked_waited_ns
     uint64_t enough                 # the budget that would end its thrashing; 0: it does not thrash
+    bint enough_doubt               # see steady_pages
     Histogram local_ns
     Histogram remote_ns
 

@@ -50,7 +50,7 @@ from ramster.engine._c.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
     UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
-    memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
+    memfd_create, poll, pollfd, pread, pwrite, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -68,10 +68,10 @@ from ramster.engine._prefetch cimport (
 from ramster.engine._prefetch import ADVICE
 from ramster.engine._resident cimport (
     HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NEW, NOBODY, Q_GHOST, enough_pages, resident_add, resident_free, resident_gone, resident_init,
-    resident_leave_free, resident_pin, resident_unpin, resident_victim)
+    resident_leave_free, resident_pin, resident_unpin, resident_victim, steady_pages)
 from ramster.engine._store cimport (
     AGAIN_MS, BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
-    store_destroy_pool, store_flush, store_get, store_in_vain, store_patience, store_put, store_short_of_frames, store_where)
+    same_filled, store_destroy_pool, store_flush, store_get, store_in_vain, store_patience, store_put, store_short_of_frames, store_slot, store_where)
 
 from ramster import errors
 
@@ -223,6 +223,13 @@ cdef Attachment *somebody(Region_t *r, Attachment *via) noexcept nogil:
         if lives(&r.attachments[i]):
             return &r.attachments[i]
     return NULL
+
+
+cdef inline bint store_holds(Region_t *r, uint64_t page) noexcept nogil:
+    """Anything of this page, good or not."""
+    cdef uint64_t zero[3]
+    memset(zero, 0, sizeof(zero))
+    return store_slot(r.store, r.pool, zero, <uint32_t> page) != 0
 
 
 cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
@@ -1280,7 +1287,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     cdef ssize_t got
     cdef bint full = False
     cdef uint64_t first
-    cdef uint32_t stored = 0
+    cdef uint32_t stored = 0, pattern = 0
     for i in range(n):
         gone[i] = 0
         if clean[i] and not stored_copy_at_hand(r, pages[i]):
@@ -1301,10 +1308,11 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
             for k in range(i, j):
                 if got >= <ssize_t> ((k - i + 1) * PAGE) and all_zeros(buffer + (k - i) * PAGE) and is_hole(r, pages[k]):
                     gone[k] = VANISHED
-                elif not full and got >= <ssize_t> ((k - i + 1) * PAGE):
-                    full = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, wait_ns) != OK
-                    gone[k] = not full
-                    stored += not full
+                elif got >= <ssize_t> ((k - i + 1) * PAGE) and (not full or same_filled(buffer + (k - i) * PAGE, &pattern)):
+                    # A page of one word takes no room: in a full store it leaves all the same.
+                    gone[k] = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, wait_ns) == OK
+                    full = full or not gone[k]
+                    stored += gone[k]
         i = j
     # 3. Give the memory back: the next touch is a missing fault.
     i = 0
@@ -1431,6 +1439,8 @@ cdef Batch *revive_some(Region_t *r, uint64_t *page, uint64_t end, bint *crowded
             continue
         if r.resident + r.reserve // 4 < r.budget:
             room = r.budget - r.resident - r.reserve // 4
+        elif may_overdraw(r) and r.resident + SPARE_WINDOW <= r.budget + SPARE_MAX:
+            room = SPARE_WINDOW         # in a full region, too, a page whose write was refused is read again
         b = take_batch(a) if room and r.batches_used < BATCHES_MAX // 2 else NULL
         if b == NULL:
             crowded[0] = True
@@ -1447,9 +1457,9 @@ cdef Batch *revive_some(Region_t *r, uint64_t *page, uint64_t end, bint *crowded
 
 
 cdef void revive(Region_t *r) noexcept nogil:
-    """By an evictor: pages that could not be had and now can, with the same lender's memory or with room, stop being lost by
+    """By an evictor: pages that could not be had and now can, with the same lender's memory or after a refusal, stop being lost by
     themselves. Poison goes only when a page is mapped, so where a touch was SIGBUS it is brought in. A part of the region each
-    time, and only while evictors keep up."""
+    time, and only while evictors keep up, or beyond the budget as reads do."""
     cdef uint64_t page, end, now = now_ns()
     cdef bint crowded = False, came = False, more
     cdef Batch *b
@@ -1470,6 +1480,8 @@ cdef void revive(Region_t *r) noexcept nogil:
         pthread_mutex_lock(&r.lock)
         r.revive_at = page if page < r.pages else 0
         r.reviving = came and (crowded or r.revive_at)
+        if crowded and may_overdraw(r):
+            make_spare(r, NOBODY, r.budget + SPARE_MAX - SPARE_WINDOW)
         if r.reviving:
             r.revive_after_ns = now_ns() + REVIVE_AGAIN_NS
         pthread_mutex_unlock(&r.lock)
@@ -1518,14 +1530,16 @@ cdef uint32_t clean_first(uint32_t *pages, uint8_t *clean, uint32_t n) noexcept 
     return k
 
 
-cdef void look_for_thrashing(Region_t *r) noexcept nogil:
-    """Under the lock, from time to time."""
-    cdef uint64_t now = now_ns(), waited = load64(&r.waited_ns, RELAXED)
+cdef void look_for_thrashing(Region_t *r, uint64_t now) noexcept nogil:
+    """Under the lock: a few operations on its own counters, every THRASH_NS; 'now' is the caller's."""
+    cdef uint64_t waited
     if now < r.looked_ns + THRASH_NS:
         return
+    waited = load64(&r.waited_ns, RELAXED)
     if r.looked_ns:
-        r.enough = min(r.pages, enough_pages(r.budget, r.set.count[<int> Q_GHOST], r.came - r.looked_came, r.returned - r.looked_returned,
-                                             waited - r.looked_waited_ns, now - r.looked_ns))
+        r.enough = steady_pages(r.enough, min(r.pages, enough_pages(
+            r.budget, r.set.count[<int> Q_GHOST], r.came - r.looked_came, r.returned - r.looked_returned, waited - r.looked_waited_ns,
+            now - r.looked_ns)), &r.enough_doubt)
     r.looked_ns = now
     r.looked_came = r.came
     r.looked_returned = r.returned
@@ -1539,7 +1553,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
     cdef uint32_t n
     cdef uint32_t most, done
-    cdef uint64_t looked, waited, wait
+    cdef uint64_t looked, waited, wait, now
     cdef int64_t page
     cdef int state
     cdef bint parked, room, short, full
@@ -1549,17 +1563,18 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         pthread_mutex_lock(&r.lock)
         if not is_short(r):
             cond_wait_until(&r.work, &r.lock, now_ns() + (REVIVE_AGAIN_NS if r.reviving else 200000000ull))
-        if r.reserve > r.reserve_least and now_ns() > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
+        now = now_ns()
+        if r.reserve > r.reserve_least and now > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
             r.reserve = max(r.reserve_least, r.reserve - r.reserve // 8)
             resident_leave_free(&r.set, r.reserve - r.reserve_least)
-            r.reserve_changed_ns = now_ns()
+            r.reserve_changed_ns = now
         n = 0
         if not is_short(r):
             r.full = False
         short = may_overdraw(r)
         most = FULL_BATCH if r.full else BATCH
         wait = min(r.full_wait_ns, <uint64_t> AGAIN_MS * 1000000) if r.full else store_patience(r.store, &r.in_vain, r.full_wait_ns)
-        look_for_thrashing(r)
+        look_for_thrashing(r, now)
         looked = 2 * BATCH if is_short(r) else 0
         while n < most and looked > 0 and r.resident + r.reserve > r.budget + n:
             looked -= 1
@@ -1624,6 +1639,138 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     return NULL
 
 
+# --- what the application throws away ------------------------------------------------------------------------------
+
+cdef enum Way:
+    WAY_FORGET = 0                  # it is away: only what is stored of it goes
+    WAY_PUNCH = 1                   # it is resident
+    WAY_ZERO = 2                    # it is pinned, and stays where it is
+    WAY_REPRIEVE = 3                # a touch of it is SIGBUS somewhere, which only a mapping ends
+    WAY_NONE = 4                    # not now: it is in other hands, or there are too many of the last kind
+    WAY_KEEP = 5                    # the guardian has mapped over it, perhaps: for good
+
+
+cdef int way_to_discard(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock."""
+    cdef int state = state_of(r, page)
+    cdef Attachment *ignored = NULL
+    if state == PAGE_FETCHING or state == PAGE_EVICTING:
+        return WAY_NONE
+    if state == PAGE_CLEAN or state == PAGE_DIRTY:
+        return WAY_ZERO if r.states[page] & FLAG_PINNED else WAY_PUNCH
+    if state != PAGE_AWAY and not r.can_poison:
+        return WAY_KEEP
+    if not is_condemned_anywhere(r, page, &ignored):
+        return WAY_FORGET
+    return WAY_REPRIEVE if r.resident < r.budget + SPARE_MAX + OVERDRAFT // 2 else WAY_NONE
+
+
+cdef void zero_pinned(Region_t *r, uint64_t page, const uint8_t *zeros) noexcept nogil:
+    """A page in hand that must stay where it is. One that the application removed meanwhile fails when it is touched."""
+    forget_stored(r, page, page + 1)
+    pwrite(r.memfd, zeros, PAGE, <long> (page * PAGE))
+    protect(r, page, 1, False)
+    arrived(r, page, 1, PAGE_DIRTY)
+
+
+cdef void reprieve_zero(Region_t *r, uint64_t page, const uint8_t *zeros) noexcept nogil:
+    """A page in hand whose poison is to go: zeros are mapped in its place for a moment."""
+    cdef uint32_t self_page = <uint32_t> page
+    cdef bint spoiled = False, leaves
+    forget_stored(r, page, page + 1)
+    if copy_in(r, &r.attachments[0], page, 1, zeros, True, &spoiled) == 0:
+        not_arrived(r, page, 1)
+        return
+    arrived(r, page, 1, PAGE_CLEAN)
+    pthread_mutex_lock(&r.lock)
+    leaves = state_of(r, page) == PAGE_CLEAN and not r.states[page] & FLAG_PINNED
+    if leaves:
+        r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_EVICTING)
+    pthread_mutex_unlock(&r.lock)
+    if leaves:
+        drop(r, &self_page, 1)
+
+
+cdef void punch_all(Region_t *r, uint64_t *pages, uint8_t *ways, uint32_t n) noexcept nogil:
+    """Ascending pages in hand: those that are resident leave. Should the kernel ever refuse one, its next fetch finds it spoiled."""
+    cdef uint32_t i = 0, j
+    while i < n:
+        j = i + 1
+        while j < n and ways[j] == ways[i] and pages[j] == pages[j - 1] + 1:
+            j += 1
+        if ways[i] == WAY_PUNCH:
+            fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> (pages[i] * PAGE), <long> ((j - i) * PAGE))
+        i = j
+
+
+cdef void discard_batch(Region_t *r, uint64_t *pages, uint8_t *ways, uint32_t n, const uint8_t *zeros) noexcept nogil:
+    """Pages in hand read as zeros from now on, and nothing is kept of them, here or away."""
+    cdef uint32_t i
+    cdef bint waiters[BATCH]
+    for i in range(n):
+        if ways[i] == WAY_ZERO:
+            zero_pinned(r, pages[i], zeros)
+        elif ways[i] == WAY_REPRIEVE:
+            reprieve_zero(r, pages[i], zeros)
+        else:
+            forget_stored(r, pages[i], pages[i] + 1)
+    punch_all(r, pages, ways, n)
+    pthread_mutex_lock(&r.lock)
+    for i in range(n):
+        waiters[i] = False
+        if ways[i] == WAY_FORGET or ways[i] == WAY_PUNCH:
+            waiters[i] = set_state(r, pages[i], PAGE_AWAY)
+        if ways[i] == WAY_PUNCH:
+            resident_gone(&r.set, <uint32_t> pages[i])
+            r.resident -= 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+    for i in range(n):
+        if waiters[i]:
+            wake(r, pages[i], 1)
+
+
+cdef uint32_t take_to_discard(Region_t *r, uint64_t *page, uint64_t end, uint64_t *pages, uint8_t *ways, uint64_t *busy_first,
+                              uint64_t *busy_end, bint *kept) noexcept nogil:
+    """Under the lock: the next pages of a run, in hand. Those that are in other hands lie within 'busy'; 'kept': some stay lost."""
+    cdef uint32_t n = 0, looked = 0
+    cdef int way
+    while page[0] < end and n < BATCH and looked < 8 * BATCH:
+        way = way_to_discard(r, page[0])
+        looked += 1
+        if way == WAY_NONE:
+            busy_first[0] = min(busy_first[0], page[0])
+            busy_end[0] = page[0] + 1
+        elif way == WAY_KEEP:
+            kept[0] = True
+        elif way != WAY_FORGET or state_of(r, page[0]) != PAGE_AWAY or store_holds(r, page[0]):
+            if state_of(r, page[0]) == PAGE_LOST or state_of(r, page[0]) == PAGE_DAMAGED:
+                no_longer_lost(r, page[0])
+            r.resident += way == WAY_REPRIEVE
+            r.states[page[0]] = <uint8_t> ((r.states[page[0]] & FLAG_PINNED) | (PAGE_EVICTING if way == WAY_PUNCH else PAGE_FETCHING))
+            pages[n] = page[0]
+            ways[n] = <uint8_t> way
+            n += 1
+        page[0] += 1
+    return n
+
+
+cdef void discard_run(Region_t *r, uint64_t page, uint64_t end, const uint8_t *zeros, uint64_t *busy_first, uint64_t *busy_end,
+                      bint *kept) noexcept nogil:
+    """Discard a run but for what is in other hands."""
+    cdef uint64_t pages[BATCH]
+    cdef uint8_t ways[BATCH]
+    cdef uint32_t n
+    busy_first[0] = end
+    busy_end[0] = page
+    while page < end and not load32(&r.stopping, ACQUIRE):
+        pthread_mutex_lock(&r.lock)
+        n = take_to_discard(r, &page, end, pages, ways, busy_first, busy_end, kept)
+        pthread_mutex_unlock(&r.lock)
+        if n:
+            discard_batch(r, pages, ways, n, zeros)
+
+
 # --- what the application asks for ---------------------------------------------------------------------------------
 
 cdef enum Outcome:
@@ -1641,7 +1788,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
     cdef Batch *b
     cdef int state
     cdef bint all_there
-    cdef uint64_t began = now_ns()
+    cdef uint64_t began = ran_ns(&r.store.running)
     while True:
         all_there = True
         pthread_mutex_lock(&r.lock)
@@ -1681,7 +1828,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                 pthread_mutex_unlock(&r.lock)
                 bring_in(r, b)
             else:
-                if r.full and state == PAGE_AWAY and not has_room(r) and now_ns() > began + store_patience(r.store, &r.in_vain, r.full_wait_ns):
+                if r.full and state == PAGE_AWAY and not has_room(r) and ran_ns(&r.store.running) > began + store_patience(r.store, &r.in_vain, r.full_wait_ns):
                     pthread_mutex_unlock(&r.lock)
                     return GONE_FULL
                 pthread_cond_signal(&r.work)
@@ -1722,11 +1869,11 @@ cdef void ask_ahead(Attachment *a, uint64_t page, uint64_t end, bint writable) n
 
 cdef void await_others(Region_t *r, uint64_t first, uint64_t end, int state, uint64_t wait_ns) noexcept nogil:
     """Until no page of this run is in other hands (fetching, or evicting), at most so long."""
-    cdef uint64_t deadline = now_ns() + wait_ns
+    cdef uint64_t deadline = ran_ns(&r.store.running) + wait_ns
     pthread_mutex_lock(&r.lock)
-    while first < end and now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
+    while first < end and ran_ns(&r.store.running) < deadline and not load32(&r.stopping, ACQUIRE):
         if state_of(r, first) == state:
-            cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
+            cond_wait_until(&r.changed, &r.lock, now_ns() + min(wait_ns, <uint64_t> 50000000))
         else:
             first += 1
             if first % 65536 == 0:          # nobody who faults waits for a walk through a large region
@@ -1756,12 +1903,12 @@ cdef bint end_threads(Attachment *a) noexcept nogil:
     """Its fault threads end, also one that blocks in a call on the application's descriptor. False: one did not, for far
     longer than anything that it may wait for takes; it still uses the region."""
     cdef Region_t *r = a.region
-    cdef uint64_t deadline = now_ns() + END_NS
+    cdef uint64_t deadline = ran_ns(&r.store.running) + END_NS      # a node that stood still has given nobody time to end
     cdef uint32_t n
     store32(&a.leaving, 1, RELEASE)
     eventfd_write(a.stop_fd, 1)
     pthread_mutex_lock(&r.lock)
-    while a.ended < a.started and now_ns() < deadline:
+    while a.ended < a.started and ran_ns(&r.store.running) < deadline:
         for n in range(a.started):
             nudge(a.threads[n])
         cond_wait_until(&r.changed, &r.lock, now_ns() + NUDGE_NS)
@@ -2030,12 +2177,14 @@ cdef class Region:
             a.uffd = uffd           # from here on evictors protect here, too
             pthread_rwlock_unlock(&r.mapped)
         for i in range(r.fault_threads):
-            if start_thread(&a.threads[i], fault_main, a, b"ramster-fault") != 0:
-                raise MemoryError("cannot start the threads of a region")
+            failure = start_thread(&a.threads[i], fault_main, a, b"ramster-fault")
+            if failure:
+                raise OSError(failure, "cannot start the threads of a region")
             a.started += 1
         while r.evictors_started < r.evictor_threads:
-            if start_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict") != 0:
-                raise MemoryError("cannot start the threads of a region")
+            failure = start_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict")
+            if failure:
+                raise OSError(failure, "cannot start the threads of a region")
             r.evictors_started += 1
 
     def detach(self, uint32_t number):
@@ -2219,6 +2368,40 @@ cdef class Region:
             return evicted
         finally:
             free(buffer)
+            self.end(r, NULL)
+
+    def discard(self, uint64_t first, uint64_t count):
+        cdef Region_t *r = self.begin(NULL, first, count)
+        cdef uint8_t *zeros = <uint8_t *> calloc(1, PAGE)
+        cdef uint64_t page = first, end = first + count, deadline
+        cdef bint kept = False, stopped
+        try:
+            if zeros == NULL:
+                raise MemoryError
+            with nogil:
+                # Nothing of it needs the store's room or a lender. But what others have in hand ends within their own waits.
+                deadline = ran_ns(&r.store.running) + r.links.give_up_ns + r.full_wait_ns + 1000000000ull
+                discard_run(r, page, end, zeros, &page, &end, &kept)
+                while page < end and not load32(&r.stopping, ACQUIRE) and ran_ns(&r.store.running) < deadline:
+                    pthread_mutex_lock(&r.lock)
+                    if way_to_discard(r, page) == WAY_NONE:
+                        cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
+                    pthread_mutex_unlock(&r.lock)
+                    discard_run(r, page, end, zeros, &page, &end, &kept)
+                unpark(r)
+                stopped = load32(&r.stopping, ACQUIRE)
+            if stopped:
+                self.fail(GONE_STOPPED, first, count)
+            if page < end:
+                raise errors.Refused(f"pages {page} to {end} were not discarded: somebody has them in hand for too long")
+            if kept:
+                runs = self.lost_runs(r, first, count, False, False, NULL)
+                raise errors.RegionLost(
+                    f"{sum(n for _, n in runs)} of {count} pages from page {first} on stay lost: with poison = \"guard\" that is for good",
+                    runs=runs)
+            return count
+        finally:
+            free(zeros)
             self.end(r, NULL)
 
     def advise(self, str kind, uint64_t first, uint64_t count):
