@@ -1,4 +1,4 @@
-"""An application that puts pages into its region's file (fallocate, write): what was away stays what it was, or fails."""
+"""An application that puts pages into its region's file (fallocate, write): what was away stays as it was, or fails."""
 
 import signal
 from collections.abc import Callable, Iterator

@@ -174,8 +174,8 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     next_page: int | None = None
     """Check: where to go on, because more than RUNS_MAX runs were found."""
     pages: int = 0
-    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out. Discard: pages that are
-    zeros now. Undo: pages that have one pin less.
+    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out. Discard: pages that
+    are zeros now. Undo: pages that have one pin less.
     """
     region: int = 0
     name: str = ""
