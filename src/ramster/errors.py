@@ -98,6 +98,17 @@ class PageLost(RamsterError):
     blame = "peer"
 
 
+class PoolGone(RamsterError):
+    """A pool was destroyed, and something still uses its id, which no other pool of this node ever gets.
+
+    Nothing was read or changed; make a pool anew and use its id.
+    """
+
+    code = "pool-gone"
+    exit_code = 17
+    blame = "caller"
+
+
 class KernelUnsupported(RamsterError):
     """The kernel lacks something that cannot be done without, such as write-protection on shared memory (Linux 5.19).
 
@@ -146,7 +157,8 @@ class RegionFull(RamsterError):
 class StoreFull(RamsterError):
     """The arena is full and nothing left it within the bounded wait.
 
-    The put was refused; an older version under the same key is gone, so that no reader sees stale bytes.
+    The put was refused and changed nothing: an older page under the same key still is what a get returns (in an
+    ephemeral pool it is gone, so that no reader sees stale bytes).
     """
 
     code = "store-full"

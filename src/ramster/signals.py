@@ -1,4 +1,4 @@
-"""Signals that would interrupt what must be finished."""
+"""Signals that would interrupt what must be finished, and those that must end a program before it has begun."""
 
 import contextlib
 import signal
@@ -21,3 +21,24 @@ def unbroken() -> Iterator[None]:
     finally:
         for number, handler in before:
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Ctrl-C ends the process here as it ends a program in C, without a word: for imports. KeyboardInterrupt in one is
+    shown with a traceback, or lost in a callback of the interpreter's own, and the program goes on.
+
+    Elsewhere than in the main thread, and where somebody handles or ignores the signal, it does nothing.
+    """
+    try:
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.default_int_handler:
+            raise ValueError
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

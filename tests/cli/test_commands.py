@@ -8,20 +8,31 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from ramster.cli import main
+from ramster.cli import app, main
 from ramster.config import load
 from ramster.constants import NODE_NUMBER_MAX
+from ramster.errors import every_error
+from ramster.testing.cluster import Cluster
 
-COMMANDS = [
-    *("", "demo", "node", "status", "stop", "doctor", "run"),
-    *("cluster", "cluster init", "cluster client", "cluster renew", "config", "config check", "config list"),
-    *("export", "export create", "export ls", "export rm", "export set"),
-    *("swap", "swap on", "swap off", "swap status"),
-]
+
+def commands(command: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]]:
+    """(words, whether it is a group) of everything that the parser knows."""
+    command = typer.main.get_command(app.app) if command is None else command
+    below = getattr(command, "commands", {})
+    yield " ".join(words), bool(below)
+    for name, each in below.items():
+        yield from commands(each, (*words, name))
+
+
+GROUPS = [words for words, group in commands() if group]
+COMMANDS = [words for words, _ in commands()]
 DOCS = ("cli", "demo", "swap", "run")
 ROOT = Path(__file__).parents[2]
 
@@ -36,9 +47,21 @@ def test_help_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]
     assert f"Usage: {' '.join(['ramster', *command.split()])}" in help_of(command, capsys)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("", "cluster", "config", "export", "swap")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in GROUPS])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"ramster {command}" in help_of(command, capsys).split("Examples:")[1]
+
+
+def test_the_tree_has_been_walked_to_its_leaves() -> None:
+    assert {"", "export", "swap", "cluster", "config"} == set(GROUPS)
+    assert {"status", "export set", "swap on", "cluster renew"} < set(COMMANDS)
+
+
+def test_docs_list_every_exit_code() -> None:
+    section = (ROOT / "docs/cli.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
+    own = {0, app.EXIT_USAGE, app.EXIT_INTERNAL, app.EXIT_INTERRUPTED, app.EXIT_PIPE}
+    assert listed == sorted(own | {error.exit_code for error in every_error()})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -75,7 +98,7 @@ def test_docs_name_no_option_that_does_not_exist(capsys: pytest.CaptureFixture[s
         ("status --wait 0 --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("status --socket a --config b", 2, "--socket and --config"),
         ("export create a --size 1MiB --wait 0 --socket /nonexistent/control.sock", 4, "ramster node --config"),
-        ("export set a", 2, "give --size, --read-only or --read-write"),
+        ("export set a", 2, "give --size, --read-only, --read-write, --allow or --allow-all"),
         ("export set a --read-only --wait 0 --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("stop --socket /nonexistent/control.sock", 4, "ramster node --config"),
         ("cluster init", 2, "--directory"),
@@ -115,26 +138,57 @@ def test_node_refuses_to_run_without_assertions(tmp_path: Path) -> None:
     assert "assertions" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_shell_completion_lists_commands() -> None:
+def completed(words: str) -> list[str]:
+    """What a shell would offer for the last of the words."""
     ended = run_python(
         "-c",
         "import sys; from ramster.cli import main; sys.exit(main())",
         _RAMSTER_COMPLETE="complete_bash",
-        COMP_WORDS="ramster st",
-        COMP_CWORD="1",
+        COMP_WORDS=words,
+        COMP_CWORD=str(words.count(" ")),
     )
-    assert ended.stdout.split() == ["status", "stop"], ended.stderr
+    assert ended.stderr == ""
+    return ended.stdout.split()
+
+
+def test_shell_completion_lists_commands() -> None:
+    assert completed("ramster st") == ["status", "stop"]
 
 
 def test_shell_completion_lists_options_of_a_command_in_a_group() -> None:
-    ended = run_python(
-        "-c",
-        "import sys; from ramster.cli import main; sys.exit(main())",
-        _RAMSTER_COMPLETE="complete_bash",
-        COMP_WORDS="ramster swap on --acc",
-        COMP_CWORD="3",
-    )
-    assert ended.stdout.split() == ["--accept-loss"], ended.stderr
+    assert completed("ramster swap on --acc") == ["--accept-loss"]
+
+
+def test_shell_completion_lists_exports_of_the_node_that_is_named() -> None:
+    with Cluster(["alpha"]) as cluster:
+        control = cluster.start()["alpha"].control
+        for name in ("vm", "vault", "data"):
+            control.create_export(name, 1 << 20)
+        for command in ("export rm", "export set"):
+            assert completed(f"ramster {command} --socket {control.path} v") == ["vault", "vm"]
+        assert completed(f"ramster export create --socket {control.path} v") == []  # a new name is one's own
+
+
+def test_shell_completion_lists_swaps_and_nodes(tmp_path: Path) -> None:
+    (tmp_path / "swap").mkdir()
+    for name in ("swap/fast.json", "swap/slow.json", "ca.crt", "alpha.crt", "alpha.key"):
+        (tmp_path / name).touch()
+    assert completed(f"ramster swap off --socket {tmp_path}/control.sock f") == ["fast"]
+    assert completed(f"ramster cluster renew --directory {tmp_path} a") == ["alpha"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export rm --socket /nonexistent/control.sock v",
+        "export rm --config /nonexistent.toml v",
+        "swap off --socket /nonexistent/control.sock s",
+        "cluster renew --directory /nonexistent a",
+        "cluster renew a",
+    ],
+)
+def test_shell_completion_offers_nothing_where_there_is_nobody_to_ask(words: str) -> None:
+    assert completed(f"ramster {words}") == []
 
 
 def test_broken_pipe_is_silent() -> None:

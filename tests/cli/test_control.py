@@ -93,8 +93,15 @@ class View:
         self.ordered.append(("create", name, size_bytes, max_bytes, read_only, swap, *allow))
         return {"name": name, "notes": []}
 
-    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
-        self.ordered.append(("change", name, size_bytes, read_only))
+    async def change_export(
+        self,
+        name: str,
+        size_bytes: int | None,
+        read_only: bool | None,
+        allow: Sequence[str] | None,
+        swap: bool | None,
+    ) -> dict[str, Any]:
+        self.ordered.append(("change", name, size_bytes, read_only, allow, swap))
         return {"name": name, "size_bytes": size_bytes}
 
     async def remove_export(self, name: str, force: bool) -> None:
@@ -211,14 +218,20 @@ def test_orders_about_exports_reach_the_node(node: Node) -> None:
     node.client.create_export("for", 1, allow=["web", "backup"])
     assert node.client.change_export("vm", size_bytes=1 << 20)["size_bytes"] == 1 << 20
     node.client.change_export("vm", read_only=False)
+    node.client.change_export("for", allow=["web"])
+    node.client.change_export("for", allow=[])
+    node.client.change_export("vm", swap=False)
     node.client.remove_export("vm")
     node.client.remove_export("swap", force=True)
     assert node.view.ordered == [
         ("create", "vm", 5000, 1 << 40, False, True),
         ("create", "old", 1, None, True, False),
         ("create", "for", 1, None, False, False, "web", "backup"),
-        ("change", "vm", 1 << 20, None),
-        ("change", "vm", None, False),
+        ("change", "vm", 1 << 20, None, None, None),
+        ("change", "vm", None, False, None, None),
+        ("change", "for", None, None, ("web",), None),
+        ("change", "for", None, None, (), None),
+        ("change", "vm", None, None, None, False),
         ("remove", "vm", False),
         ("remove", "swap", True),
     ]

@@ -57,6 +57,21 @@ def test_an_allow_list_is_kept(export: Any) -> None:
     assert (code, out) == (2, "") and "'We b' is no name of a certificate" in err
 
 
+def test_set_changes_who_may_use_it(export: Any) -> None:
+    export("create", "w", "--size", "1MiB", "--allow", "web")
+    assert json.loads(export("set", "w", "--allow", "backup", "--allow", "web", "--json")[1])["allow"] == [
+        "backup",
+        "web",
+    ]
+    assert json.loads(export("set", "w", "--read-only", "--json")[1])["allow"] == ["backup", "web"]
+    assert json.loads(export("set", "w", "--allow-all", "--json")[1])["allow"] == []
+    code, out, err = export("set", "w", "--allow", "web", "--allow-all")
+    assert (code, out) == (2, "") and "--allow and --allow-all both" in err
+    code, out, err = export("set", "w")
+    assert (code, out) == (2, "") and "--allow-all" in err
+    export("rm", "w")
+
+
 def test_it_grows_up_to_its_limit(export: Any) -> None:
     made = json.loads(export("create", "g", "--size", "1MiB", "--max-size", "2MiB", "--read-only", "--json")[1])
     assert (made["size_bytes"], made["max_bytes"], made["read_only"]) == (1 << 20, 2 << 20, True)

@@ -1,10 +1,13 @@
-"""README's blocks do what they say when they are pasted whole, in a folder whose path has a space and an umlaut."""
+"""Blocks of README and of docs/nbd.md do what they say when they are pasted whole, in a folder whose path has a space
+and an umlaut.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240.0
 
 
-def section(heading: str) -> list[tuple[str, str]]:
+def section(heading: str, document: str = "README.md") -> list[tuple[str, str]]:
     """(language, text) of its blocks."""
-    text = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    text = (ROOT / document).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -88,6 +91,17 @@ def test_by_hand(folder: Folder) -> None:
             printed = folder.paste(text)
     assert "65536 pages" in printed and "node beta has stopped" in printed
     assert not list(folder.processes())
+
+
+CLIENTS = ("nbdinfo", "nbdcopy", "qemu-img", "fio", "curl")
+
+
+@pytest.mark.skipif(any(shutil.which(tool) is None for tool in CLIENTS), reason=f"not all of {', '.join(CLIENTS)}")
+def test_block_devices_by_hand(folder: Folder) -> None:
+    printed = [folder.paste(text) for _, text in section("Try it", "docs/nbd.md")]
+    assert 'export="vm"' in printed[0]
+    assert "Images are identical" in printed[1] and "hole,zero" in printed[1]
+    assert '"size_bytes":2147483648' in printed[2] and '{"removed":"scratch"}' in printed[2]
 
 
 def cannot_swap() -> str:

@@ -16,7 +16,7 @@ import pytest
 from ramster.cli import main
 from ramster.constants import MIB
 from ramster.errors import NodeUnreachable, Refused, ToolMissing, UsageError
-from ramster.frontswap import cgroups, devices, swap
+from ramster.frontswap import cgroups, devices, swap, swap_records, swap_state
 
 GOOD: dict[str, Any] = {
     "arena": {"locked": True, "segment_bytes": 256 << 10, "frames_free": 256},
@@ -231,7 +231,7 @@ def test_an_nbd_device_is_ours_while_it_is_attached_as_we_left_it(
     if now is not None:
         (tmp_path / "nbd3/pid").write_text(f"{now}\n")
     record = swap.Record("swap0", MIB, 50, "nbd", "/dev/nbd3", made=True, attached=bool(noted), attachment=noted)
-    assert swap._devices(WHERE, record) == (["/dev/nbd3"] if ours else [])
+    assert swap_records.own_devices(WHERE, record) == (["/dev/nbd3"] if ours else [])
 
 
 @pytest.mark.parametrize("connections", [0, 1])
@@ -254,11 +254,16 @@ def test_a_device_that_was_chosen_and_not_attached_stays_another_programs_swap(
     monkeypatch.setattr(devices, "_BLOCK", tmp_path)
     monkeypatch.setattr(devices, "swaps", lambda: [theirs])
     monkeypatch.setattr(swap, "swaps", lambda: [theirs])
+    monkeypatch.setattr(swap_state, "swaps", lambda: [theirs])
     monkeypatch.setattr(devices, "step", lambda words, *rest: used.append(list(words)))
     monkeypatch.setattr(swap, "_swap_off", lambda where, row, say: used.append([row.device]))
 
     class Node(Silent):
         has = True
+
+        def change_export(self, name: str, *, swap: bool) -> dict[str, Any]:
+            used.append([f"swap {swap}"])
+            return {}
 
         def exports(self) -> list[dict[str, Any]]:
             return [{"name": "swap0", "connections": connections}] if self.has else []
@@ -270,7 +275,7 @@ def test_a_device_that_was_chosen_and_not_attached_stays_another_programs_swap(
     assert found["swaps"][0]["state"] == "half-done"
     assert [row["device"] for row in found["others"]] == ["/dev/nbd3"]
     ended = swap.off(Node(), run_dir, "swap0", force=False, say=lambda line: None)
-    assert used == [] and ended.done == ("removed the export swap0",)
+    assert used == [["swap False"]] and ended.done == ("removed the export swap0",)
     assert "/dev/nbd3 is attached to something else by now, which stays" in ended.notes
     assert swap.names(run_dir) == []
 
@@ -349,6 +354,9 @@ class Silent:
     def create_export(self, name: str, size_bytes: int, *, swap: bool = False) -> dict[str, Any]:
         raise NodeUnreachable("gone")
 
+    def change_export(self, name: str, *, swap: bool) -> dict[str, Any]:
+        raise NodeUnreachable("gone")
+
     def remove_export(self, name: str, *, force: bool = False) -> None:
         raise NodeUnreachable("gone")
 
@@ -418,7 +426,7 @@ def test_nothing_is_waited_for_where_the_name_is_taken(
 def test_others_have_the_lock_while_a_link_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(swap, "need", lambda *tools: None)
-    monkeypatch.setattr(swap, "LOCK_S", 0.0)
+    monkeypatch.setattr(swap_records, "LOCK_S", 0.0)
     where = swap.place(tmp_path, "other")
     where.directory.mkdir()
     swap.write(where, swap.Record("other", MIB, 50, "bridge"))

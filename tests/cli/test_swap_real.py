@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -27,6 +28,7 @@ from ramster.testing.proxy import wait_until
 
 RAMSTER = [sys.executable, "-P", "-m", "ramster.cli"]
 TIMEOUT_S = 90.0
+DESERTED = r"WARNING .* export \S+: the last connection of this machine's kernel"
 # Nobody else's on this machine, so that what is left can be told from what others are at.
 NAME = f"t{secrets.token_hex(4)}"
 
@@ -64,6 +66,7 @@ class Machine:
         self.cluster = cluster
         self.node = cluster[name]
         self.socket = str(self.node.control.path)
+        self.killed = 0  # nbdfuses
         self.groups_before = set(self.groups())  # of the other node, whose swap has the same name
 
     def command(self, *words: str) -> list[str]:
@@ -404,6 +407,7 @@ def test_a_dead_nbdfuse_is_noticed_before_and_while_a_command_runs(machine: Mach
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         (nbdfuse,) = machine.json("swap", "status")["swaps"][0]["processes"]
         os.kill(nbdfuse, signal.SIGKILL)
+        machine.killed += 1
         assert process.stderr is not None
         line = process.stderr.readline()
         assert "while the command runs" in line and "nbdfuse" in line and f"swap off {NAME}" in line
@@ -411,6 +415,8 @@ def test_a_dead_nbdfuse_is_noticed_before_and_while_a_command_runs(machine: Mach
         assert process.returncode == 0 and "nbdfuse" in errors
         row = machine.json("swap", "status")["swaps"][0]
         assert row["state"] == "broken" and f"swap off {NAME}" in row["why"]
+        assert "nobody has been connected to its export for" in row["why"]
+        wait_until(lambda: re.search(DESERTED, machine.node.log), "the node says so", TIMEOUT_S)
         refused = machine.ramster("run", "--memory", "64MiB", "--", "true")
         assert refused.returncode == 5 and "broken" in refused.stderr and "nbdfuse" in refused.stderr
         insisted = machine.ramster("run", "--memory", "64MiB", "--any-swap", "--", "true")
@@ -427,6 +433,9 @@ def test_a_dead_nbdfuse_is_noticed_before_and_while_a_command_runs(machine: Mach
 def test_off_works_when_the_node_is_gone(machine: Machine) -> None:
     """The last test: it ends the node."""
     assert machine.ramster("swap", "on", "--way", "bridge", "--size", "16MiB", "--accept-loss").returncode == 0
+    # Of all that this file has switched on and off, nbdfuse died once: what is switched off in order is no trouble.
+    warned = re.findall(DESERTED, machine.node.log)
+    assert len(warned) == machine.killed
     machine.node.kill()
     assert machine.json("swap", "status")["swaps"][0]["state"] == "cut off"
     done = machine.ramster("swap", "off")

@@ -18,9 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ramster.cli import main
+from ramster.cli.commands.options import say
 from ramster.cli.doctor import Check
-from ramster.cli.render import export_table, status_tables
+from ramster.cli.render import export_table, losses, status_tables
 from ramster.cli.tables import Part, Table, lines, show
+from ramster.config.units import counted
 
 WIDTHS = (40, 80, 200, None)
 ADDRESS = "[fd00:1234:5678:9abc:def0:1234:5678:9abc]:7777"
@@ -107,6 +110,60 @@ def test_no_cell_moves_the_cursor_or_begins_a_line() -> None:
     for width in (10, None):
         assert [line for line in plain(table, width) if not line.isprintable()] == []
     assert "\\x1b[2Jc\\u202ed" in plain(table, None)[1]
+
+
+HOSTILE = "[red]x[/red] :smile: \x1b[2J\x9b\u202e"
+SHOWN = "[red]x[/red] :smile: \\x1b[2J\\x9b\\u202e"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(Table(HOSTILE, ("name",), rows=[("a",)]), id="title"),
+        pytest.param(Table("", ("name", "why"), rows=[("a", (HOSTILE, "red"))]), id="cell"),
+        pytest.param((HOSTILE, "yellow"), id="line"),
+    ],
+)
+def test_what_others_named_is_shown_as_it_is_and_does_nothing(part: Part, capsys: pytest.CaptureFixture[str]) -> None:
+    show(part)
+    assert SHOWN in capsys.readouterr().out
+
+
+def test_nothing_that_others_say_reaches_the_terminal_raw(capsys: pytest.CaptureFixture[str]) -> None:
+    losses_said = losses({"regions": [{"name": HOSTILE, "pid": 1, "pages": 1}], "foreign": {HOSTILE: 1}})
+    say(f"node alpha was not stopped:\n{losses_said[0]}\n{losses_said[1]}")
+    assert main(["status", "--wait", "0", "--socket", f"/nonexistent/{HOSTILE}"]) == 4
+    printed = capsys.readouterr().err
+    assert printed.count(SHOWN) >= 3 and printed.isascii() and "\x1b" not in printed
+    assert main(["status", "--wait", "0", "--socket", "/nonexistent/\udcff"]) == 4  # bytes that are no text
+    assert "\\udcff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 pages"), (1, "1 page"), (2, "2 pages"), (1000, "1,000 pages")])
+def test_one_is_not_many(count: int, said: str) -> None:
+    assert counted(count, "page", ",") == said
+
+
+def test_a_status_of_single_things(capsys: pytest.CaptureFixture[str]) -> None:
+    spill = {"bytes_total": 1 << 20, "mirror": True, "mirrored": 1, "pages": 1, "unmirrored": 1, "pages_unmirrored": 1}
+    show(*status_tables({**STATUS, "spill": spill}))
+    out = capsys.readouterr().out
+    assert "1 segment mirrored, 1 page here alone" in out and "1 segment, 1 page: lost" in out
+    assert losses({"exports": [{"name": "vm", "pages": 1, "connections": 1}]}) == [
+        "4 KiB stored in export vm, which 1 connection uses"
+    ]
+
+
+def test_a_swap_that_nobody_serves_is_said_below_the_exports(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"name": "swap0", "swap": True, "deserted_s": 75.2},
+        {"name": "swap1", "swap": True, "deserted_s": 0.0},
+        {"name": "vm", "swap": False, "deserted_s": 9.0},
+    ]
+    show(*export_table(rows))
+    out = capsys.readouterr().out
+    assert "swaps on export swap0 and has not been connected to it for 1 min" in out
+    assert out.count("swaps on export") == 1
 
 
 def test_a_row_has_a_cell_for_each_column() -> None:
@@ -231,3 +288,33 @@ def test_a_swap_is_whole(
     for text in ("s" * 63, each["device"], other["device"], "bridge (through the page cache)", "1048576 MiB", "32767"):
         assert any(text in line for line in printed.out.splitlines()), text
     assert REASON in printed.err
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        ({}, ""),
+        ({"full": 0, "refused": 0}, ""),
+        (
+            {"full": 1},
+            "region solver is full: neither arena, lenders nor spill file take a page of it, and what it writes",
+        ),
+        (
+            {"full": True, "refused": 1},
+            "waits; 1 fault found no room in time and gave SIGBUS so far; enlarge [arena] size",
+        ),
+        ({"full": 0, "refused": 2}, "region solver was full: 2 faults found no room in time and gave SIGBUS so far"),
+    ],
+)
+def test_a_full_region_is_said(region: dict[str, Any], said: str) -> None:
+    parts = status_tables({"regions": [{"name": "solver", "pages": 100, **region}]})
+    text = "\n".join(line for part in parts for line in plain(part, None))
+    assert said in text and (said or "full" not in text), text
+
+
+def test_read_errors_of_the_spill_file_are_said() -> None:
+    def text(spill: dict[str, Any]) -> str:
+        return "\n".join(line for part in status_tables({"spill": spill}) for line in plain(part, None))
+
+    assert "read errors" not in text({"read_errors": 0, "last_error": "x"})
+    assert re.search(r"spill read errors +3: .*\(EIO\)", text({"read_errors": 3, "last_error": "EIO"}))

@@ -58,14 +58,14 @@ class ReferenceRegion:
         initial: Callable[[int], bytes] | None = None,
         lost: range = range(0),
         stalled: range = range(0),
-        note: str = "",
+        notes: list[str] | None = None,
     ) -> None:
         self.pages, self.resident_pages, self.name = pages, resident_pages, name
         self.memfd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.memfd, pages * PAGE)
         fcntl.fcntl(self.memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self._initial = initial
-        self._lost, self._stalled, self._note = set(lost), stalled, note
+        self._lost, self._stalled, self._notes = set(lost), stalled, notes or []
         self._guard, self._guard_away = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._guard.settimeout(10)
         self._lock = threading.Lock()
@@ -90,8 +90,9 @@ class ReferenceRegion:
         self._uffd, self._base, self._poison = uffd, base, bool(features & FEATURE_POISON)
         # The application's copy is the only one left: its end of file is the application's business, ours is ours.
         self._guard_away.close()
-        if self._note:
-            self._guard.send(messages.GUARD.pack(messages.GUARD_NOTE, 0, 0, 0, self._note.encode()))
+        for note in self._notes:
+            self._guard.send(messages.GUARD.pack(messages.GUARD_NOTE, 0, 0, 0, note.encode()))
+            self._guard.recv(messages.GUARD.size)  # it is written
         self._thread = threading.Thread(target=self._serve, name="faults")
         self._thread.start()
 
@@ -230,8 +231,8 @@ class ReferenceRegion:
         with self._lock:
             return self._lost_runs(first, count)
 
-    def troubles(self) -> tuple[int, int, int]:
-        return 0, 0, 0
+    def troubles(self) -> tuple[int, int, int, bool]:
+        return 0, 0, 0, False
 
     def wait_when_full(self, hold_ms: int) -> None:
         """It is never full."""
@@ -309,7 +310,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
             initial=pattern if arguments.pattern else None,
             lost=arguments.lost,
             stalled=arguments.stalled,
-            note=arguments.note,
+            notes=arguments.note,
         )
 
     service = RegionService(arguments.run_dir, make_engine_region if arguments.engine else make_region, settings)
@@ -336,7 +337,7 @@ if __name__ == "__main__":
     parser.add_argument("--lost", type=_range, default=range(0))
     parser.add_argument("--stalled", type=_range, default=range(0))
     parser.add_argument("--poison", default="auto")
-    parser.add_argument("--note", default="")
+    parser.add_argument("--note", action="append", default=[])
     parser.add_argument("--node-wait-ms", type=int, default=100)
     parser.add_argument("--resident-max", type=int, default=0)
     asyncio.run(_serve(parser.parse_args()))

@@ -1,5 +1,6 @@
 """Whatever is given to the region API is accepted as numpy would, or refused with one UsageError that names it."""
 
+import re
 import textwrap
 import typing
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.frontswap.conftest import Node, run_script
 
+import ramster
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
 from ramster.errors import RamsterError, UsageError
 from ramster.frontswap import arguments
@@ -139,10 +141,28 @@ def test_regions_of_no_possible_size_are_refused(value: Any) -> None:
     assert arguments.region_pages("nbytes", "1TiB") == 1 << 28
 
 
-@pytest.mark.parametrize("value", ["", "n" * 49, 5, b"name", ("a",), "\ud800", Rude()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "n" * 49, 5, b"name", ("a",), "\ud800", Rude()),
+        # Shown in tables and logs, so nothing that moves a cursor, hides or colours.
+        *("a\nb", "a\tb", "\x1b[31m", "\x7f", "\x00", "\x9b31m", "a\u202eb", "a\u2028b", "a\u200bb", "\ufeff"),
+        *("[red]", "x[/red]", "[bold red]x[/]", "[link=http://x]", "[#ff0000]", "[@click=f]"),
+    ],
+)
 def test_names(value: Any) -> None:
     with refused("name"):
         arguments.name(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "a/b", "layer[0]", "x[", "]", "[]", "[1:2]", "{a: 1}", "naïve", "\N{SNOWMAN}"]
+)
+def test_names_of_every_kind_that_harm_nobody(value: str) -> None:
+    assert arguments.name(value) == value
+
+
+def test_no_name_and_the_longest() -> None:
     assert arguments.name(None) is None and arguments.name("ä" * 48) == "ä" * 48
 
 
@@ -312,6 +332,7 @@ def test_each_call_refuses_plainly(start_node: StartNode) -> None:
             "offset": lambda x: region.array(1, "u1", x),
             "evict": region.evict, "pin": lambda x: region.pin(x).unpin(), "unpin": region.unpin, "check": region.check,
             "prefetch": region.prefetch, "kind": region.advise, "advise": lambda x: region.advise("random", x),
+            "touch": lambda x: region.touch(x, 1), "pages": lambda x: region.touch(0, x),
             "connect": ramster.connect, "region_of": ramster.region_of,
         }
         for name, call in calls.items():
@@ -342,3 +363,22 @@ def test_the_hints_say_what_is_accepted() -> None:
     """The words of the hints are those that are compared with."""
     assert typing.get_args(arguments.Order) == ("C", "F")
     assert [arguments.order(word) for word in typing.get_args(arguments.Order)] == ["C", "F"]
+
+
+def _documented() -> list[tuple[str, Any]]:
+    named = [(f"ramster.{name}", getattr(ramster, name)) for name in ramster.__all__]
+    parts = [
+        (f"{each.__name__}.{name}", value)
+        for each in (ramster.Region, ramster.Client, ramster.Pin)
+        for name, value in vars(each).items()
+        if not name.startswith("_")
+    ]
+    return [(name, value) for name, value in named + parts if callable(value) or isinstance(value, classmethod)]
+
+
+@pytest.mark.parametrize(("name", "value"), _documented(), ids=lambda each: each if isinstance(each, str) else "")
+def test_help_says_what_it_does_and_what_it_raises(name: str, value: Any) -> None:
+    text = value.__doc__ or ""
+    assert len(text) > 40, f"{name} has no docstring"
+    if not isinstance(value, type) or not issubclass(value, Exception | ramster.Capacity | ramster.RegionStatistics):
+        assert re.search(r"Raises|raises|errors", text) or value is ramster.Pin, f"{name}: not a word on errors"

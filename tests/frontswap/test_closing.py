@@ -52,13 +52,13 @@ def test_the_users_own_exception_comes_first(start_node: StartNode) -> None:
         for manager in (None, client):
             for kind in (ValueError, KeyboardInterrupt, BufferError):
                 region, notes = fail(client if manager is client else client.region(PAGE), kind)
-                assert len(notes) == 1 and "1 arrays" in notes[0], notes
+                assert len(notes) == 1 and "exist (1)" in notes[0], notes
                 gc.collect()
                 region.close()         # the array went with the traceback
         # Without one of the user's, it is said.
         try:
             with client.region(PAGE) as region: a = region.array(3)
-        except ramster.RegionBusy as error: assert isinstance(error, BufferError) and "1 arrays" in str(error)
+        except ramster.RegionBusy as error: assert isinstance(error, BufferError) and "exist (1)" in str(error)
         else: raise AssertionError
         del a
         region.close()

@@ -3,6 +3,7 @@
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,10 @@ MIB = 1 << 20
 ROOM = Capacity(arena_free_bytes=32 * MIB, lenders=1, lenders_free_bytes=512 * MIB)
 
 
+def measured(put: int, compressed: int) -> Capacity:
+    return replace(ROOM, put_bytes=put, put_compressed_bytes=compressed)
+
+
 @pytest.mark.parametrize(
     ("beyond", "room", "said"),
     [
@@ -25,7 +30,7 @@ ROOM = Capacity(arena_free_bytes=32 * MIB, lenders=1, lenders_free_bytes=512 * M
         (
             1 << 40,
             ROOM,
-            "1 TiB beyond its RAM, and there is room for 544 MiB compressed (arena 32 MiB, 1 lenders 512 MiB)",
+            "1 TiB beyond its RAM, and there is room for 544 MiB compressed (arena 32 MiB, 1 lender 512 MiB)",
         ),
         (1 << 40, ROOM, "compress 1927.5:1"),
         (1, Capacity(), "no lender is up"),
@@ -38,6 +43,28 @@ ROOM = Capacity(arena_free_bytes=32 * MIB, lenders=1, lenders_free_bytes=512 * M
             Capacity(lenders_free_bytes=9 * MIB, spill_bytes=MIB, spill_free_bytes=MIB, spill_mirror=True),
             None,
         ),
+        # What was measured counts, once it is enough, and no more of it than is sound.
+        (1000 * MIB, measured(64 * MIB - 1, 16 * MIB), "too little stored so far"),
+        (1000 * MIB, measured(64 * MIB, 32 * MIB), None),
+        (1088 * MIB + 1, measured(64 * MIB, 32 * MIB), "1.06 GiB of pages that compress as those so far (2.0:1)"),
+        (4 * 544 * MIB, measured(64 * MIB, 0), None),
+        (4 * 544 * MIB + 1, measured(64 * MIB, 0), "compress 4.0:1"),
+        (544 * MIB, measured(64 * MIB, 66 * MIB), "528 MiB of pages that compress as those so far (1.0:1)"),
+        (1, replace(measured(64 * MIB, 16 * MIB), arena_free_bytes=0, lenders_free_bytes=0), "room for 0B"),
+        # Two that fit alone and not together: the second is told.
+        (
+            300 * MIB,
+            replace(ROOM, regions_bytes=600 * MIB),
+            "other regions 300 MiB more, and there is room for 544 MiB",
+        ),
+        (300 * MIB, replace(ROOM, regions_bytes=600 * MIB), "compress 1.1:1"),
+        (300 * MIB, replace(ROOM, regions_bytes=544 * MIB), None),
+        # What is stored already takes no room again.
+        (300 * MIB, replace(ROOM, regions_bytes=600 * MIB, stored_bytes=56 * MIB), None),
+        (300 * MIB, replace(ROOM, regions_bytes=600 * MIB, stored_bytes=900 * MIB), None),
+        # One that outgrows it all was told itself; a small one after it is not.
+        (MIB, replace(ROOM, regions_bytes=1 << 40), None),
+        (545 * MIB, replace(ROOM, regions_bytes=1 << 40), "beyond its RAM, and there is room"),
     ],
 )
 def test_a_region_that_may_outgrow_what_there_is(beyond: int, room: Capacity, said: str | None) -> None:
@@ -54,10 +81,12 @@ def test_a_region_that_may_outgrow_what_there_is(beyond: int, room: Capacity, sa
 
 def test_what_the_tiers_can_take() -> None:
     arena = {"segment_bytes": MIB, "frames_total": 10, "live_bytes": 3 * MIB}
+    arena |= {"pages_stored": 2, "bytes_in": 3, "bytes_compressed": 1}
     granted = [5, 0]
     assert decode(of_tiers(arena, granted, None)) == Capacity(
-        arena_bytes=10 * MIB, arena_free_bytes=7 * MIB, lenders=1, lenders_free_bytes=5 * MIB
-    )
+        arena_bytes=10 * MIB, arena_free_bytes=7 * MIB, lenders=1, lenders_free_bytes=5 * MIB, stored_bytes=8192,
+        put_bytes=3, put_compressed_bytes=1,
+    )  # fmt: skip
     spill = {"bytes_total": 8 * MIB, "bytes_used": 2 * MIB, "mirror": True}
     found = decode({**of_tiers(arena, granted, spill), "of another version": 5})
     assert (found.spill_free_bytes, found.spill_mirror, found.free_bytes) == (6 * MIB, True, 18 * MIB)

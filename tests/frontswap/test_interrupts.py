@@ -6,10 +6,12 @@ from tests.frontswap.conftest import Node, run_script
 
 StartNode = Callable[..., Node]
 
-# Raises KeyboardInterrupt before the n-th instruction of regions.py, for n = 0, 1, 2 ... until the call ends first.
+# Raises KeyboardInterrupt before the n-th instruction of the API's own files, for n = 0, 1, 2 ... until the call ends
+# first.
 EVERYWHERE = """
 import dis
-from ramster.frontswap import messages, regions
+from ramster.frontswap import messages, region, region_control, regions
+TRACED = {module.__file__ for module in (region, region_control, regions)}
 messages.SPAN_MAX = 4
 client = ramster.connect(sys.argv[1])
 region = client.region(64 * PAGE)
@@ -20,7 +22,7 @@ def interrupted_after(n, call):
     left, fired = n, False
     def trace(frame, event, argument):
         nonlocal left, fired
-        if frame.f_code.co_filename != regions.__file__:
+        if frame.f_code.co_filename not in TRACED:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and not fired:

@@ -845,6 +845,48 @@ def test_an_allow_list_that_makes_no_sense(served: Served, allow: list[str], say
     assert served.call(served.service.describe()) == []
 
 
+def test_a_new_allow_list_counts_at_once_and_ends_who_is_not_on_it(
+    encrypted: Served, clients: dict[str, identity.NodeFiles]
+) -> None:
+    encrypted.create("webs")
+
+    def connect(name: str) -> NbdClient:
+        dialled = tcp(encrypted)
+        dialled.start_tls(client_context(clients[name]), "localhost")
+        return dialled.go("webs")
+
+    web, backup, local = connect("web"), connect("backup"), encrypted.client("webs")
+    with contextlib.closing(web), contextlib.closing(backup), contextlib.closing(local):
+        changed = encrypted.call(encrypted.service.change("webs", allow=["web"]))
+        assert changed["allow"] == ["web"] and changed["connections"] == 2
+        (note,) = changed["notes"]
+        assert note.startswith("closed 1 connection of clients that may not use it any more: backup (")
+        with pytest.raises(ConnectionError):
+            backup.read(0, PAGE_BYTES)
+        for each in (web, local):
+            each.write(0, page(1))
+            assert each.read(0, PAGE_BYTES) == page(1)
+        with tcp(encrypted) as dialled:
+            dialled.start_tls(client_context(clients["backup"]), "localhost")
+            assert listed(dialled) == {b"swap"}
+            assert [kind for kind, _ in dialled.option(Option.GO, nbd.pack_info("webs"))] == [OptionReply.ERR_POLICY]
+        unchanged = encrypted.call(encrypted.service.change("webs", read_only=None))
+        assert unchanged["allow"] == ["web"] and unchanged["notes"] == []
+        opened = encrypted.call(encrypted.service.change("webs", allow=[]))
+        assert opened["allow"] == [] and opened["notes"] == [] and opened["connections"] == 2
+    with contextlib.closing(connect("backup")) as backup:
+        assert backup.read(0, PAGE_BYTES) == page(1)
+
+
+def test_a_new_allow_list_that_makes_no_sense_changes_nothing(encrypted: Served) -> None:
+    encrypted.create("webs", allow=["web"])
+    with pytest.raises(UsageError, match="is no name"):
+        encrypted.call(encrypted.service.change("webs", allow=["backup", "We b"]))
+    with pytest.raises(UsageError, match="cannot shrink"):
+        encrypted.call(encrypted.service.change("webs", PAGE_BYTES, allow=["backup"]))
+    assert encrypted.described("webs")["allow"] == ["web"]
+
+
 def test_an_allow_list_needs_certificates(tmp_path: Path) -> None:
     served = Served(tmp_path / "run", NbdKnobs(), None)
     with pytest.raises(UsageError, match=r"only a node with a \[cluster\] section can check"):

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,18 @@ from tests.frontswap.conftest import DEADLINE, Engines, Node, finish, run_script
 from ramster.config.knobs import Region as Settings
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
 from ramster.errors import RegionFull
-from ramster.frontswap import messages, region_service
-from ramster.frontswap.region_service import CHECK_PAGES, PROCESS_WORKERS, WAITING_MAX, WORKERS, RegionService
+from ramster.frontswap import messages, region_connection, region_service
+from ramster.frontswap.region_connection import CHECK_PAGES, Connection
+from ramster.frontswap.region_service import (
+    LOOKERS,
+    PROCESS_WORKERS,
+    WAITING_MAX,
+    WAITING_OF_ONE_MAX,
+    WORKERS,
+    RegionService,
+)
 from ramster.frontswap.shares import REGIONS_OF_A_PROCESS_MAX
+from ramster.testing.proxy import wait_until
 
 StartNode = Callable[..., Node]
 
@@ -79,6 +89,7 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
             b'{"op":"dance"}',
             b'{"op":"pin","first":"0","count":1}',
             b'{"op":"pin","first":0,"count":0}',
+            b'{"op":"undo","group":' + b"9" * 4000 + b"}",
             b"[" * 5000,
             b'{"op":"create","version":1,"x":' + b"[" * 5000,
             b"x" * (REGION_MESSAGE_BYTES_MAX + 1),
@@ -99,7 +110,7 @@ def test_garbage_ends_that_connection_only(start_node: StartNode) -> None:
         assert good.say({"op": "statistics"})["error"] == "usage"
         assert good.say({"op": "close", "id": 7}) == {"ok": True, "id": 7}
     node.wait_for("gone good")
-    assert "garbage=18" in node.stop()
+    assert "garbage=19" in node.stop()
 
 
 def test_refusals(start_node: StartNode) -> None:
@@ -142,6 +153,48 @@ def test_a_look_at_a_huge_region_comes_in_parts(start_node: StartNode) -> None:
     assert out.split("\n")[0] == f"[] {CHECK_PAGES}"
 
 
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J", "[red]", "a\u202eb"])
+def test_a_name_that_would_do_something_where_it_is_shown_is_refused(start_node: StartNode, name: str) -> None:
+    """Also of a client that does not look at it itself."""
+    with Talker(start_node()) as talker:
+        answer = talker.create(name=name)
+        assert answer["error"] == "usage", answer
+        assert answer["message"].startswith(f"name: {name!r}, must be 1 to 48 printable characters"), answer
+        assert talker.create(name="good")["name"] == "good"
+
+
+def test_a_budget_that_is_too_small_names_the_argument(start_node: StartNode) -> None:
+    out = run_script(
+        """
+        try: ramster.connect(sys.argv[1]).region("1MiB", resident=4096)
+        except ramster.UsageError as error: print(error)
+        """,
+        start_node("--engine").socket,
+    )
+    words = "resident: 4096 bytes, must be at least 65536 (16 pages), or as much as the region (1048576)\n"
+    assert out == words
+
+
+def test_what_the_node_remembers_of_pins_is_bounded(start_node: StartNode) -> None:
+    """Each pin of the same page under one group was one more entry, up to 65535 for each page."""
+    out = run_script(
+        """
+        from ramster.frontswap import messages
+        region = ramster.connect(sys.argv[1]).region(64 * PAGE, resident=64 * PAGE)
+        pin = messages.Pin(first=3, count=1, group=9)
+        for n in range(100):
+            try: region._control.ask(pin)
+            except ramster.UsageError as error: print(n, error); break
+        region._control.ask(messages.Pin(first=4, count=2, group=9))       # adjoins
+        print(region._control.ask(messages.Undo(group=9)).pages, region.statistics().pinned_pages)
+        """,
+        start_node("--engine").socket,
+    )
+    first, second = out.splitlines()
+    assert first.startswith("16 group: 9 has 16 separate ranges"), first
+    assert second == "18 0"
+
+
 def test_one_process_leaves_threads_to_others(directory: Path) -> None:
     """What waits for a lender is bounded in number for each process, not only in time."""
     service = RegionService(directory / "run", lambda *_: pytest.fail("no region"), Settings())
@@ -155,7 +208,7 @@ def test_one_process_leaves_threads_to_others(directory: Path) -> None:
         ends = [socket.socketpair() for _ in range(2)]
         connections = []
         for ours, _ in ends:
-            connections.append(region_service._Connection(service, ours))
+            connections.append(Connection(service, ours))
             service._connections[connections[-1]] = asyncio.current_task()  # type: ignore[assignment]
         waiting = [asyncio.create_task(each.run(wait)) for each in connections for _ in range(WORKERS)]
         for _ in range(PROCESS_WORKERS):
@@ -237,6 +290,110 @@ def test_idle_connections_keep_nobody_out(start_node: StartNode) -> None:
         assert talker.create()["ok"]
     for each in idle:
         each.socket.close()
+
+
+def test_who_was_refused_a_place_in_a_region_does_not_stay_connected(start_node: StartNode) -> None:
+    """It had left the table of those that wait, so it was counted nowhere, and what it asked next kept it there."""
+    node = start_node()
+    with Talker(node) as first, Talker(node) as second:
+        number = first.create()["region"]
+        answer = second.say({"op": "join", "version": messages.VERSION, "region": number})
+        assert answer["error"] == "refused" and "one process" in answer["message"]
+        with contextlib.suppress(OSError):
+            second.socket.send(b'{"op":"capacity","version":2}')
+        assert second.ended()
+
+
+def _service(directory: Path, tiers: Callable[[], dict[str, int]] = dict) -> RegionService:
+    return RegionService(directory / "run", lambda *_: pytest.fail("no region"), Settings(), tiers)
+
+
+def test_who_has_no_region_goes_whatever_else_it_asks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region_connection, "HANDSHAKE_DEADLINE_S", 0.1)
+
+    def ask(path: Path) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client, contextlib.suppress(OSError):
+            client.connect(str(path))
+            client.settimeout(DEADLINE)
+            end = time.monotonic() + DEADLINE
+            while client.send(b'{"op":"capacity","version":2}') and client.recv(REGION_MESSAGE_BYTES_MAX):
+                assert time.monotonic() < end, "it may ask for ever"
+
+    async def scene() -> None:
+        service = _service(directory)
+        await service.start()
+        try:
+            await asyncio.to_thread(ask, service.path)
+        finally:
+            await service.close()
+
+    asyncio.run(scene())
+
+
+def test_who_had_to_make_room_does_not_wait_for_an_answer(directory: Path) -> None:
+    """Where looks take long, each further connection stayed for as long, beside all that the table has room for."""
+    over = threading.Event()
+    service = _service(directory, lambda: {} if over.wait(DEADLINE) else pytest.fail("deadline"))
+
+    def flood(clients: list[socket.socket]) -> None:
+        for client in clients:
+            client.settimeout(DEADLINE)
+            client.connect(str(service.path))
+            client.send(b'{"op":"capacity","version":2}')
+        wait_until(lambda: service.counters.connections == len(clients), "they have come")
+        wait_until(lambda: len(service._connections) <= WAITING_OF_ONE_MAX, "those that were too many have gone")
+        assert b"make room" in clients[0].recv(REGION_MESSAGE_BYTES_MAX)
+        over.set()
+        assert b'"ok":true' in clients[-1].recv(REGION_MESSAGE_BYTES_MAX)
+
+    async def scene() -> None:
+        await service.start()
+        clients = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2 * WAITING_OF_ONE_MAX)]
+        try:
+            await asyncio.to_thread(flood, clients)
+        finally:
+            over.set()
+            for client in clients:
+                client.close()
+            await service.close()
+
+    asyncio.run(scene())
+
+
+def test_one_user_leaves_a_thread_that_looks_to_others(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(region_service, "is_own", lambda uid: False)
+    over, running = threading.Event(), threading.Semaphore(0)
+
+    class Slow:
+        def look(self) -> dict[str, int]:
+            running.release()
+            assert over.wait(DEADLINE)
+            return {}
+
+    async def scene() -> None:
+        service = _service(directory)
+        ends = [socket.socketpair() for _ in range(LOOKERS + 1)]
+        connections = []
+        for ours, _ in ends:
+            connections.append(Connection(service, ours))
+            service._connections[connections[-1]] = asyncio.current_task()  # type: ignore[assignment]
+            monkeypatch.setattr(connections[-1], "_ready", lambda: None)
+            connections[-1].shared = Slow()  # type: ignore[assignment]
+        asked = [asyncio.create_task(each._statistics()) for each in connections]
+        assert await asyncio.to_thread(running.acquire, timeout=DEADLINE)
+        # As another user would have it.
+        assert not await asyncio.wait_for(service.look(lambda: running.acquire(blocking=False)), DEADLINE)
+        over.set()
+        await asyncio.gather(*asked)
+        service._connections.clear()
+        for connection in connections:
+            connection.leave()
+        for ours, theirs in ends:
+            ours.close()
+            theirs.close()
+        await service.close()
+
+    asyncio.run(scene())
 
 
 def test_one_process_does_not_get_every_region(start_node: StartNode, monkeypatch: pytest.MonkeyPatch) -> None:

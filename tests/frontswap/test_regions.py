@@ -465,7 +465,7 @@ def test_lost_page_is_sigbus_and_reported(start_node: StartNode, poison: str) ->
 def test_notes_of_the_node_reach_the_user(start_node: StartNode) -> None:
     script = start_script(
         """
-        region = ramster.connect(sys.argv[1]).region(1)
+        region = ramster.connect(sys.argv[1]).region(1, name="matrix")
         memoryview(region)[0]
         region.check()
         sys.stdin.readline()
@@ -473,9 +473,32 @@ def test_notes_of_the_node_reach_the_user(start_node: StartNode) -> None:
         start_node("--note", "the arena is\tfull \N{SNOWMAN}").socket,
     )
     assert script.stderr is not None and script.stdin is not None
-    assert script.stderr.readline() == "ramster: the arena is?full \N{SNOWMAN}\n"
+    assert script.stderr.readline() == "ramster: the arena is?full \N{SNOWMAN} (region 'matrix')\n"
     script.stdin.write("read\n")
     assert finish(script) == (0, "", "")
+
+
+def test_a_note_that_comes_again_and_again_is_counted(start_node: StartNode) -> None:
+    """A process that survives SIGBUS wrote a line for each refused write, and none said which region it was."""
+    said = [f"region matrix: page {page} is lost; SIGBUS" for page in range(40)]
+    said += ["region full: no room; SIGBUS"] * 3 + ["region f: page 1 is of another one"]
+    said += [f"{c} of another kind" for c in "abcdef"]
+    script = start_script(
+        'region = ramster.connect(sys.argv[1]).region(1, name="matrix"); memoryview(region)[0]; region.close()',
+        start_node(*(word for note in said for word in ("--note", note))).socket,
+    )
+    status, out, err = finish(script)
+    assert (status, out) == (0, "")
+    more = "more like this within 10 s, the last:"
+    assert err.splitlines() == [
+        "ramster: region matrix: page 0 is lost; SIGBUS",
+        "ramster: region full: no room; SIGBUS (region 'matrix')",
+        "ramster: region f: page 1 is of another one (region 'matrix')",
+        *(f"ramster: {c} of another kind (region 'matrix')" for c in "abc"),
+        # Six kinds are told apart; what comes beyond is counted all the same. The region's end says what was counted.
+        f"ramster: 42 {more} f of another kind (region 'matrix')",
+        f"ramster: 2 {more} region full: no room; SIGBUS (region 'matrix')",
+    ]
 
 
 @needs_root

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -48,31 +48,14 @@ def _finished(runs: dict[str, Future[Run]], name: str) -> Run:
         pytest.skip(str(reason))
 
 
-@pytest.fixture(scope="session")
-def swapped(runs: dict[str, Future[Run]]) -> Run:
-    return _finished(runs, "swapped")
+def _of(scenario: str) -> Callable[..., Run]:
+    """The fixture of one scenario."""
+
+    @pytest.fixture(scope="session", name=scenario)
+    def found(runs: dict[str, Future[Run]]) -> Run:
+        return _finished(runs, scenario)
+
+    return found
 
 
-@pytest.fixture(scope="session")
-def flipped(runs: dict[str, Future[Run]]) -> Run:
-    return _finished(runs, "flipped")
-
-
-@pytest.fixture(scope="session")
-def attached(runs: dict[str, Future[Run]]) -> Run:
-    return _finished(runs, "attached")
-
-
-@pytest.fixture(scope="session")
-def lender_dies(runs: dict[str, Future[Run]]) -> Run:
-    return _finished(runs, "lender_dies")
-
-
-@pytest.fixture(scope="session")
-def lender_dies_alone(runs: dict[str, Future[Run]]) -> Run:
-    return _finished(runs, "lender_dies_alone")
-
-
-@pytest.fixture(scope="session")
-def commanded(runs: dict[str, Future[Run]]) -> Run:
-    return _finished(runs, "commanded")
+globals().update({scenario: _of(scenario) for scenario in SCENARIOS})

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from tests.guest.machine import HOST, Disk, Guest, Kernel, Machine, Step, Unavailable, program
 
-from ramster.cli.cluster_files import Sections
+from ramster.cli.cluster_files import Sections, Value
+from ramster.cluster.identity import add_client
 from ramster.testing.cluster import Cluster, Node, free_ports
 
 EXPORT: Final = "swap"
@@ -180,32 +181,78 @@ def flipped(kernel: Kernel, folder: Path) -> Run:
         return run
 
 
-def attached(kernel: Kernel, folder: Path) -> Run:
-    """Swap through the guest's own nbd module and this machine's nbd-client, run in the guest, over TCP."""
+def _attached(
+    kernel: Kernel,
+    folder: Path,
+    memory_mib: int,
+    nbd: Mapping[str, Value],
+    client: Callable[[Cluster], Sequence[str]],
+    before: Sequence[str] = (),
+    deadline_s: float = DEADLINE_S,
+) -> Run:
+    """Swap through the guest's own nbd module and this machine's nbd-client, run in the guest, over TCP.
+
+    nbd: of the node's [nbd], beside the address. client: more of nbd-client's options. before: steps between it and the
+    workload.
+    """
     missing = [name for name in ("nbd-client", "mkswap", "swapon") if shutil.which(name, path=SYSTEM_PATH) is None]
     if missing:
         raise Unavailable(f"{', '.join(missing)} not installed")
     (port,) = free_ports(1)
-    near: Sections = {**NEAR, "nbd": {"listen": f"127.0.0.1:{port}"}}
+    near: Sections = {**NEAR, "nbd": {"listen": f"127.0.0.1:{port}", **nbd}}
     with Cluster({"near": near, "far": FAR}) as nodes:
         nodes.start()
         nodes["near"].control.create_export(EXPORT, SWAP_MIB << 20)
+        options = " ".join(["-swap -timeout 60 -connections 2", *client(nodes)])
         plan = [
             "host files",
             # What arrives from the network needs memory before it can free any, and a guest this small keeps 1 MiB.
             "write /proc/sys/vm/min_free_kbytes 8192",
-            f"run nbd-client -N {EXPORT} {HOST} {port} /dev/nbd0 -swap -timeout 60 -connections 2",
+            f"run nbd-client -N {EXPORT} {HOST} {port} /dev/nbd0 {options}",
             "run mkswap /dev/nbd0",
             "run swapon --discard /dev/nbd0",
             *counted("nbd0"),
+            *before,
             f"run {program('workload')} {WORK_MIB} {WORK_S}",
             "run swapoff /dev/nbd0",
             *counted("nbd0"),
             "show /proc/swaps",
             "run nbd-client -d /dev/nbd0",
         ]
-        machine = Machine(plan, memory_mib=160, modules=["nbd"], network=True, host_files=True)
-        return carry_out(machine, kernel, folder, nodes)
+        machine = Machine(plan, memory_mib=memory_mib, modules=["nbd"], network=True, host_files=True)
+        return carry_out(machine, kernel, folder, nodes, deadline_s=deadline_s)
+
+
+def attached(kernel: Kernel, folder: Path) -> Run:
+    """Without TLS, on a loopback address of this machine."""
+    return _attached(kernel, folder, 160, {}, lambda nodes: ())
+
+
+def encrypted(kernel: Kernel, folder: Path) -> Run:
+    """With TLS 1.2, the newest that nbd-client 3.24 knows.
+
+    A process of nbd-client's in the guest encrypts, and it needs memory to do so: where the whole guest has none left,
+    it waits for a page that it should send, until the kernel calls that hung. So a cgroup limits the workload.
+    """
+
+    def certificate(nodes: Cluster) -> Sequence[str]:
+        files = add_client(nodes.directory / "files", "guest")
+        return (
+            f"-cacertfile {files.ca}",
+            f"-certfile {files.cert}",
+            f"-keyfile {files.key}",
+            f"-tlshostname {nodes['near'].name}",
+        )
+
+    limited = [
+        "write /sys/fs/cgroup/cgroup.subtree_control +memory",
+        "run mkdir /sys/fs/cgroup/work",
+        f"write /sys/fs/cgroup/work/memory.max {WORK_MIB // 2}M",
+        "write /sys/fs/cgroup/work/cgroup.procs 1",  # and whatever is started from now on
+    ]
+    nbd = {"tls": "require", "tls_min": "1.2"}
+    # Emulated, each page is encrypted in milliseconds.
+    return _attached(kernel, folder, 2 * WORK_MIB, nbd, certificate, limited, INSIDE_DEADLINE_S)
 
 
 def _lender_dies(kernel: Kernel, folder: Path, more: Sections, lenders: Sequence[str]) -> Run:
@@ -282,5 +329,5 @@ def commanded(kernel: Kernel, folder: Path) -> Run:
 
 
 SCENARIOS: Final[Mapping[str, Callable[[Kernel, Path], Run]]] = {
-    each.__name__: each for each in (commanded, attached, swapped, flipped, lender_dies, lender_dies_alone)
+    each.__name__: each for each in (commanded, attached, encrypted, swapped, flipped, lender_dies, lender_dies_alone)
 }

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 from tests.guest.machine import HUNG_S
-from tests.guest.scenarios import WORK_MIB, Run
+from tests.guest.scenarios import EXPORT, WORK_MIB, Run
 
 PAGE: Final = 4096
 SECTOR: Final = 512
@@ -24,7 +24,13 @@ DISCARDS: Final = 11
 FAILURES: Final = ("errors", "refused", "pages_lost", "pages_gone")
 
 
-@pytest.fixture(params=["swapped", "attached"], ids=["QEMU's client", "the kernel's client"])
+@pytest.fixture(
+    params=[
+        pytest.param("swapped", id="QEMU's client"),
+        pytest.param("attached", id="the kernel's client"),
+        pytest.param("encrypted", id="the kernel's client with TLS 1.2", marks=pytest.mark.long),
+    ]
+)
 def run(request: pytest.FixtureRequest) -> Run:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Run)
@@ -96,7 +102,12 @@ def test_nothing_was_lost_or_failed(run: Run) -> None:
     assert {key: run.export[key] for key in FAILURES} == dict.fromkeys(FAILURES, 0)
     assert run.near["arena"]["corrupt_pages"] == run.near["counters"]["corrupt_replies"] == 0
     said = [line for line in run.log.splitlines() if "guard:" not in line]  # that tells what this host refuses
-    assert not re.search("WARNING|ERROR", "\n".join(said))
+    assert [line for line in said if re.search("WARNING|ERROR", line)] == []
+
+
+@pytest.mark.long
+def test_a_client_that_knows_tls_1_2_alone_is_who_its_certificate_says(encrypted: Run) -> None:
+    assert len(re.findall(rf"export {EXPORT}: guest \(.*\) connected", encrypted.log)) == 2  # nbd-client -connections 2
 
 
 def test_the_workload_notices_one_bit(flipped: Run) -> None:

@@ -277,6 +277,26 @@ def test_whatever_shape_the_reply_has_a_page_is_right_or_reported(liar: Liar, da
     assert liar.all() == [page(index) for index in range(PAGES)]
 
 
+def test_a_lender_that_never_says_what_it_has_forgotten_gets_no_more(liar: Liar) -> None:
+    """Each number of a segment is kept from being used again until it does: this one has its share of them."""
+    told_max, first = 1024, 1000
+
+    def ship(index: int) -> None:
+        liar.store.put(liar.pool, index, page(index))
+        liar.store.seal_open()
+        ((segment, generation, *_),) = liar.store.coldest(8)
+        assert liar.links.ship(segment, generation, LENDER)
+
+    for index in range(first, first + told_max):
+        ship(index)
+        wait_until(lambda index=index: liar.store.where(liar.pool, index) == LENDER, "shipped")  # type: ignore[misc]
+        liar.store.flush_page(liar.pool, index)
+    wait_until(lambda: liar.links.counters()["frees_sent"] == told_max, "told")
+    ship(first)
+    wait_until(lambda: liar.links.shipping() == 0, "given up")
+    assert liar.store.where(liar.pool, first) != LENDER and liar.links.get(liar.pool, first) == page(first)
+
+
 def test_requests_that_find_the_lenders_buffer_full_wait_for_room(
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

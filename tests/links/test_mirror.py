@@ -9,6 +9,7 @@ import pytest
 from tests.links.conftest import SEGMENT, MakeMirrored, page, stepping
 
 from ramster.engine import _spill
+from ramster.engine.links import BULK
 from ramster.remotify.policy import Policy, Settings
 from ramster.remotify.worker import Worker
 from ramster.testing.proxy import wait_until
@@ -73,6 +74,30 @@ def test_a_full_mirror_keeps_nothing_from_a_lender_and_catches_up(make_mirrored:
     wait_until(lambda: pair.a.store.statistics().segments_mirrored == 0, "goodbye is heard")
     pair.expect(new[:150])
     assert spill.statistics().reads >= 150
+
+
+def test_a_thousand_damaged_segments_are_forgotten_by_a_lender_that_comes_back(make_mirrored: MakeMirrored) -> None:
+    """What it returned was damaged while it could not be told to forget it: its memory is not lent for good."""
+    count = 1000
+    pair, _ = make_mirrored(images=count + 24, segments=32, lend=count // 4)
+    for first in range(0, count, 8):
+        for index in range(first, first + 8):
+            pair.put(index)
+            pair.a.store.seal_open()
+        pair.ship()
+    assert pair.b.links.foreign() == {pair.a.number: count}
+    for handle in range(count):
+        pair.b.links.tamper(handle, 72 + 50)  # in its only entry, behind header and directory
+    pair.bulk.cut()
+    wait_until(lambda: not pair.a.links.up(pair.b.number, BULK) and not pair.b.links.up(pair.a.number, BULK), "down")
+    pair.expect(range(count))
+    assert pair.a.links.counters()["corrupt_replies"] == count and pair.b.links.foreign() == {pair.a.number: count}
+    pair.connect(BULK)
+    wait_until(lambda: not pair.b.links.foreign(), f"all is given back, not {pair.b.links.foreign()}")
+    assert pair.b.links.counters()["lent_bytes"] == 0 and pair.b.lent_used() == 0
+    pair.put(count)
+    pair.ship()
+    assert pair.where(count) == pair.b.number, "and it gets segments again"
 
 
 def test_copies_are_given_up_for_pages_that_find_no_other_room(make_mirrored: MakeMirrored) -> None:

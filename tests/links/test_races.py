@@ -43,7 +43,7 @@ import pytest
 from tests.links.conftest import LENDER, OTHER_LENDER, SEGMENT, MakePair, Pair, Side, page
 
 from ramster.engine.links import BULK, GET, TlsContext
-from ramster.errors import PageLost, StoreFull
+from ramster.errors import PageLost, PoolGone, StoreFull
 from ramster.remotify.policy import Policy, Settings
 from ramster.remotify.worker import Worker
 from ramster.testing import _stress
@@ -336,10 +336,9 @@ def test_destroy_of_the_pool_while_the_push_is_in_flight(pair: Pair) -> None:
     with pair.bulk.down.held():
         n = pair.order()
         wait_until(lambda: pair.b.lent_used() == n, "the lender has everything")
-        pair.a.store.destroy_pool(pair.pool)
-        assert pair.a.store.create_pool(pages=4096) == pair.pool
+        heir = replace_pool(pair)
     pair.wait_for_frees(0)
-    assert all(pair.fetch(index) is None for index in PAGES), "nothing of the former pool of that number"
+    assert all(pair.a.links.get(heir, index) is None for index in PAGES), "nothing of the former pool of that place"
 
 
 def test_destroy_of_the_pool_while_the_get_is_in_flight(pair: Pair) -> None:
@@ -347,11 +346,19 @@ def test_destroy_of_the_pool_while_the_get_is_in_flight(pair: Pair) -> None:
     pair.ship()
     with pair.get.down.held():
         under_way = pair.later(lambda: pair.fetch(7))
-        pair.a.store.destroy_pool(pair.pool)
-        assert pair.a.store.create_pool(pages=4096) == pair.pool
-        pair.put(8, version=1)
-    assert under_way.result() is None, "the page of the former pool of that number is not this one's"
-    assert pair.fetch(8) == page(100_008)
+        heir = replace_pool(pair)
+        pair.a.store.put(heir, 7, page(100_007))
+    with pytest.raises(PoolGone):
+        under_way.result()
+    assert pair.a.links.get(heir, 7) == page(100_007), "the page of the former pool of that place is not this one's"
+
+
+def replace_pool(pair: Pair) -> int:
+    """Destroy the pair's pool and make another in its place."""
+    pair.a.store.destroy_pool(pair.pool)
+    heir = pair.a.store.create_pool(pages=4096)
+    assert heir % 4096 == pair.pool % 4096
+    return heir
 
 
 def test_flush_while_the_get_is_in_flight(pair: Pair) -> None:
@@ -384,7 +391,7 @@ def test_put_and_push_again_while_the_get_is_in_flight(pair: Pair) -> None:
     assert under_way.result() == page(100_007)
 
 
-def test_a_refused_put_while_the_get_is_in_flight_leaves_nothing(make_pair: MakePair) -> None:
+def test_a_refused_put_while_the_get_is_in_flight_leaves_the_page(make_pair: MakePair) -> None:
     pair = make_pair(segments=8)
     pair.put(7)
     pair.ship()
@@ -394,8 +401,9 @@ def test_a_refused_put_while_the_get_is_in_flight_leaves_nothing(make_pair: Make
         under_way = pair.later(lambda: pair.fetch(7))
         with pytest.raises(StoreFull):
             pair.put(7, version=1)
-    assert under_way.result() is None
-    pair.wait_for_frees(0)
+    assert under_way.result() == page(7)
+    pair.wait_for_frees(1)
+    assert pair.fetch(7) == page(7)
 
 
 def test_two_gets_on_one_key(pair: Pair) -> None:
@@ -471,6 +479,8 @@ def test_link_cut_for_longer_than_give_up(make_pair: MakePair) -> None:
     with pytest.raises(PageLost, match="does not answer"):
         pair.fetch(7)
     wait_until(lambda: pair.a.links.peers()[0]["lost"], "out of reach for longer than give_up")
+    assert pair.a.links.unreachable() == {LENDER: len(PAGES)}
+    assert pair.a.store.statistics().pages_lost == 0
     before = pair.a.links.counters()["unreachable"]
     with pytest.raises(PageLost, match="does not answer"):
         pair.fetch(8)

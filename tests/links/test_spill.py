@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.links.conftest import LENDER, SEGMENT, MakeMirrored, page, size, stepping
 
 from ramster.constants import PAGE_BYTES, SPILL_PEER
 from ramster.engine.layout import SPILL_FIRST_IMAGE, SPILL_HEADER, SPILL_MAGIC
 from ramster.engine.links import GET, Links, TlsContext
+from ramster.engine.region import Region
 from ramster.engine.spill import Spill
 from ramster.engine.store import Store
 from ramster.errors import KernelUnsupported, PageLost, PermissionMissing, StoreFull, UsageError
@@ -229,20 +232,157 @@ def test_an_older_image_in_place_of_the_newer_is_found(alone: Alone) -> None:
     assert alone.get(0) == page(200_000)
 
 
+def lost_of(alone: Alone, indices: range) -> set[int]:
+    """Pages that a get does not get; all others must be right."""
+    lost = set()
+    for index in indices:
+        try:
+            assert alone.get(index) == page(index), f"page {index}"
+        except PageLost:
+            lost.add(index)
+    return lost
+
+
 def test_a_file_cut_short_is_a_loss_that_is_said(alone: Alone) -> None:
+    """By a read that meets its end; everybody says the same of it, and what was written before the cut is there."""
     alone.put(*PAGES)
     alone.write()
     alone.put(200)
     os.truncate(alone.path, SPILL_FIRST_IMAGE + SEGMENT)
-    lost = 0
-    for index in PAGES:
-        try:
-            assert alone.get(index) == page(index)
-        except PageLost:
-            lost += 1
-    assert 0 < lost < len(PAGES)
-    assert alone.spill.statistics().read_errors == lost
+    lost = lost_of(alone, PAGES)
+    assert 0 < len(lost) < len(PAGES)
+    assert {index for index in PAGES if alone.where(index) == "lost"} == lost
+    found, seen = alone.store.statistics(), alone.spill.statistics()
+    assert (found.pages_lost, found.pages_spilled, found.pages_remote) == (
+        len(lost),
+        len(PAGES) - len(lost),
+        len(PAGES) - len(lost),
+    )
+    assert (seen.cuts, seen.pages_cut, seen.read_errors) == (1, len(lost), 0)
+    assert alone.store.census(alone.pool) == {"here": 1, "away": len(PAGES) - len(lost), "lost": len(lost)}
     assert alone.get(200) == page(200)
+    assert lost_of(alone, PAGES) == lost, "for good, though the file is as long as it was"
+    alone.put(*lost)
+    assert alone.store.statistics().pages_lost == 0
+    assert lost_of(alone, PAGES) == set()
+    assert alone.spill.statistics().pages_cut == len(lost), "counted when it was found"
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(0, SPILL_FIRST_IMAGE + 4 * SEGMENT), min_size=1, max_size=3))
+def test_wherever_a_file_is_cut_only_what_was_there_is_lost(make_alone: MakeAlone, cuts: list[int]) -> None:
+    """A look finds it before anybody reads; more is written between the cuts, where the old was and behind."""
+    alone = make_alone()
+    written, lost = range(0), set[int]()
+    for n, length in enumerate(cuts):
+        alone.put(*range(40 * n, 40 * n + 40))
+        alone.write()
+        written = range(40 * n + 40)
+        os.truncate(alone.path, length)
+        alone.spill.look()
+        assert alone.spill.statistics().cuts == n + 1
+        now = {index for index in written if alone.where(index) == "lost"}
+        assert now >= lost
+        lost = now
+        assert alone.path.stat().st_size == size(IMAGES)
+        assert alone.path.read_bytes()[: len(SPILL_MAGIC)] == SPILL_MAGIC, "the next node knows it again"
+    assert lost_of(alone, written) == lost
+    assert alone.store.statistics().pages_lost == alone.spill.statistics().pages_cut == len(lost)
+    for index in written:
+        alone.store.flush_page(alone.pool, index)
+    wait_until(lambda: alone.rooms() == 0, "all rooms are free again")
+    assert alone.store.statistics().pages_lost == 0
+
+
+def test_a_cut_behind_everything_that_is_stored_costs_nothing(alone: Alone) -> None:
+    alone.put(*PAGES)
+    alone.write()
+    os.truncate(alone.path, size(IMAGES) - 1)
+    alone.spill.look()
+    assert (alone.spill.statistics().cuts, alone.spill.statistics().pages_cut) == (1, 0)
+    alone.expect(PAGES)
+    os.truncate(alone.path, 5000)
+    alone.put(*PAGES, version=1)
+    alone.write()
+    assert alone.spill.statistics().cuts == 2, "a write finds it, too"
+    alone.expect(PAGES, version=1)
+
+
+def test_a_check_of_a_region_names_what_was_cut_off(alone: Alone) -> None:
+    region = Region(alone.links, len(PAGES), 64, name="cut", full_wait_ms=100)
+    for index in PAGES:
+        alone.store.put(region.pool, index, page(index))
+    alone.write()
+    assert region.check(0, len(PAGES)) == []
+    os.truncate(alone.path, SPILL_FIRST_IMAGE + SEGMENT)
+    runs = region.check(0, len(PAGES))
+    named = {index for first, count in runs for index in range(first, first + count)}
+    assert named == {index for index in PAGES if alone.store.where(region.pool, index) == "lost"}
+    assert 0 < len(named) == region.statistics()["lost_pages"] < len(PAGES)
+    region.close()
+    wait_until(lambda: alone.rooms() == 0, "all rooms are free again")
+
+
+def test_a_removed_file_goes_on_to_be_used_and_is_said(alone: Alone, caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(alone.store, alone.links, Policy(Settings()), 5, alone.spill)
+    alone.put(*PAGES)
+    alone.write()
+    alone.path.unlink()
+    alone.path.write_text("somebody else's")
+    worker.step()
+    worker.step()
+    assert alone.spill.linked is False
+    assert [record.message.count("was removed, or another file put") for record in caplog.records] == [1]
+    alone.expect(PAGES)
+    alone.put(*PAGES, version=1)
+    alone.write()
+    alone.expect(PAGES, version=1)
+    assert alone.path.read_text() == "somebody else's"
+
+
+def test_reads_that_fail_are_said_once_and_the_pages_are_there_when_they_work_again(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel refuses reads of a descriptor that was opened for writing alone, as a disk would with EIO."""
+    worker = Worker(alone.store, alone.links, Policy(Settings()), 5, alone.spill)
+    alone.put(*PAGES)
+    alone.write()
+    worker.step()
+    assert caplog.records == []
+    good, bad = os.dup(alone.spill._fd), os.open(alone.path, os.O_WRONLY)
+    try:
+        os.dup2(bad, alone.spill._fd)
+        for index in (3, 50):
+            with pytest.raises(PageLost):
+                alone.get(index)
+            worker.step()
+        assert alone.spill.statistics().read_errors == 2
+        (record,) = caplog.records
+        why = "reading failed (Bad file descriptor); pages that lie there cannot be had while that lasts"
+        assert (record.levelname, record.message) == ("WARNING", f"spill file {alone.path}: {why}")
+        os.dup2(good, alone.spill._fd)
+    finally:
+        os.close(good)
+        os.close(bad)
+    worker.step()
+    alone.expect(PAGES)
+    assert len(caplog.records) == 1 and alone.store.statistics().pages_lost == 0
+
+
+def test_a_cut_mirror_costs_copies_and_no_page(make_mirrored: MakeMirrored) -> None:
+    pair, spill = make_mirrored()
+    pair.put(*PAGES)
+    pair.ship()
+    before = pair.a.store.copies()
+    os.truncate(spill.path, SPILL_FIRST_IMAGE)
+    spill.look()
+    assert (before[1], pair.a.store.copies()) == (0, (0, before[0]))
+    assert (spill.statistics().pages_cut, spill.statistics().bytes_used) == (0, 0)
+    pair.expect(PAGES)
+    spill.tend(0, 64)
+    wait_until(lambda: pair.a.store.copies() == before, "mirrored again")
+    pair.cut()
+    pair.expect(PAGES)
 
 
 def test_a_disk_that_is_full_in_the_middle_leaves_pages_in_the_arena(alone: Alone) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ramster.engine.store import Store
+from ramster.tmem.contract import ObjectId
 
 SEGMENT = 65536
 Factory = Callable[..., Store]
@@ -62,3 +63,19 @@ def text(seed: int, share: float = 0.5) -> bytes:
 
 def fill(pattern: int) -> bytes:
     return pattern.to_bytes(4, "little") * 1024
+
+
+def uses(store: Store, pool: int, index: int, page: bytes, oid: ObjectId = (0, 0, 0)) -> list[Callable[[], object]]:
+    """Every way in which a pool's id reaches a store."""
+    return [
+        lambda: store.put(pool, index, page, oid),
+        lambda: store.put(pool, index, fill(index), oid),
+        lambda: store.get(pool, index, oid, 1),
+        lambda: store.flush_page(pool, index, oid),
+        lambda: store.flush_object(pool, oid),
+        lambda: store.populate(pool, 1),
+        lambda: store.census(pool),
+        lambda: store.where(pool, index),
+        lambda: store.corrupt(pool, index, 7),
+        lambda: store.destroy_pool(pool),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -14,10 +15,10 @@ from hypothesis.stateful import (
     multiple,
     rule,
 )
-from tests.native.conftest import SEGMENT, fill, noise, text
+from tests.native.conftest import SEGMENT, fill, noise, text, uses
 
 from ramster.engine.store import Store
-from ramster.errors import StoreFull
+from ramster.errors import PoolGone, StoreFull
 from ramster.tmem.contract import GetMode, ObjectId
 from ramster.tmem.model import Model
 
@@ -34,6 +35,7 @@ contents = st.one_of(
 
 class StoreMachine(RuleBasedStateMachine):
     pools: Bundle[int] = Bundle("pools")
+    destroyed: Bundle[int] = Bundle("destroyed")
     clean_low = 0.08
 
     def __init__(self) -> None:
@@ -66,16 +68,27 @@ class StoreMachine(RuleBasedStateMachine):
     def create_pool(self, pages: int | None, persistent: bool) -> int:
         return self._create(pages, persistent)
 
-    @rule(pool=consumes(pools))
-    def destroy_pool(self, pool: int) -> None:
+    @rule(target=destroyed, pool=consumes(pools))
+    def destroy_pool(self, pool: int) -> int:
         self.store.destroy_pool(pool)
         self.model.destroy_pool(pool)
+        return pool
+
+    @rule(pool=destroyed, index=indices, oid=objects, page=contents)
+    def use_a_destroyed_pool(self, pool: int, index: int, oid: ObjectId, page: bytes) -> None:
+        """Every call says that it is gone, whoever has its place by now."""
+        for call in uses(self.store, pool, index, page, oid):
+            with pytest.raises(PoolGone, match=f"pool {pool} was destroyed"):
+                call()
 
     def _put(self, pool: int, index: int, oid: ObjectId, page: bytes) -> None:
         try:
             self.store.put(pool, index, page, oid)
         except StoreFull:
+            assert page != page[:4] * 1024, "a page of one pattern needs no room"
             self.model.refused(pool, index, oid)
+            old = self.model.get(pool, index, oid)
+            assert self.store.get(pool, index, oid) == old, "neither the older page nor the newer one"
         else:
             self.model.put(pool, index, page, oid)
 

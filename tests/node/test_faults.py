@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from ramster.cli.render import status_tables
+from ramster.cli.tables import lines
 from ramster.testing.cluster import Application, Cluster, Node
 from ramster.testing.proxy import wait_until
 
@@ -74,8 +76,15 @@ def test_the_lender_is_killed(pair: Cluster) -> None:
         wait_until(lambda: application.ask("check", 0, PAGES), "the loss is seen", 10)
         runs = application.ask("check", 0, PAGES)
         lost = numbers(runs)
-        arena = pair["alpha"].status()["arena"]
-        assert 0 < len(lost) <= arena["pages_remote"] + arena["pages_lost"]
+        status = pair["alpha"].status()
+        arena = status["arena"]
+        assert 0 < len(lost) <= arena["pages_unreachable"] == arena["pages_remote"]
+        assert arena["pages_lost"] == 0, "it may come back with the same memory"
+        assert [peer["pages_unreachable"] for peer in status["peers"]] == [arena["pages_unreachable"]]
+        shown = "".join(text for part in status_tables(status) for line in lines(part, None) for text, _ in line)
+        assert f"{arena['pages_unreachable']}: beta has the only copy" in shown
+        said = f"{arena['pages_unreachable']} pages"
+        wait_until(lambda: said in pair["alpha"].log and "out of reach for too long" in pair["alpha"].log, "said")
         # The statistics say where the rest is; resident pages that were clean copies of remote ones are not lost.
         here = application.ask("statistics")
         assert len(lost) == here["remote_pages"] + here["lost_pages"]
@@ -101,6 +110,8 @@ def test_the_lender_starts_again_with_empty_hands(pair: Cluster) -> None:
         assert lost
         assert application.ask("wrong_of", sorted(set(range(PAGES)) - lost)) == []
         assert application.ask("statistics")["lost_pages"] == len(lost)
+        arena = pair["alpha"].status()["arena"]
+        assert (arena["pages_lost"] >= len(lost), arena["pages_unreachable"]) == (True, 0)
         assert pair["beta"].status()["lend"]["frames_used"] < 500
         application.send("wrong_of", [max(lost)])
         assert application.died_of() == signal.SIGBUS

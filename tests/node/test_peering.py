@@ -25,6 +25,8 @@ from ramster.engine.store import Store
 from ramster.errors import RamsterError
 from ramster.node.credentials import Credentials
 from ramster.node.peering import Peering
+from ramster.node.redial import Redial
+from ramster.testing.cluster import free_ports
 from ramster.testing.proxy import wait_until
 from ramster.wire import frames, hello
 from ramster.wire.frames import FrameType
@@ -69,6 +71,7 @@ class Running:
         addresses: dict[str, tuple[str, int]],
         generation: int = 1000,
         idle_timeout_ms: int = 5000,
+        port: int = 0,
         **links: int,
     ) -> None:
         self.name, self.number = name, cluster.names.index(name) + 1
@@ -88,7 +91,7 @@ class Running:
                 for peer, address in addresses.items()
             ),
             LinkSettings(
-                listen=Address("127.0.0.1", 0),
+                listen=Address("127.0.0.1", port),
                 reconnect_min_ms=10,
                 reconnect_max_ms=50,
                 idle_timeout_ms=idle_timeout_ms,
@@ -412,6 +415,44 @@ def test_a_link_that_does_not_answer_makes_room(cluster: Cluster, running: Calla
         end.close()
 
 
+def test_nobody_looks_again_and_again_whether_a_link_answers(
+    cluster: Cluster, running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer that waits is woken by what happens."""
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=1000)
+    silent = greet(cluster, alpha.address, "beta", "get", 1000)
+    wait_until(lambda: alpha.links.up(2, GET), "up")
+    looks: list[int] = []
+    probe = alpha.links.probe
+
+    def counting(number: int, ask: bool) -> tuple[int, int] | None:
+        looks.append(number)
+        return probe(number, ask)
+
+    monkeypatch.setattr(alpha.links, "probe", counting)
+    end = greet(cluster, alpha.address, "beta", "get", 2000)
+    wait_until(lambda: alpha.links.up(2, GET) and probe(2, False) is not None and generation_of(alpha, 2) == 2000, "in")
+    assert 4 <= len(looks) < 20, "it waited for a second"
+    for each in (silent, end):
+        each.close()
+
+
+def test_a_node_that_closes_lets_nobody_wait_for_a_sign_of_life(
+    cluster: Cluster, running: Callable[..., Running]
+) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)}, idle_timeout_ms=60_000)
+    silent = greet(cluster, alpha.address, "beta", "get", 1000)
+    wait_until(lambda: alpha.links.up(2, GET), "up")
+    with ThreadPoolExecutor(1) as pool:
+        newcomer = pool.submit(greet, cluster, alpha.address, "beta", "get", 2000)
+        # The one that waits has been told of: a PING has come.
+        assert frames.unpack(silent.receive(frames.HEADER_BYTES, TIMEOUT_S))[0] == FrameType.PING
+        alpha.close()
+        with pytest.raises(RamsterError, match="this node stops"):
+            newcomer.result(TIMEOUT_S)
+    silent.close()
+
+
 def frames_of(end: Connection) -> list[int]:
     """The types of all frames that come, until it is closed."""
     found: list[int] = []
@@ -449,6 +490,43 @@ def test_a_goodbye_is_an_end(cluster: Cluster, running: Callable[..., Running]) 
     wait_until(lambda: alpha.links.probe(2, False) is None, "said")
     greet(cluster, alpha.address, "beta", "bulk", 2000).close()
     old.close()
+
+
+# --- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def test_why_there_is_no_link_is_said_once(
+    cluster: Cluster,
+    running: Callable[..., Running],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For both connections together, however often they are tried; and again when a link that was there is lost."""
+    tries = [0]
+    pause = Redial.pause
+
+    def counting(self: Redial, number: int, urgent: bool) -> tuple[float, float]:
+        tries[0] += 1
+        return pause(self, number, urgent)
+
+    monkeypatch.setattr(Redial, "pause", counting)
+    (port,) = free_ports(1)
+    beta = running("beta", {"alpha": ("127.0.0.1", port)})
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "cannot connect" in record.getMessage()]
+
+    wait_until(lambda: tries[0] > 20, "tried")
+    assert len(said()) == 1 and "connection refused" in said()[0]
+    alpha = running("alpha", {}, port=port)
+    alpha.close()
+    alpha = running("alpha", {"beta": beta.address}, port=port)
+    wait_until(lambda: alpha.up(2) and beta.up(1), "up")
+    before, tries[0] = len(said()), 0
+    alpha.close()
+    wait_until(lambda: tries[0] > 20 and "connection refused" in said()[-1], "tried again")
+    again = said()[before:]
+    assert len(again) == len(set(again)) <= 3, again
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------
@@ -580,6 +658,50 @@ def test_a_flood_that_comes_back_at_once_keeps_nobody_out(
         flood.close()
     said = {record.levelname for record in caplog.records if "it had to make room" in record.getMessage()}
     assert said == {"WARNING"}
+
+
+def client_hello(context: TlsContext) -> bytes:
+    """A whole one, as a peer would send it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        near = socket.create_connection(listener.getsockname(), TIMEOUT_S)
+        far, _ = listener.accept()
+        connection = Connection(context, near.detach(), False)
+        handshake = pool.submit(connection.handshake, TIMEOUT_S)
+        record = far.recv(5, socket.MSG_WAITALL)
+        record += far.recv(int.from_bytes(record[3:5], "big"), socket.MSG_WAITALL)
+        far.close()
+        assert handshake.exception(TIMEOUT_S) is not None
+        connection.close()
+    return record
+
+
+def test_a_flood_of_handshakes_from_a_peers_own_address_leaves_the_other_way(
+    cluster: Cluster, running: Callable[..., Running]
+) -> None:
+    """Another user of its machine, say. Each of them is worth a thread until it is displaced, as nothing tells it from
+    the peer; the node that is flooded gets through to the peer all the same.
+    """
+    (port,) = free_ports(1)
+    alpha = running("alpha", {"beta": ("127.0.0.1", port)})
+    flood = Flood(alpha.address, 200, client_hello(cluster.context("beta")))
+    try:
+        wait_until(lambda: flood.came > 400, "it is under way")
+        beta = running("beta", {"alpha": alpha.address}, port=port)
+        wait_until(lambda: alpha.up(2) and beta.up(1), "linked", TIMEOUT_S)
+        assert alpha.peering.reasons() == {2: ""} and beta.peering.reasons() == {1: ""}
+    finally:
+        flood.close()
+    assert alpha.peering.counters.connected > 0, "the node with the lower number did it"
+
+
+def test_a_node_that_gets_through_is_connected_to_by_nobody(cluster: Cluster, running: Callable[..., Running]) -> None:
+    alpha = running("alpha", {"beta": ("127.0.0.1", 1)})
+    beta = running("beta", {"alpha": alpha.address})
+    wait_until(lambda: alpha.up(2) and beta.up(1), "up")
+    for kind in KINDS:
+        with pytest.raises(RamsterError, match=hello.WRONG_WAY):
+            greet(cluster, beta.address, "alpha", kind, 1000)
+    wait_until(lambda: alpha.up(2) and beta.up(1), "up")
 
 
 def test_a_queue_of_callers_holds_up_nobody_else_in_the_loop(cluster: Cluster, running: Callable[..., Running]) -> None:

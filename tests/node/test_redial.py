@@ -44,6 +44,13 @@ def test_patience(redial: Redial, tries: int, patience: float) -> None:
     assert redial.patience(tries) == pytest.approx(patience)
 
 
+@pytest.mark.parametrize(
+    ("give_up", "tried_s", "taken"), [(5.0, 0.5, False), (5.0, 0.51, True), (1.0, 0.1, False), (1.0, 0.11, True)]
+)
+def test_who_has_tried_for_a_while_takes_the_other_way(give_up: float, tried_s: float, taken: bool) -> None:
+    assert Redial(0.01, 1.0, give_up).takes_the_other_way(tried_s) is taken
+
+
 def test_a_fault_of_three_seconds_leaves_time_to_connect_within_give_up() -> None:
     """Black-holed from 0 on: it is noticed after a quarter of give_up, then every attempt fails in the slowest way and
     every pause is the longest. The first attempt with a packet after the fault is in time.

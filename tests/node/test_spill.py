@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def test_a_disk_that_fills_up_is_said_once_and_loses_nothing() -> None:
             second.send("write", 0, PAGES * 2)
             second.died_of()
             assert "region full" in second.stderr()
+            wait_until(lambda: re.search(r"WARNING .*region .* is full: neither arena", node.log), "it is said")
             assert first.ask("wrong", 0, 1000) == []
             node.wait(lambda status: spill(status)["write_errors"] > 0, "counted")
         assert node.log.count("spill file /") == 1 and "too large" in node.log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,30 @@ def start(node: Node) -> subprocess.CompletedProcess[str]:
     """Run a node that is expected to refuse."""
     command = [sys.executable, "-P", "-m", "ramster.cli", "node", "--config", str(node.config)]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize("module", ["ramster.cli.app", "ramster.config.load", "ramster.node.main", "ramster.node.node"])
+def test_an_interrupt_while_it_still_imports_ends_it_without_a_word(make: Callable[..., Cluster], module: str) -> None:
+    """It was a traceback, or, where the interpreter was in a callback of its own, lost: the node went on."""
+    script = """if True:
+        import os, signal, sys
+        from ramster.cli import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        class Interrupt:
+            def find_spec(self, name, path, target=None):
+                if name == sys.argv[1]:
+                    try: os.kill(os.getpid(), signal.SIGINT); os.getpid()
+                    except KeyboardInterrupt: print("as an exception", file=sys.stderr)
+        sys.meta_path.insert(0, Interrupt())
+        sys.exit(main(["node", "--config", sys.argv[2]]))
+    """
+    command = [sys.executable, "-P", "-c", script, module, str(make(["alpha"])["alpha"].config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (-signal.SIGINT, "")
 
 
 def change(node: Node, old: str, new: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ramster.remotify.policy import Policy, Settings
-from ramster.remotify.worker import Worker
+from ramster.remotify.worker import Worker, spill_trouble
 
 
 class Store:
@@ -63,3 +63,27 @@ def test_a_look_that_fails_is_said_once_and_is_not_the_last(caplog: pytest.LogCa
     worker = asyncio.run(run())
     assert worker.decisions >= 1
     assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [True, True]
+
+
+HERE, NO_COPY = "pages stay in the arena", "what goes to lenders has no copy there"
+
+
+@pytest.mark.parametrize(
+    ("works", "reads_failed", "room", "mirror", "said"),
+    [
+        (True, False, True, False, ""),
+        (True, False, True, True, ""),
+        (False, False, True, False, f"why; {HERE}"),
+        (False, False, True, True, f"why; {NO_COPY}"),
+        (True, True, True, False, "reading failed (why); pages that lie there cannot be had"),
+        (True, True, True, True, "reading failed (why); pages whose lender is away cannot be had"),
+        (False, True, True, False, f"why; {HERE}"),
+        (True, False, False, False, f"it is full; {HERE}"),
+        (False, True, False, False, f"it is full; {HERE}"),
+        (True, False, False, True, ""),  # copies that find no room are counted and said apart
+        (False, False, False, True, f"why; {NO_COPY}"),
+        (True, True, False, True, "reading failed (why); pages whose lender is away cannot be had"),
+    ],
+)
+def test_what_is_said_of_a_spill_file(works: bool, reads_failed: bool, room: bool, mirror: bool, said: str) -> None:
+    assert spill_trouble(works, reads_failed, room, mirror, "why") == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 from tests.wire.test_garbage import TIMEOUT_S, Served, ask, header, image_of
 
 from ramster.engine._conduct import DRAIN_PER_S, ROOM, WEIGHTS, Bucket
+from ramster.engine._turns import WORK, Schedule
 from ramster.engine.links import BULK, GET, Connection
 from ramster.errors import RamsterError
 from ramster.testing.proxy import wait_until
@@ -19,10 +21,11 @@ from ramster.wire import conduct, frames, hello
 from ramster.wire.frames import FrameType
 
 BAD, GOOD = 3, 2
+KINDS = {"get": GET, "bulk": BULK}
 DEADLINE_S = 60.0
-# A turn ends with the frame that brings it over half of this; the dearest ones, an answer of 64 pages and an order to
-# compact the largest directory, cost less than the other half.
-TURN_WORK_MAX = 1_000_000
+# A turn ends with the frame that brings it over what it may have; the dearest ones, an answer of 64 pages and an order
+# to compact the largest directory, cost less than half a millisecond.
+TURN_WORK_MAX = WORK + 500_000
 
 
 # --- the decisions ----------------------------------------------------------------------------------------------------
@@ -70,6 +73,94 @@ def test_a_bucket_is_as_large_as_what_a_loss_can_cause() -> None:
 )
 def test_pauses_grow_and_end(faults: int, since_ms: int, left_ms: int) -> None:
     assert conduct.shut_out_ms(faults, since_ms) == left_ms
+
+
+# --- whose turn it is -------------------------------------------------------------------------------------------------
+
+ONE, TWO, QUIET, ALMOST = 7, 200, 254, 3
+
+
+def serve(schedule: Schedule, looks: int, busy: dict[int, int]) -> dict[int, int]:
+    """What each of the busy peers gets, by the cost of its frames: all of them have something in every look."""
+    got = dict.fromkeys(busy, 0)
+
+    def turn(peer: int, work: int) -> None:
+        done = -(-work // busy[peer]) * busy[peer]  # a frame is not left half done
+        got[peer] += done
+        schedule.over(peer, done, True)
+
+    for _ in range(looks):
+        for peer in busy:
+            if work := schedule.came(peer):
+                turn(peer, work)
+        if following := schedule.next():
+            turn(*following)
+    return got
+
+
+def test_who_was_idle_is_served_at_once_and_who_has_used_its_work_up_waits() -> None:
+    schedule = Schedule()
+    assert schedule.next() is None and schedule.came(ONE) == schedule.came(TWO) == WORK
+    for peer in (ONE, TWO):
+        schedule.over(peer, WORK, True)
+    for peer in (ONE, TWO) * 5:
+        assert schedule.came(ONE) == schedule.came(TWO) == 0, "they wait"
+        left = schedule.came(QUIET)
+        assert left >= WORK // 2, "not behind the others"
+        schedule.over(QUIET, WORK // 4, False)
+        assert schedule.next() == (peer, WORK)
+        schedule.over(peer, WORK, True)
+        assert schedule.came(QUIET) == (left - WORK // 4 if peer == TWO else WORK), "a round ends with the last of them"
+        schedule.over(QUIET, 0, False)
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        {ONE: 1000, TWO: 1000},
+        {ONE: 1000, TWO: 300_000},
+        {ONE: 99_999, TWO: 480_000, ALMOST: 7},
+        {peer: 1 + 1777 * peer for peer in range(254)},
+    ],
+    ids=["alike", "one with dear frames", "three", "all"],
+)
+def test_busy_peers_get_equal_shares_whatever_their_frames_cost(busy: dict[int, int]) -> None:
+    got = serve(Schedule(), 200 * len(busy), busy)
+    fair = sum(got.values()) / len(got)
+    assert all(abs(each - fair) <= WORK + max(busy.values()) for each in got.values()), got
+
+
+def test_who_sends_just_less_than_a_quantum_gets_no_more_than_that_in_a_round() -> None:
+    schedule = Schedule()
+    serve(schedule, 20, {ONE: 1000, TWO: 1000})
+    got = dict.fromkeys((ONE, TWO, ALMOST), 0)
+    for _ in range(3000):
+        work = schedule.came(ALMOST)
+        while work:
+            done = min(work, WORK - 1)
+            got[ALMOST] += done
+            schedule.over(ALMOST, done, False)
+            work = schedule.came(ALMOST)
+        if following := schedule.next():
+            peer, work = following
+            got[peer] += work
+            schedule.over(peer, work, peer != ALMOST)
+    assert got[ALMOST] <= 1.01 * got[ONE] and abs(got[ONE] - got[TWO]) <= WORK, got
+
+
+def test_a_debt_is_paid_in_rounds_and_idleness_saves_nothing() -> None:
+    schedule = Schedule()
+    schedule.next()
+    assert schedule.came(ONE) == WORK
+    schedule.over(ONE, 4 * WORK, False)
+    assert schedule.came(ONE) == 0
+    turns = [schedule.next() for _ in range(4)]
+    assert turns == [None, None, None, (ONE, WORK)], "three rounds for what it had too much"
+    schedule.over(ONE, 0, False)
+    for _ in range(1000):
+        schedule.next()
+    assert schedule.came(ONE) == WORK
+    assert schedule.waiting == 0
 
 
 # --- floods -----------------------------------------------------------------------------------------------------------
@@ -218,6 +309,47 @@ def test_whoever_floods_with_what_means_nothing_is_cut_off_and_nobody_else(
     served.links.drop_foreign(BAD)
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["its own", "both sides'"])
+@pytest.mark.parametrize("kind", ["get", "bulk"])
+def test_whoever_changes_its_keys_again_and_again_is_cut_off(served: Served, kind: str, both: bool) -> None:
+    """TLS has no end of key updates, and no frame comes of them."""
+    good = Good(served)
+    bad = served.attached(BAD, kind)
+    sent = 0
+    with contextlib.suppress(RamsterError):
+        while sent < 1_000_000:
+            bad.update_keys(TIMEOUT_S, both)
+            sent += 1
+    assert sent < 1_000_000
+    wait_until(lambda: not served.links.up(BAD, KINDS[kind]), "cut off")
+    row = next(row for row in served.links.peers() if row["number"] == BAD)
+    assert row["reason"] == "the peer changed its keys again and again"
+    assert served.links.counters()["floods"] == 1 and served.links.faults(BAD)[0] == 1
+    good.still_served()
+    bad.close()
+    good.close()
+
+
+def test_an_honest_number_of_key_updates_is_none_of_anybodys_business(served: Served) -> None:
+    bad = served.attached(BAD, "get")
+    for _ in range(100):
+        bad.update_keys(TIMEOUT_S)
+        served.still_serves(bad)
+    assert served.links.counters()["floods"] == 0
+    bad.close()
+
+
+def test_key_updates_are_no_hello(served: Served) -> None:
+    """Whoever has a thread of this node and says nothing else is told so, and not only after the time for a hello."""
+    bad = served.tls(BAD)
+    for _ in range(10):
+        bad.update_keys(TIMEOUT_S)
+    kind, length = frames.unpack(bad.receive(frames.HEADER_BYTES, TIMEOUT_S))
+    assert kind == FrameType.REFUSE
+    assert "it changes its keys again and again" in hello.decode_refusal(bad.receive(length, TIMEOUT_S))
+    bad.close()
+
+
 def test_whoever_asks_for_much_has_one_turn_after_the_other(served: Served) -> None:
     """Each of these frames has 60 pages for an answer. It may ask so, and others come in between."""
     good = Good(served)
@@ -232,7 +364,7 @@ def test_whoever_asks_for_much_has_one_turn_after_the_other(served: Served) -> N
             assert length > 60 * 900
             for begin in range(0, length, 16384):
                 connection.receive(min(16384, length - begin), TIMEOUT_S)
-    assert 500_000 <= served.links.counters()["turn_work_max_get"] <= TURN_WORK_MAX
+    assert WORK <= served.links.counters()["turn_work_max_get"] <= 2 * WORK, "a turn, and the rest of one frame"
     assert served.links.up(BAD, GET) and served.links.counters()["floods"] == 0
     bulk.close()
     get.close()

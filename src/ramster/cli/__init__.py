@@ -9,6 +9,9 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command (default: the process's own arguments) and returns its exit code (listed in docs/cli.md)."""
-    from ramster.cli.app import main as run
+    from ramster.signals import at_once
+
+    with at_once():
+        from ramster.cli.app import main as run
 
     return run(arguments)

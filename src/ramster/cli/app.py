@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ramster.cli.commands import cluster, config, demo, doctor, export, node, run, status, stop, swap
+from ramster.cli.commands.options import say
 from ramster.errors import RamsterError
 
 EXIT_USAGE = 2
@@ -106,5 +107,5 @@ def _usage(error: Any) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"ramster: {message}", err=True)
+    say(message)
     return code

@@ -41,7 +41,7 @@ class Patience:
     def __init__(self, wait_s: float, say: Callable[[str], None]) -> None:
         began = time.monotonic()
         self._until, self._say_from = began + wait_s, began + SAY_AFTER_S
-        self._wait_s, self._say = wait_s, say
+        self.wait_s, self._say = wait_s, say
         self._said: set[str] = set()
 
     def left(self, what: str) -> bool:
@@ -51,7 +51,7 @@ class Patience:
             return False
         if now >= self._say_from and what not in self._said:
             self._said.add(what)
-            self._say(f"{what} (up to {self._wait_s:g} s; --wait sets it)")
+            self._say(f"{what} (up to {self.wait_s:g} s; --wait sets it)")
         time.sleep(min(_POLL_S, self._until - now))
         return True
 
@@ -132,12 +132,21 @@ class ControlClient:
         return self._ask("POST", "/v1/exports", order)
 
     def change_export(
-        self, name: str, *, size_bytes: int | None = None, read_only: bool | None = None
+        self,
+        name: str,
+        *,
+        size_bytes: int | None = None,
+        read_only: bool | None = None,
+        allow: Sequence[str] | None = None,
+        swap: bool | None = None,
     ) -> dict[str, Any]:
-        """Lets an export grow, makes it read-only or writable, and returns it, with "notes"; None changes nothing.
+        """Lets an export grow, makes it read-only or writable, gives it another allow list or tells whether this
+        machine swaps on it, and returns it, with "notes"; None changes nothing.
         Raises as `status` does, Refused where read_only would change while it is in use.
         """
-        order = {"size_bytes": size_bytes, "read_only": read_only}
+        order: dict[str, Any] = {"size_bytes": size_bytes, "read_only": read_only}
+        more = {"allow": None if allow is None else list(allow), "swap": swap}
+        order |= {key: value for key, value in more.items() if value is not None}  # an older node knows neither
         return self._ask("PATCH", f"/v1/exports/{quote(name, safe='')}", order)
 
     def remove_export(self, name: str, *, force: bool = False) -> None:

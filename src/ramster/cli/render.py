@@ -7,8 +7,10 @@ from typing import Any
 
 from ramster.cli.demo.plan import show_size
 from ramster.cli.tables import Part, Table
+from ramster.config.units import counted, show_seconds
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
+from ramster.logs import escaped
 
 _STATE_STYLES = {"up": "green", "connecting": "yellow", "down": "red"}
 
@@ -40,11 +42,11 @@ def losses(would_lose: Mapping[str, Any]) -> list[str]:
         lines.append(f"{size} of {name} of process {region.get('pid', '?')}, which runs on it")
     for export in would_lose.get("exports") or []:
         size, clients = show_size(int(export.get("pages", 0)) * PAGE_BYTES), int(export.get("connections", 0))
-        used = f", which {clients} connection{'s' * (clients != 1)} use{'s' * (clients == 1)}" if clients else ""
+        used = f", which {counted(clients, 'connection')} use{'s' * (clients == 1)}" if clients else ""
         lines.append(f"{size} stored in export {export.get('name', '?')}{used}")
     known = {"foreign", "regions", "exports"}
     lines += [f"{key}: {value}" for key, value in sorted(would_lose.items()) if key not in known and value]
-    return lines
+    return [escaped(line) for line in lines]
 
 
 def _int(data: Mapping[str, Any], key: str) -> int:
@@ -59,17 +61,6 @@ def _node(status: Mapping[str, Any]) -> str:
         f"pid {status.get('pid', '?')}, version {status.get('version', '?')}, "
         f"up {show_seconds(seconds)}, generation {status.get('generation', '?')}"
     )
-
-
-def show_seconds(seconds: int) -> str:
-    """Seconds as people say them: 5 s, 3 min, 2 h 5 min, 4 d 1 h."""
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
 
 
 def _memory(status: Mapping[str, Any]) -> Table:
@@ -97,20 +88,31 @@ def _memory(status: Mapping[str, Any]) -> Table:
         table.add(("damaged pages", "red"), str(damaged))
     if lost := _int(arena, "pages_lost"):
         table.add(("lost pages", "red"), str(lost))
+    if away := _int(arena, "pages_unreachable"):
+        names = [str(peer.get("name", "?")) for peer in status.get("peers") or () if _int(peer, "pages_unreachable")]
+        table.add(("pages out of reach", "red"), f"{away}: {', '.join(names)} has the only copy")
     if spill := status.get("spill"):
         table.add("spill file", _spill(spill))
-        if missing := _int(spill, "unmirrored"):
+        if cuts := _int(spill, "cuts"):
             table.add(
-                ("unmirrored", "yellow"),
-                f"{missing} segments, {_int(spill, 'pages_unmirrored')} pages: lost if their lender goes",
+                ("spill file cut short", "red"),
+                f"by somebody else, {counted(cuts, 'time')}; {counted(_int(spill, 'pages_cut'), 'page')} lost by it",
             )
+        if unread := _int(spill, "read_errors"):
+            reason = str(spill.get("last_error") or "")
+            table.add(
+                ("spill read errors", "red"), f"{unread}: pages there may be lost" + f" ({reason})" * bool(reason)
+            )
+        if missing := _int(spill, "unmirrored"):
+            pages = counted(_int(spill, "pages_unmirrored"), "page")
+            table.add(("unmirrored", "yellow"), f"{counted(missing, 'segment')}, {pages}: lost if their lender goes")
     return table
 
 
 def _spill(spill: Mapping[str, Any]) -> str:
     used = f"{show_size(_int(spill, 'bytes_used'))} of {show_size(_int(spill, 'bytes_total'))} used"
-    copies = f", {_int(spill, 'mirrored')} segments mirrored" if spill.get("mirror") else ""
-    return f"{used}{copies}, {_int(spill, 'pages')} pages here alone"
+    copies = f", {counted(_int(spill, 'mirrored'), 'segment')} mirrored" if spill.get("mirror") else ""
+    return f"{used}{copies}, {counted(_int(spill, 'pages'), 'page')} here alone"
 
 
 def _guard(guard: Mapping[str, Any]) -> Table:
@@ -180,8 +182,21 @@ def _regions(regions: list[Mapping[str, Any]]) -> tuple[Part, ...]:
             f"{_int(region, 'fault_local_p50_us')}/{_int(region, 'fault_local_p99_us')} us",
             f"{_int(region, 'fault_remote_p50_us')}/{_int(region, 'fault_remote_p99_us')} us",
         )
-    said: list[Part] = [(line, "yellow") for line in map(thrashing, regions) if line]
+    said: list[Part] = [(line, "red") for line in map(full, regions) if line]
+    said += [(line, "yellow") for line in map(thrashing, regions) if line]
     return (table, *said, "") if said else (table,)
+
+
+def full(region: Mapping[str, Any]) -> str:
+    """What to say of a region that is full, or was; nothing of others."""
+    name = f"region {region.get('name') or region.get('id', '?')}"
+    refused = _int(region, "refused")
+    ended = f"{counted(refused, 'fault')} found no room in time and gave SIGBUS so far"
+    if region.get("full"):
+        ways = "enlarge [arena] size, add a lender or a spill file"
+        what = f"{name} is full: neither arena, lenders nor spill file take a page of it, and what it writes waits"
+        return f"{what}; {ended}; {ways}" if refused else f"{what}; {ways}"
+    return f"{name} was full: {ended}" if refused else ""
 
 
 def thrashing(region: Mapping[str, Any]) -> str:
@@ -215,7 +230,19 @@ def export_table(exports: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
             str(_int(export, "writes")),
             (str(errors), "red" if errors else ""),
         )
-    return (table,)
+    said: list[Part] = [(line, "red") for line in map(deserted, exports) if line]
+    return (table, *said, "") if said else (table,)
+
+
+def deserted(export: Mapping[str, Any]) -> str:
+    """What to say of an export that this machine's kernel swaps on and is not connected to any more."""
+    seconds = export.get("deserted_s") or 0
+    if not export.get("swap") or not seconds or not isinstance(seconds, int | float):
+        return ""
+    return (
+        f"this machine's kernel swaps on export {export.get('name', '?')} and has not been connected to it for "
+        f"{show_seconds(int(seconds))}: `ramster swap status` says what that means"
+    )
 
 
 def _foreign(lend: Mapping[str, Any]) -> tuple[Part, ...]:

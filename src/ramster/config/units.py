@@ -1,4 +1,4 @@
-"""Sizes and times as people write them: "64MiB", "200ms", "5s"; or integers in bytes and milliseconds."""
+"""Sizes, times and counts as people write them: "64MiB", "200ms", "1 page"; or integers in bytes and milliseconds."""
 
 import re
 from decimal import Decimal
@@ -54,3 +54,19 @@ def format_bytes(amount: int) -> str:
 def format_ms(amount: int) -> str:
     """Exact text that `parse_ms` reads back: 5000 is "5s"."""
     return _format(amount, _TIMES)
+
+
+def counted(count: int, noun: str, form: str = "") -> str:
+    """A number of things whose plural ends in s: "1 page", "0 pages". form: of the number, as for format()."""
+    return f"{count:{form}} {noun}{'s' * (count != 1)}"
+
+
+def show_seconds(seconds: int) -> str:
+    """Seconds as people say them: 5 s, 3 min, 2 h 5 min, 4 d 1 h."""
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

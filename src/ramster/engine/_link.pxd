@@ -1,5 +1,5 @@
 """The links' native interface: what regions may call. See _link.pyx for the rules."""
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.openssl cimport SSL, SSL_CTX
@@ -7,6 +7,7 @@ from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_
 from ramster.engine._c.zstd cimport ZSTD_CCtx
 from ramster.engine._conduct cimport Conduct
 from ramster.engine._histogram cimport Histogram
+from ramster.engine._turns cimport Turns
 from ramster.engine._store cimport ENTRY_BYTES_MAX, RemoteMeta, RemoteRef, Store, Store_t
 
 cdef enum:
@@ -16,7 +17,8 @@ cdef enum:
     ORDERS_MAX = 512
     ORDERS_PER_PEER = 64
     SHARE = 4                       # a peer may have a quarter of what is free: however many stand still, others find room
-    ORPHANS_MAX = 64
+    ORPHANS_MAX = 64                # a lender with so many gets nothing more before it has forgotten some
+    TOLD_MAX = 1024                 # the same, with so many FREE and COMPACT that it has not answered
     IMAGES = 2                      # sealed segments that wait for one lender's connection: one is sent, one is sealed
     FRAME_BYTES = 48
     RECEIVE_BYTES = 32768
@@ -94,6 +96,7 @@ cdef struct Channel:                # what 'lock' guards may be read without it 
     uint32_t asked_head
     uint32_t asked_count
     uint64_t work                   # of the present turn
+    uint64_t turn                   # how much of it there may be
     uint32_t pings                  # sent and not answered
     Conduct conduct
     Conduct handshakes              # TLS messages after the handshake
@@ -122,6 +125,7 @@ cdef struct Peer:
     uint32_t gone                   # atomic: it said goodbye
     bint lends                      # it took a segment of ours in this life
     uint32_t told                   # atomic: FREE and COMPACT on this connection, not answered yet
+    uint32_t listened               # atomic: somebody waits for a sign of life
     uint32_t faults                 # atomic: how often it was cut off for what it sent
     uint64_t fault_ns               # when last
     Channel channels[2]
@@ -129,8 +133,9 @@ cdef struct Peer:
     uint64_t segments_sent
     uint64_t refused
     uint32_t refusal                # status of the last refusal
-    uint32_t orphans[64]            # shipped, never answered: not shipped there again before it says that they are freed
-    uint32_t orphan_generations[64]
+    uint32_t *orphans               # it may have them, and is to forget them: not shipped there again before it says that it did
+    uint32_t *orphan_generations
+    uint32_t orphan_room            # for ORPHANS_MAX, what was under way then, and every segment that it held
     uint32_t orphan_count
     uint32_t orphans_told           # the first so many, on the present connection
     Histogram round_trip
@@ -215,6 +220,7 @@ ctypedef uint32_t (*SpillKeep)(void *spill, const uint8_t *image, uint32_t bytes
 ctypedef void (*SpillRelease)(void *spill, uint32_t number) noexcept nogil
 ctypedef uint32_t (*SpillUnderWay)(void *spill) noexcept nogil
 ctypedef void (*SpillStop)(void *spill) noexcept nogil
+ctypedef bint (*SpillLook)(void *spill) noexcept nogil
 
 cdef struct Spilling:
     uint32_t ready                  # atomic: the rest is set; never unset
@@ -226,6 +232,7 @@ cdef struct Spilling:
     SpillRelease release
     SpillUnderWay under_way
     SpillStop stop                  # end its threads; what it has not read is completed by nobody
+    SpillLook look                  # mark what somebody has cut off the file
 
 cdef struct Links_t:
     Store_t *store
@@ -234,6 +241,7 @@ cdef struct Links_t:
     Peer *peers[256]
     pthread_mutex_t peers_lock
     int epolls[2]
+    Turns turns[2]                  # of each reactor alone
     int wakes[2]
     pthread_t reactors[2]
     pthread_t shipper
@@ -333,6 +341,7 @@ cdef int links_get(Links_t *l, const RemoteRef *ref, Wanted *wanted, uint32_t pa
                    void *context, bint send_now) noexcept nogil
 cdef int links_unspill(Links_t *l, const RemoteRef *ref) noexcept nogil
 cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
+cdef void links_look_at_spill(Links_t *l) noexcept nogil
 cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil
 cdef uint32_t pending_asked(Links_t *l, uint32_t i, uint64_t id, uint32_t *segment, uint32_t *generation,
                             uint16_t *ordinals) noexcept nogil
@@ -344,8 +353,8 @@ cdef bint links_later(Links_t *l, Work work, void *context) noexcept nogil
 cdef void links_flush(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_lost(Links_t *l, uint32_t peer) noexcept nogil
 cdef bint links_peer_reachable(Links_t *l, uint32_t peer) noexcept nogil
-cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
-cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
+cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil
+cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
 cdef bytes peer_certificate(SSL *ssl)
 

@@ -47,17 +47,18 @@ from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
     pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread)
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, start_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._conduct cimport BUCKET, COSTLY, IDLE, NONSENSE, USEFUL, conduct_charge
-from ramster.engine._histogram cimport Histogram, quantile, record
+from ramster.engine._histogram cimport quantile, record
 from ramster.engine._pending cimport (
     P_COMPLETING, P_FREE, P_SENT, P_SPILL, P_WAITS, V_ASK, V_GIVE_UP, V_REDIRECT, V_SETTLE, Asking, Patience, PendingState, Verdict,
     pending_verdict)
 from ramster.engine._running cimport GAP_NS, ran_ns
+from ramster.engine._turns cimport Turns, turn_next, turn_of, turn_over
 from ramster.engine._store cimport (
-    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, OK, ORDINALS_MAX, PAGE,
-    REMOTE, SPILL_PEER, UNREACHABLE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
+    BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, HEADER_BYTES, LIVE_BYTES_MAX, LOST, MISS, NO_POOL, OK, ORDINALS_MAX, PAGE,
+    REMOTE, SPILL_PEER, UNREACHABLE, ImageHeader, RemoteMeta, RemoteRef, Store, no_pool, store_alone, store_fall_back, store_flush_if, store_freed_told, store_is_spilled,
     store_short_of_frames, store_unspill,
     store_get, store_next_freed, store_peer_lost, store_retell, store_seal_image, store_segment_lost, store_ship_abort, store_ship_begin,
     store_ship_commit, store_slot, store_touch, store_compacted, store_next_compact, store_slot_state, store_unseal,
@@ -75,9 +76,9 @@ cdef enum:
     SEND_BYTES = 65536              # encrypted bytes worth a system call
     WIRE_BYTES = 65536 + 20480 + 4096   # one record more, and what a key update or an alert takes
     RECORDS_PER_SEND_TURN = 4
-    # One turn of a connection, then another of this reactor has its own. Work is counted and not measured: about a unit for
-    # each ns. A turn ends with the frame that brings it over this: nobody else waits for more than a ms because of one peer.
-    WORK_PER_TURN = 500000
+    EARLY_MESSAGES_MAX = 4          # of TLS, between its handshake and the first frames; an honest peer sends none
+    # One turn of a connection, then another of this reactor has its own: see _turns.pxd. Work is counted and not measured,
+    # about a unit for each ns. A turn ends with the frame that brings it over what it may have.
     WORK_READ = 2000                # a record; what it brings is a unit a byte, and so is what is sent for it
     WORK_FRAME = 1000
     WORK_ENTRY = 50                 # looked up in an image
@@ -300,6 +301,22 @@ cdef void flush(Links_t *l, Channel *ch) noexcept nogil:
         lock_to_write(ch)
         more = flush_record(l, ch)
         pthread_mutex_unlock(&ch.lock)
+
+
+cdef bint flush_left(Links_t *l, Channel *ch) noexcept nogil:
+    """By the reactor, as a turn begins: what found the socket full before. It costs as much as what is new. True: the turn is over,
+    and more could be sent now."""
+    cdef bint more = load32(&ch.out_used, RELAXED) != 0 and load32(&ch.image_count, ACQUIRE) == 0
+    cdef uint32_t before
+    while more:
+        if ch.work >= ch.turn:
+            return True
+        lock_to_write(ch)
+        before = ch.out_used
+        more = flush_record(l, ch)
+        ch.work += before - ch.out_used
+        pthread_mutex_unlock(&ch.lock)
+    return False
 
 
 cdef void *sender_main(void *argument) noexcept nogil:
@@ -706,7 +723,7 @@ cdef bint answer_asked(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef Asked *first
     cdef bint found
     while ch.asked_count:
-        if ch.work >= WORK_PER_TURN:
+        if ch.work >= ch.turn:
             return True
         first = &ch.asked[ch.asked_head]
         if lent_answer(l, peer, ch, &first.frame, first.ordinals, &found) == AGAIN:
@@ -853,6 +870,12 @@ cdef bint links_slot_lost(Links_t *l, uint32_t peer, uint64_t slot) noexcept nog
 
 cdef bint links_slot_reachable(Links_t *l, uint32_t peer, uint64_t slot) noexcept nogil:
     return links_peer_reachable(l, peer) or store_is_spilled(l.store, slot)
+
+
+cdef void links_look_at_spill(Links_t *l) noexcept nogil:
+    """Before something is said of many pages: what somebody has cut off the spill file counts as lost from here on."""
+    if load32(&l.spilling.ready, ACQUIRE):
+        l.spilling.look(l.spilling.spill)
 
 
 cdef void links_flush(Links_t *l, uint32_t number) noexcept nogil:
@@ -1150,7 +1173,7 @@ cdef void waiter_complete(void *context, Reply *reply) noexcept nogil:
     pthread_mutex_unlock(&w.lock)
 
 
-cdef int get_page(Links_t *l, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
+cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode) noexcept nogil:
     """Get a page wherever it is, waiting for a lender at most give_up, for the spill file SPILL_S."""
     cdef RemoteRef ref
     cdef Wanted wanted
@@ -1215,7 +1238,7 @@ cdef void fetching_answered(void *context, Reply *reply) noexcept nogil:
     fetching_less(f, 1)
 
 
-cdef void get_pages(Links_t *l, uint32_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
+cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil:
     """Get up to GET_PAGES_MAX pages of a dense pool wherever they are, as get_page does with one, and leave them there. Everything
     that is away is asked for at once, pages of one segment together, so that a slow lender is waited for once. 'staging' has
     room for n replies of one page."""
@@ -1398,7 +1421,8 @@ cdef void ship_failed(Links_t *l, const Ship *ship) noexcept nogil:
 
 cdef void add_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept nogil:
     """Under ship_lock: this lender is to forget a segment that has another place, and gets none of this name before it did."""
-    if peer.orphan_count < ORPHANS_MAX and not is_orphan(peer, segment, generation):
+    ASSERT(peer.orphan_count < peer.orphan_room, b"a lender has no more orphans than it was sent segments")
+    if not is_orphan(peer, segment, generation):
         peer.orphans[peer.orphan_count] = segment
         peer.orphan_generations[peer.orphan_count] = generation
         store32(&peer.orphan_count, peer.orphan_count + 1, RELAXED)
@@ -1414,18 +1438,21 @@ cdef bint is_orphan(Peer *peer, uint32_t segment, uint32_t generation) noexcept 
 
 
 cdef void orphan_freed(Links_t *l, Peer *peer, const Frame *f) noexcept nogil:
-    cdef uint32_t i, kept = 0, told = 0
+    cdef uint32_t i = 0, after
+    cdef bint more
     pthread_mutex_lock(&l.ship_lock)
-    for i in range(peer.orphan_count):
-        if peer.orphans[i] == f.segment and peer.orphan_generations[i] == f.generation:
-            continue
-        peer.orphans[kept] = peer.orphans[i]
-        peer.orphan_generations[kept] = peer.orphan_generations[i]
-        kept += 1
-        told += i < peer.orphans_told
-    store32(&peer.orphan_count, kept, RELAXED)
-    peer.orphans_told = told
+    while i < peer.orphan_count and (peer.orphans[i] != f.segment or peer.orphan_generations[i] != f.generation):
+        i += 1                      # the answers come in the order in which they were told: this ends at once
+    if i < peer.orphan_count:
+        after = peer.orphan_count - i - 1
+        memmove(peer.orphans + i, peer.orphans + i + 1, 4 * <size_t> after)
+        memmove(peer.orphan_generations + i, peer.orphan_generations + i + 1, 4 * <size_t> after)
+        store32(&peer.orphan_count, peer.orphan_count - 1, RELAXED)
+        peer.orphans_told -= i < peer.orphans_told
+    more = peer.orphans_told < peer.orphan_count
     pthread_mutex_unlock(&l.ship_lock)
+    if more:
+        eventfd_write(l.order_fd, 1)
 
 
 cdef void ships_fail(Links_t *l, Peer *peer) noexcept nogil:
@@ -1552,11 +1579,12 @@ cdef bint next_order(Links_t *l, Order *order) noexcept nogil:
         o = &l.orders[i]
         peer = peer_at(l, o.peer)
         expired = load32(&peer.gone, ACQUIRE) or load32(&peer.channels[BULK].up, ACQUIRE) == 0 or \
-            is_orphan(peer, o.segment, o.generation) or \
+            (peer.orphan_count < ORPHANS_MAX and is_orphan(peer, o.segment, o.generation)) or \
             now > max(o.ordered_ns, peer.progress_ns) + ORDER_S * 1000000000ull
         # What is on its way may all become orphans.
         if not expired and (found or peer.shipping >= min(l.bulk_in_flight, (SHIPS_MAX - l.ships_used) // SHARE) or
                             peer.shipping + peer.orphan_count >= ORPHANS_MAX or
+                            load32(&peer.told, RELAXED) >= TOLD_MAX or     # each keeps the number of a segment from being used
                             load32(&peer.channels[BULK].image_count, ACQUIRE) >= IMAGES):
             l.orders[kept] = o[0]
             kept += 1
@@ -1624,7 +1652,7 @@ cdef void tell_freed(Links_t *l) noexcept nogil:
             frame.handle = NO_FRAME
             if tell(l, peer, &frame, NULL) != SENT:
                 pthread_mutex_lock(&l.ship_lock)
-                peer.orphans_told = 0
+                peer.orphans_told -= peer.orphans_told != 0
                 pthread_mutex_unlock(&l.ship_lock)
                 break
     while store_next_freed(l.store, &segment, &generation, &number, &handle, &spill):
@@ -1746,7 +1774,17 @@ cdef void on_message(int sent, int version, int type, const void *bytes, size_t 
     cdef Channel *ch = <Channel *> argument
     if not sent and type == SSL3_RT_HANDSHAKE and not conduct_charge(&ch.handshakes, NONSENSE, now_ns() // 1000000, BUCKET):
         ch.rekeyed = True
+        SSL_set_shutdown(ssl, SSL_RECEIVED_SHUTDOWN)    # SSL_read ends here, and not with the last of what has come
         shutdown(ch.fd, SHUT_RDWR)
+
+
+cdef void on_early_message(int sent, int version, int type, const void *bytes, size_t length, SSL *ssl, void *argument) noexcept nogil:
+    """The same before the connection is attached: SSL_read would not come back as long as they come, nor see its deadline."""
+    cdef uint32_t *messages = <uint32_t *> argument
+    if not sent and type == SSL3_RT_HANDSHAKE:
+        messages[0] += 1
+        if messages[0] > EARLY_MESSAGES_MAX:
+            SSL_set_shutdown(ssl, SSL_RECEIVED_SHUTDOWN)
 
 
 cdef uint32_t dispatch(Links_t *l, Peer *peer, Channel *ch, const Frame *f, const uint8_t *body) noexcept nogil:
@@ -1852,7 +1890,7 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     cdef Frame *f
     cdef uint8_t *place
     cdef uint32_t n, room = 0
-    while ch.work < WORK_PER_TURN:
+    while ch.work < ch.turn:
         if ch.in_body:
             n = min(ch.end - ch.start, ch.frame.length - ch.body_got)
             place = body_place(l, ch, &room)
@@ -1906,7 +1944,7 @@ cdef int parse(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
 
 
 cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
-    """Read and handle WORK_PER_TURN. 0: nothing more now, 1: more waits, -1: the connection is done for."""
+    """Read and handle what the turn allows. 0: nothing more now, 1: more waits, -1: the connection is done for."""
     cdef int n, error
     cdef uint8_t *target
     cdef uint32_t room = 0
@@ -1914,7 +1952,7 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
     while True:
         if ch.start != ch.end and parse(l, peer, ch) != 0:
             return -1
-        if ch.work >= WORK_PER_TURN:
+        if ch.work >= ch.turn:
             return 1
         target = body_place(l, ch, &room) if ch.in_body and ch.start == ch.end else NULL
         direct = target != NULL
@@ -1941,6 +1979,9 @@ cdef int receive(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
         store64(&ch.received_ns, ran(l), RELAXED)
         store64(&ch.unanswered_ns, 0, RELAXED)
         ch.silent = False
+        if load32(&peer.listened, ACQUIRE):
+            store32(&peer.listened, 0, RELAXED)
+            eventfd_write(l.event_fd, 1)
         say(&ch.bytes_received, <uint64_t> n)
         if direct:
             ch.body_got += <uint32_t> n
@@ -2011,23 +2052,38 @@ cdef bint channel_close(Channel *ch, uint64_t deadline_ns) noexcept nogil:
     return closed
 
 
-cdef void serve(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+cdef bint turn(Links_t *l, Peer *peer, Channel *ch) noexcept nogil:
+    """True: something is left for another turn. What waits to be sent goes first, then what waits to be answered, so that nothing
+    new is read while the connection takes what it asked for. One that takes nothing is read from all the same: two that waited for each other to
+    read would wait for ever."""
     cdef int result
-    store32(&ch.kick, 0, RELAXED)
-    if not is_up(ch):
-        return
-    ch.work = 0
+    if flush_left(l, ch) or answer_asked(l, peer, ch):
+        return True
     result = receive(l, peer, ch)
     if result < 0:
         channel_down(l, peer, ch)
-        return
+        return False
     flush(l, ch)
-    if answer_asked(l, peer, ch):
-        result = 1
-    store64(&l.turn_work_max[ch.kind], max(l.turn_work_max[ch.kind], ch.work), RELAXED)
-    if result > 0:
-        store32(&ch.kick, 1, RELEASE)
-        eventfd_write(l.wakes[ch.kind], 1)
+    return answer_asked(l, peer, ch) or result > 0
+
+
+cdef void serve(Links_t *l, Peer *peer, int kind, uint64_t work) noexcept nogil:
+    cdef Channel *ch = &peer.channels[kind]
+    cdef bint more
+    if not is_up(ch):
+        return
+    ch.work = 0
+    ch.turn = work
+    more = turn(l, peer, ch)
+    store64(&l.turn_work_max[kind], max(l.turn_work_max[kind], ch.work), RELAXED)
+    turn_over(&l.turns[kind], peer.number, ch.work, more)
+
+
+cdef void came(Links_t *l, Peer *peer, int kind) noexcept nogil:
+    """Something came on a connection, or it can be written to."""
+    cdef int64_t work = turn_of(&l.turns[kind], peer.number)
+    if work:
+        serve(l, peer, kind, <uint64_t> work)
 
 
 cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexcept nogil:
@@ -2062,14 +2118,15 @@ cdef void channel_tick(Links_t *l, Peer *peer, Channel *ch, uint64_t now) noexce
 
 
 cdef void react(Links_t *l, int kind) noexcept nogil:
-    cdef epoll_event events[32]
+    cdef epoll_event events[256]    # of all peers: who is idle is seen behind however many who wait for their turns
     cdef int n, i
-    cdef uint32_t p
+    cdef int64_t work
+    cdef uint32_t p = 0
     cdef uint64_t value, now, ticked = 0, looked = now_ns()
     cdef bint late = False
     cdef Peer *peer
     while not load32(&l.stopping, ACQUIRE):
-        n = epoll_wait(l.epolls[kind], events, 32, TICK_MS)
+        n = epoll_wait(l.epolls[kind], events, 256, 0 if l.turns[kind].count else TICK_MS)
         for i in range(n):
             if events[i].data.u32 < PEERS_MAX:
                 peer = peer_at(l, events[i].data.u32)
@@ -2078,13 +2135,16 @@ cdef void react(Links_t *l, int kind) noexcept nogil:
                     if peer.channels[kind].ssl != NULL:
                         arm(l, &peer.channels[kind], False)
                     pthread_mutex_unlock(&peer.channels[kind].lock)
-                serve(l, peer, &peer.channels[kind])
+                came(l, peer, kind)
                 continue
             eventfd_read(l.wakes[kind], &value)
             for p in range(PEERS_MAX):
                 peer = peer_at(l, p)
                 if peer != NULL and swap32(&peer.channels[kind].kick, 0, ACQ_REL):
-                    serve(l, peer, &peer.channels[kind])
+                    came(l, peer, kind)
+        work = turn_next(&l.turns[kind], &p)
+        if work:
+            serve(l, peer_at(l, p), kind, <uint64_t> work)
         now = ran(l)
         late = now_ns() > looked + GAP_NS and not late
         looked = now_ns()
@@ -2187,6 +2247,7 @@ cdef class Connection:
     cdef SSL *ssl
     cdef readonly int fd
     cdef object context
+    cdef uint32_t messages
 
     def __cinit__(self, TlsContext context, int fd, bint server):
         self.fd = fd
@@ -2216,6 +2277,8 @@ cdef class Connection:
         cdef pollfd p
         cdef int64_t left
         cdef int n
+        if self.messages > EARLY_MESSAGES_MAX:
+            raise errors.ProtocolError("it changes its keys again and again and says no more")
         if error != SSL_ERROR_WANT_READ and error != SSL_ERROR_WANT_WRITE:
             raise errors.CertificateError(f"TLS failed: {tls_reason(self.ssl)}")
         p.fd = self.fd
@@ -2237,6 +2300,8 @@ cdef class Connection:
             with nogil:
                 result = SSL_do_handshake(self.ssl)
             if result == 1:
+                SSL_set_msg_callback_arg(self.ssl, &self.messages)
+                SSL_set_msg_callback(self.ssl, on_early_message)
                 return peer_certificate(self.ssl)
             self.wait(SSL_get_error(self.ssl, result), deadline)
 
@@ -2253,6 +2318,20 @@ cdef class Connection:
                 left -= n
             else:
                 self.wait(SSL_get_error(self.ssl, n), deadline)
+
+    def update_keys(self, double timeout_s, bint both=False):
+        """Say that the next bytes come under another key; both: and that the other side's shall, too. How tests play whoever does
+        nothing else."""
+        cdef uint64_t deadline = now_ns() + <uint64_t> (timeout_s * 1e9)
+        cdef int result
+        SSL_key_update(self.ssl, SSL_KEY_UPDATE_REQUESTED if both else SSL_KEY_UPDATE_NOT_REQUESTED)
+        while True:
+            ERR_clear_error()
+            with nogil:
+                result = SSL_do_handshake(self.ssl)
+            if result == 1:
+                return
+            self.wait(SSL_get_error(self.ssl, result), deadline)
 
     def receive(self, int size, double timeout_s):
         """Exactly 'size' bytes."""
@@ -2407,6 +2486,8 @@ cdef class Links:
                     free(l.peers[i].channels[k].images[1])
                     free(l.peers[i].channels[k].received)
                     free(l.peers[i].channels[k].asked)
+                free(l.peers[i].orphans)
+                free(l.peers[i].orphan_generations)
                 free(l.peers[i])
         for k in range(2):
             for fd in (l.epolls[k], l.wakes[k]):
@@ -2555,6 +2636,11 @@ cdef class Links:
         if peer == NULL:
             raise MemoryError
         peer.number = number
+        peer.orphan_room = l.store.segments_max + 2 * ORPHANS_MAX
+        peer.orphans = <uint32_t *> calloc(peer.orphan_room, 4)     # room in the address space: there are few, as a rule none
+        peer.orphan_generations = <uint32_t *> calloc(peer.orphan_room, 4)
+        if peer.orphans == NULL or peer.orphan_generations == NULL:
+            raise MemoryError
         pthread_mutex_init(&peer.attach_lock, NULL)
         for k in range(2):
             pthread_mutex_init(&peer.channels[k].lock, NULL)
@@ -2624,7 +2710,8 @@ cdef class Links:
 
     def probe(self, uint32_t number, bint ask):
         """Of a link that lives: (generation of the peer's process, when something came from it last, in ns in which this node ran).
-        None where no connection is up, or the peer said goodbye. ask: send a PING on each connection."""
+        None where no connection is up, or the peer said goodbye. ask: send a PING on each connection; event_fd is raised when
+        anything comes."""
         cdef Links_t *l = self.live()
         cdef Peer *peer = peer_at(l, number)
         cdef Frame frame
@@ -2633,6 +2720,8 @@ cdef class Links:
         if peer == NULL or load32(&peer.gone, ACQUIRE):
             return None
         with nogil:
+            if ask:
+                store32(&peer.listened, 1, RELEASE)
             for k in range(2):
                 if is_up(&peer.channels[k]):
                     heard_ns = max(heard_ns, load64(&peer.channels[k].received_ns, RELAXED))
@@ -2715,7 +2804,7 @@ cdef class Links:
                 with nogil:
                     send_waiting(l, &l.peers[p].channels[BULK], &frame, NULL, now_ns() + 1000000000ull)
 
-    def get(self, uint32_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
+    def get(self, uint64_t pool, uint32_t index, oid=(0, 0, 0), int mode=-1):
         """A page, wherever it is: bytes, or None. PageLost when nobody has it (any more) or its lender does not answer."""
         cdef Links_t *l = self.live()
         cdef uint64_t key[3]
@@ -2735,7 +2824,27 @@ cdef class Links:
             raise errors.PageLost(f"page {index} of pool {pool} is lost: what came back fails its check")
         if result == UNREACHABLE or result == BUSY:
             raise errors.PageLost(f"page {index} of pool {pool} cannot be had: its lender does not answer")
+        if result == NO_POOL:
+            raise no_pool(l.store, pool)
         raise errors.UsageError(f"there is no page {index} in pool {pool}")
+
+    def unreachable(self):
+        """Pages whose only copy is on a peer that has been out of reach for too long, by its number: a get of them fails now. As
+        soon as it is back they are not counted any more. What is gone for good is the store's to count."""
+        cdef Links_t *l = self.live()
+        cdef uint8_t away[256]
+        cdef uint64_t pages[256]
+        cdef uint32_t i, some = 0
+        memset(away, 0, sizeof(away))
+        memset(pages, 0, sizeof(pages))
+        for i in range(PEERS_MAX):
+            if peer_at(l, i) != NULL and links_peer_lost(l, i):
+                away[i] = 1
+                some += 1
+        if some:
+            with nogil:
+                store_alone(l.store, away, pages)
+        return {i: pages[i] for i in range(PEERS_MAX) if pages[i]}
 
     def drop_foreign(self, uint32_t owner):
         """Forget everything held for a node; returns the number of segments."""

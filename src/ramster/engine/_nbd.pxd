@@ -65,7 +65,7 @@ cdef struct Piece
 
 cdef struct Export:
     uint32_t used                   # 0: a free row
-    uint32_t pool
+    uint64_t pool
     bint read_only
     uint64_t bytes                  # atomic: grows
     uint64_t pages_max

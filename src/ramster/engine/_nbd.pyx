@@ -52,7 +52,7 @@ from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, peer_certificate, reply_bytes, reply_next
 from ramster.engine._store cimport (
     BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_in_vain, store_patience, store_put,
-    store_short_of_frames, store_slot, store_where)
+    store_pool_pages, store_short_of_frames, store_slot, store_where)
 
 import os
 
@@ -98,7 +98,7 @@ cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes)
     """A put that waits in vain for room makes the next ones wait shortly."""
     cdef uint64_t taken = load64(&s.store.frames_taken, ACQUIRE)
     cdef int result = store_put(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes,
-                                store_patience(s.store, &s.in_vain, s.store.full_wait_ns), True)
+                                store_patience(s.store, &s.in_vain, s.store.full_wait_ns))
     if result == FULL:
         store_in_vain(s.store, &s.in_vain, taken)
     return result
@@ -173,7 +173,7 @@ cdef void bring_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages, uin
             pthread_mutex_lock(lock_of(e, wanted[i].index))
             # As in patch_page(). A refused put leaves the page where it is: asking for it to be near must not cost it.
             if store_slot(s.store, e.pool, NO_OBJECT, wanted[i].index) == wanted[i].slot and \
-                    store_put(s.store, e.pool, NO_OBJECT, wanted[i].index, wanted[i].bytes, 0, True) == OK:
+                    store_put(s.store, e.pool, NO_OBJECT, wanted[i].index, wanted[i].bytes, 0) == OK:
                 tally(e, E_PAGES_REMOTE, 1)
             pthread_mutex_unlock(lock_of(e, wanted[i].index))
 
@@ -1326,13 +1326,16 @@ cdef class NbdServer:
     def event_fd(self):
         return self.s.event_fd
 
-    def add_export(self, uint32_t pool, uint64_t size_bytes, uint64_t max_bytes, bint read_only=False):
+    def add_export(self, uint64_t pool, uint64_t size_bytes, uint64_t max_bytes, bint read_only=False):
         cdef Export *e = NULL
         cdef uint32_t i, k
         if not 0 < size_bytes <= max_bytes or size_bytes % PAGE or max_bytes % PAGE:
             raise errors.UsageError(f"size {size_bytes}, at most {max_bytes}: whole pages of {PAGE} bytes, and at least one")
         if max_bytes // PAGE > 0xffffffff:
             raise errors.UsageError(f"at most {max_bytes} bytes: page numbers have 32 bits, so {0xffffffff * PAGE} is the most")
+        pages = store_pool_pages(self.s.store, pool)
+        if max_bytes // PAGE > pages:
+            raise errors.UsageError(f"at most {max_bytes} bytes: pool {pool} has {pages} pages of {PAGE} bytes")
         for i in range(EXPORTS_MAX):
             if not self.s.exports[i].used:
                 e = &self.s.exports[i]

@@ -81,7 +81,7 @@ cdef struct Batch:                  # the pages of one fault, on their way in to
 cdef struct Region_t:
     Links_t *links
     Store_t *store
-    uint32_t pool
+    uint64_t pool                   # 0: not made yet
     uint64_t pages
     uint64_t budget                 # resident pages allowed
     uint64_t reserve                # evictors work to keep so many pages of it free ...

@@ -60,7 +60,7 @@ from ramster.engine._c.pthread cimport (
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
-    Links, Reply, links_flush, links_get, links_later, links_slot_lost, links_slot_reachable, reply_bytes,
+    Links, Reply, links_flush, links_get, links_later, links_look_at_spill, links_slot_lost, links_slot_reachable, reply_bytes,
     reply_next)
 from ramster.engine._prefetch cimport (
     ADVICE_CYCLIC, ADVICE_SEQUENTIAL, RANGES_MAX, SKIP_MAX, Plan, Range, pattern_advise, pattern_fault, pattern_init, pattern_missed, pattern_next,
@@ -77,7 +77,6 @@ from ramster import errors
 
 cdef enum:
     PARKED_MAX = 1024
-    NO_POOL = 0xffffffff
     RESIDENT_PAGES_MIN = 16         # one instruction may touch several pages; fewer, and threads only chase each other
     RESIDENT_PAGES_MAX = 1 << 30
     RESERVE_GROWS_NS = 1000000      # at most once in so long, while faults have to wait for room ...
@@ -1999,15 +1998,17 @@ cdef class Region:
         if not 0 < pages <= 1 << 32:
             raise errors.UsageError(f"a region of {pages} pages: must be 1 to 2^32")
         if resident_pages < RESIDENT_PAGES_MIN and resident_pages < pages:
-            raise errors.UsageError(f"{resident_pages} resident pages: a region needs at least {RESIDENT_PAGES_MIN}")
+            raise errors.UsageError(
+                f"resident: {resident_pages * PAGE} bytes, must be at least {RESIDENT_PAGES_MIN * PAGE} ({RESIDENT_PAGES_MIN} pages), or "
+                f"as much as the region ({pages * PAGE})")
         if min(resident_pages, pages) > RESIDENT_PAGES_MAX:
-            raise errors.UsageError(f"{resident_pages} resident pages: a region has at most {RESIDENT_PAGES_MAX}")
+            raise errors.UsageError(
+                f"resident: {resident_pages * PAGE} bytes, must be at most {<uint64_t> RESIDENT_PAGES_MAX * PAGE}")
         if not 1 <= fault_threads <= THREADS_MAX or not 1 <= evictor_threads <= THREADS_MAX:
             raise errors.UsageError(f"a region has 1 to {THREADS_MAX} threads of each kind")
         r = <Region_t *> calloc(1, sizeof(Region_t))
         if r == NULL:
             raise MemoryError
-        r.pool = NO_POOL            # from the first moment on: what is not made must not be destroyed as pool 0, somebody else's
         self.r = r
         self.links = links
         self.name = name
@@ -2048,7 +2049,6 @@ cdef class Region:
         memcpy(r.label, <const char *> label, len(label))
         result = store_create_pool(r.store, True, pages, False, &r.pool)
         if result != OK:
-            r.pool = NO_POOL
             if result == NO_MEMORY and (errno == EMFILE or errno == ENFILE):
                 raise OSError(errno, strerror(errno).decode())
             raise errors.StoreFull("no memory for the page table of another region" if result == NO_MEMORY else
@@ -2473,6 +2473,7 @@ cdef class Region:
             while True:
                 # A lender that is out of reach now is back, or counts as lost, within give_up: only then is there an answer.
                 undecided = 0
+                links_look_at_spill(r.links)
                 runs = self.lost_runs(r, first, count, True, late, &undecided)
                 if undecided == 0 or late or load32(&r.stopping, ACQUIRE):
                     return runs
@@ -2519,10 +2520,11 @@ cdef class Region:
     def troubles(self):
         cdef Region_t *r = self.live()
         cdef uint64_t lost, refused, removed
+        cdef bint full
         pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused, removed = r.lost - r.lost_removed, r.refused, r.removed
+        lost, refused, removed, full = r.lost - r.lost_removed, r.refused, r.removed, r.full
         pthread_mutex_unlock(&r.lock)
-        return lost, refused, removed
+        return lost, refused, removed, bool(full)
 
     def close(self):
         self.shut()
@@ -2555,6 +2557,6 @@ cdef class Region:
             while r.batches_used or r.users:
                 cond_wait_until(&r.changed, &r.lock, now_ns() + 100000000ull)
             pthread_mutex_unlock(&r.lock)
-            if r.pool != NO_POOL:
+            if r.pool:
                 store_destroy_pool(r.store, r.pool)
         return 0

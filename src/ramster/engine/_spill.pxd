@@ -1,5 +1,5 @@
 """The spill file's native state. See _spill.pyx for the rules."""
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX
 from ramster.engine._c.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
@@ -47,7 +47,6 @@ cdef struct Copy:                   # a segment that is mirrored later; the copy
     pthread_cond_t done
     uint32_t sizes[16]              # of what is asked for
     uint32_t bytes                  # of the image so far
-    int status
     bint right
     bint answered
 
@@ -81,6 +80,13 @@ cdef struct Spill_t:
     uint32_t reserve
     Thread threads[8]
     uint32_t started
+    pthread_mutex_t look_lock       # of what follows, down to 'look_image': whoever sees that the file is too short
+    bint over
+    uint64_t file_bytes             # how long it has to be
+    uint8_t *header                 # one block
+    uint64_t cuts                   # atomic: how often somebody had cut it short
+    uint64_t cut_pages              # atomic: pages lost by that
+    Layout look_image
     uint8_t *keep_buffer            # the shipper's
     uint8_t *merge_buffer           # of the thread that writes, like what follows
     Gathered *merge_pages

@@ -18,6 +18,10 @@ Rules:
   tag, whose key never leaves RAM, against seal id, ordinal and key of the page. So a room may be given to another image
   while it is still being read: what comes is no entry of that page, or the page's slot has changed before. Only an image
   that moves within the file has readers whose slots stay: 'moves' tells them to look again.
+* Somebody else may cut the file short. What was there is lost, and said so at once and for good: the entries are marked in the
+  store's table, and the file is made as long as it was, so that the next cut is seen too. Looked for whenever a read ends
+  early, around each write, by `look` and by whoever checks pages. A file that is unlinked, moved or replaced goes on to be
+  this one: it is its descriptor that counts.
 * O_DIRECT where the file system has it: a tier that serves memory pressure must neither fill the page cache nor wait for it.
 
 Lock order: pending_lock or ship_lock (of _link), then 'lock'.
@@ -29,10 +33,10 @@ from libc.string cimport memcmp, memcpy, memset
 
 from ramster.engine._c.atomic cimport *
 from ramster.engine._c.check cimport ASSERT
-from ramster.engine._c.crypto cimport EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
+from ramster.engine._c.crypto cimport EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new
 from ramster.engine._c.linux cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, POSIX_FADV_DONTNEED, PROT_READ, PROT_WRITE, SYNC_FILE_RANGE_WRITE, fallocate,
-    mlock, mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
+    MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, POSIX_FADV_DONTNEED, PROT_READ, PROT_WRITE, SEEK_END, SYNC_FILE_RANGE_WRITE,
+    fallocate, ftruncate, lseek, mlock, mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
 from ramster.engine._c.pthread cimport (
     coarse_ms, cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
@@ -41,8 +45,8 @@ from ramster.engine._link cimport (
     GET_PAGES_MAX, Links, Links_t, Pending, Reply, Wanted, links_get, links_peer_reachable, links_unspill, pending_arrived, pending_asked, pending_claim, reply_bytes)
 from ramster.engine._store cimport (
     BUSY, CORRUPT, ENTRY_BYTES_MAX, FRAME_HEADER_BYTES, FULL, LOST, OK, SPILL_PEER, Candidate, Gather, Gathered, Layout, RemoteMeta, RemoteRef,
-    store_entry_right, store_gather_abort, store_gather_add, store_gather_begin, store_gather_commit, store_gather_end, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
-    store_least_mirrored, store_next_unmirrored, store_placed, store_slot_named, store_spare, store_sparsest, store_spilled, store_spilled_live, store_touch,
+    store_cut, store_entry_right, store_gather_abort, store_gather_add, store_gather_begin, store_gather_commit, store_gather_end, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
+    store_least_mirrored, store_next_unmirrored, store_placed, store_slot_named, store_spare, store_sparsest, store_spilled, store_spilled_live, store_spilled_now, store_touch,
     store_unseal_begin, store_unseal_context, store_unspill, store_wasteful)
 
 import os
@@ -53,7 +57,8 @@ cdef uint32_t NONE = 0xffffffffu
 cdef enum:                              # in Layout.sizes
     DEAD = 0x8000
     GONE = 0x4000
-    SIZE_UNITS = 0x3fff
+    CUT = 0x2000
+    SIZE_UNITS = 0x1fff
 
 
 cdef inline void say(uint64_t *counter, uint64_t amount) noexcept nogil:
@@ -145,7 +150,9 @@ cdef int read_file(Spill_t *sp, uint8_t *buffer, uint32_t low, uint32_t high, ui
         n = pread(sp.fd, buffer + (at - low), bytes, <long> where)
         if n < 0 and errno == EINTR:
             continue
-        if n <= 0:                      # 0: somebody has cut the file short
+        if n == 0 and spill_look(sp):   # somebody had cut it short: what is lost is marked, the rest is there
+            return BUSY
+        if n <= 0:
             store32(&sp.last_errno, <uint32_t> errno if n < 0 else EIO, RELAXED)
             say(&sp.read_errors, 1)
             return LOST
@@ -162,6 +169,7 @@ cdef bint write_file(Spill_t *sp, uint8_t *image, uint32_t bytes, uint32_t first
     cdef uint64_t where = 0
     cdef int64_t n
     memset(image + bytes, 0, whole - bytes)
+    spill_look(sp)                      # what was cut off is to be found before a write makes the file longer
     while done < whole:
         part = piece(sp, rooms, count, done, whole, &where)
         ASSERT(part != 0, b"an image has rooms for all of it")
@@ -178,9 +186,72 @@ cdef bint write_file(Spill_t *sp, uint8_t *image, uint32_t bytes, uint32_t first
             # What waits in the page cache would be dropped only once it is on the disk: begin now, drop what is there already.
             sync_file_range(sp.fd, <long> where, n, SYNC_FILE_RANGE_WRITE)
             posix_fadvise(sp.fd, BLOCK, <long> (where - BLOCK), POSIX_FADV_DONTNEED)
+    if spill_look(sp):                  # cut off while it was written: its pages are still in the arena
+        return False
     say(&sp.write_count, 1)
     say(&sp.bytes_written, whole)
     return True
+
+
+cdef inline bint is_short(const Spill_t *sp) noexcept nogil:
+    cdef int64_t bytes = lseek(sp.fd, 0, SEEK_END)      # nobody uses the offset
+    return 0 <= bytes < <int64_t> sp.file_bytes
+
+
+cdef bint spill_look(void *spill) noexcept nogil:
+    """Whether somebody had cut the file short: what was there alone is lost, and marked so in the store's table."""
+    cdef Spill_t *sp = <Spill_t *> spill
+    cdef int64_t bytes
+    cdef uint32_t segment
+    cdef uint64_t pages = 0
+    if not is_short(sp):
+        return False
+    pthread_mutex_lock(&sp.look_lock)
+    bytes = lseek(sp.fd, 0, SEEK_END)
+    if not sp.over and 0 <= bytes < <int64_t> sp.file_bytes:
+        for segment in range(load32(&sp.store.segments_used, ACQUIRE)):
+            cut_segment(sp, segment, <uint64_t> bytes, &pages)
+        say(&sp.cuts, 1)
+        say(&sp.cut_pages, pages)
+        if ftruncate(sp.fd, <long> sp.file_bytes) == 0 and bytes < BLOCK:
+            pwrite(sp.fd, sp.header, BLOCK, 0)          # else the next node takes the file for somebody else's
+    pthread_mutex_unlock(&sp.look_lock)
+    return True
+
+
+cdef void cut_segment(Spill_t *sp, uint32_t segment, uint64_t file_bytes, uint64_t *pages) noexcept nogil:
+    """Under look_lock: the file ends there. Mark what that has cost of this segment, or forget the copy where a lender has it too."""
+    cdef RemoteRef ref
+    cdef Layout *image = &sp.look_image
+    cdef uint32_t rooms[ROOMS_MAX]
+    cdef uint32_t count, ordinal, at, size, part
+    cdef uint64_t moves, where = 0
+    cdef bint cut, done = False
+    while not done:
+        moves = load64(&sp.moves, ACQUIRE)
+        if store_spilled_now(sp.store, segment, &ref, image) == 0:
+            return
+        count = rooms_of(sp, ref.spill - 1, rooms)
+        cut = False
+        at = image.first
+        for ordinal in range(image.entries):
+            size = entry_size(image, ordinal)
+            while size:
+                part = piece(sp, rooms, count, at, at + size, &where)
+                if part == 0 or where + part > file_bytes:
+                    image.sizes[ordinal] |= CUT
+                    cut = True
+                    part = size
+                at += part
+                size -= part
+        if load64(&sp.moves, ACQUIRE) != moves:
+            continue                    # these rooms may have been another's
+        if not cut:
+            return
+        if ref.peer != SPILL_PEER:
+            done = forget_copy(sp, ref.segment, ref.generation)
+        else:
+            done = store_cut(sp.store, &ref, image, pages)
 
 
 cdef bint moved(Spill_t *sp, uint64_t moves, uint32_t segment, uint32_t generation, const uint16_t *ordinals, uint32_t pages,
@@ -425,7 +496,6 @@ cdef void copy_answered(void *context, Reply *reply) noexcept nogil:
             c.bytes += size
             entry += size
     c.right = right
-    c.status = reply.status
     c.answered = True
     pthread_cond_signal(&c.done)
     pthread_mutex_unlock(&c.lock)
@@ -659,6 +729,9 @@ cdef uint32_t spill_under_way(void *spill) noexcept nogil:
 cdef void spill_stop(void *spill) noexcept nogil:
     cdef Spill_t *sp = <Spill_t *> spill
     cdef uint32_t i
+    pthread_mutex_lock(&sp.look_lock)
+    sp.over = True                      # the descriptor may be another file's soon
+    pthread_mutex_unlock(&sp.look_lock)
     pthread_mutex_lock(&sp.lock)
     sp.stopping = True
     pthread_cond_broadcast(&sp.wanted)
@@ -698,7 +771,7 @@ cdef uint8_t *aligned(uint64_t bytes, bint lock) except NULL:
 cdef class Spill:
     """The native part: ramster.engine.spill.Spill documents it, opens the file and owns its descriptor."""
 
-    def __cinit__(self, Links links not None, int fd, uint32_t images, bint direct, bint mirror, uint32_t threads):
+    def __cinit__(self, Links links not None, int fd, uint32_t images, bytes header, bint direct, bint mirror, uint32_t threads):
         cdef Spill_t *sp
         cdef Links_t *l = links.live()
         cdef uint32_t i
@@ -726,6 +799,7 @@ cdef class Spill:
         pthread_mutex_init(&sp.lock, NULL)
         cond_init_monotonic(&sp.wanted)
         cond_init_monotonic(&sp.tended)
+        pthread_mutex_init(&sp.look_lock, NULL)
         pthread_mutex_init(&sp.copy.lock, NULL)
         cond_init_monotonic(&sp.copy.done)
         sp.used = <uint64_t *> calloc((rooms + 63) // 64, 8)
@@ -738,6 +812,9 @@ cdef class Spill:
         lock = load32(&sp.store.locked, RELAXED) != 0
         if lock:
             mlock(sp, sizeof(Spill_t))
+        sp.file_bytes = BLOCK + <uint64_t> images * sp.image_bytes
+        sp.header = aligned(BLOCK, lock)
+        memcpy(sp.header, <const uint8_t *> header, min(<size_t> len(header), <size_t> BLOCK))
         sp.keep_buffer = aligned(sp.image_bytes, lock)
         sp.merge_buffer = aligned(sp.image_bytes, lock)
         sp.merge_pages = <Gathered *> aligned(MERGE_PAGES_MAX * sizeof(Gathered), lock)
@@ -769,6 +846,7 @@ cdef class Spill:
         l.spilling.release = give_rooms
         l.spilling.under_way = spill_under_way
         l.spilling.stop = spill_stop
+        l.spilling.look = spill_look
         links.spill = self
         store32(&l.spilling.ready, 1, RELEASE)
 
@@ -785,6 +863,8 @@ cdef class Spill:
                 munmap(sp.threads[i].body, reply_bytes(GET_PAGES_MAX))
             EVP_CIPHER_CTX_free(sp.threads[i].open_ctx)
             EVP_CIPHER_CTX_free(sp.threads[i].seal_ctx)
+        if sp.header != NULL:
+            munmap(sp.header, BLOCK)
         if sp.keep_buffer != NULL:
             munmap(sp.keep_buffer, sp.image_bytes)
         if sp.merge_buffer != NULL:
@@ -796,6 +876,7 @@ cdef class Spill:
         if sp.copy.staging != NULL:
             munmap(sp.copy.staging, reply_bytes(COPY_PAGES))
         EVP_CIPHER_CTX_free(sp.copy.open_ctx)
+        pthread_mutex_destroy(&sp.look_lock)
         pthread_mutex_destroy(&sp.copy.lock)
         pthread_cond_destroy(&sp.copy.done)
         pthread_mutex_destroy(&sp.lock)
@@ -805,6 +886,14 @@ cdef class Spill:
         free(sp.next)
         free(sp)
         self.sp = NULL
+
+    def look_at_length(self):
+        """Find out whether somebody has cut the file short, and mark what that has cost; True when it was so."""
+        cdef Spill_t *sp = self.sp
+        cdef bint short
+        with nogil:
+            short = spill_look(sp)
+        return short
 
     def room(self):
         """(images that still fit, orders waiting to be written, whether writing works, images in all)."""
@@ -843,6 +932,7 @@ cdef class Spill:
             writes=load64(&sp.write_count, RELAXED), bytes_written=load64(&sp.bytes_written, RELAXED),
             read_errors=load64(&sp.read_errors, RELAXED), write_errors=load64(&sp.write_errors, RELAXED),
             refused=load64(&sp.refused, RELAXED), merged=load64(&sp.merged, RELAXED), compacted=load64(&sp.compacted, RELAXED),
+            cuts=load64(&sp.cuts, RELAXED), pages_cut=load64(&sp.cut_pages, RELAXED),
             given_up=load64(&sp.given_up, RELAXED), copied=load64(&sp.copied, RELAXED), last_error=os.strerror(number) if number else "", direct=bool(sp.direct),
             metadata_bytes=sizeof(Spill_t) + (sp.rooms + 63) // 64 * 8 + <uint64_t> sp.rooms * 4 + MERGE_PAGES_MAX * sizeof(Gathered))
 

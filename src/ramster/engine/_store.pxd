@@ -17,7 +17,7 @@ cdef enum:
     ENTRY_BYTES_MAX = 40 + 24 + 4096
     ORDINALS_MAX = 4096         # entries of one segment; keeps a directory below 8 KiB
     LIVE_BYTES_MAX = 512        # bitmap of a segment's ordinals
-    POOLS_MAX = 4096
+    POOLS_MAX = 4096            # a power of two: see Pool.id
     READERS_MAX = 256           # threads inside the store at one moment
     COUNTER_STRIPES = 8
     HEAD_STRIPES_MAX = 4
@@ -67,7 +67,6 @@ cdef enum Counter:
     C_CORRUPT
     C_FILLED                    # live same-filled pages (goes up and down)
     C_SHIPPED_SEGMENTS
-    C_LOST_SEGMENTS
     C_PLUGGED                   # puts into room that dead entries had left in a sealed segment
     C_RECOMPRESSED              # pages that left as zstd
     C_RECOMPRESSED_SAVED        # bytes
@@ -93,9 +92,8 @@ cdef packed struct EntryHeader:     # little-endian, docs/store-format.md
     uint8_t flags                   # bit 0: an object id of 24 bytes comes first
     uint32_t index
     uint64_t version
-    uint32_t pool
-    uint32_t crc                    # CRC32C over the first 20 bytes and what follows the header; 0 once sealed
-    uint8_t tag[16]                 # AES-GCM tag once sealed
+    uint64_t pool
+    uint8_t check[16]               # CRC32C over the first 24 bytes and what follows the header, then zeros; the AES-GCM tag once sealed
 
 cdef packed struct ImageHeader:     # of a sealed segment on the wire and on the lender
     uint32_t magic
@@ -110,8 +108,9 @@ cdef packed struct ImageHeader:     # of a sealed segment on the wire and on the
 cdef struct RemoteMeta:
     uint8_t seal_id[24]
     uint8_t key[32]
-    uint32_t bare                   # its image in the spill file is entries alone, without header and directory
-    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD and GONE bits; 'entries' of them
+    uint16_t bare                   # its image in the spill file is entries alone, without header and directory
+    uint16_t cut                    # live entries that were cut off the spill file: lost
+    uint16_t sizes[1]               # per ordinal: size in 8-byte units, DEAD, GONE and CUT bits; 'entries' of them
 
 cdef struct Segment:
     uint32_t lock
@@ -146,7 +145,7 @@ cdef struct RemoteRef:              # everything that a request for a remote pag
     uint32_t peer
     uint32_t handle
     uint32_t spill                  # as in the row
-    uint32_t pool
+    uint64_t pool
     uint32_t index
     uint32_t sparse
     uint32_t ephemeral
@@ -181,8 +180,7 @@ cdef struct Nodes:                  # leaves and objects of all sparse pools, ca
     uint64_t bytes
 
 cdef struct Pool:
-    uint32_t id
-    uint64_t serial                 # never used again, unlike the id
+    uint64_t id                     # place in Store_t.pools and POOLS_MAX times a number that no pool had before: never used again
     bint ephemeral
     bint dense
     Nodes *nodes
@@ -196,7 +194,6 @@ cdef struct Pool:
     Object **object_buckets
     uint64_t buckets                # of each kind, a power of two
     uint64_t leaves
-    uint64_t objects
 
 cdef struct Head:
     pthread_mutex_t lock
@@ -237,7 +234,7 @@ cdef struct Rooms:                  # by kind (persistent, ephemeral) and size, 
 cdef struct Gathered:               # one page of an image that is made of others
     uint64_t slot                   # what names it until then
     uint64_t oid[3]
-    uint32_t pool
+    uint64_t pool
     uint32_t index
 
 cdef struct Gather:
@@ -303,6 +300,7 @@ cdef struct Store_t:
     Head heads[12]                  # persistent stripes, ephemeral stripes, then the cleaner's two
     uint32_t head_stripes
     Pool *pools[4096]
+    uint64_t pools_made             # ever; under pools_lock
     pthread_mutex_t pools_lock
     uint64_t version
     pthread_mutex_t freed_lock
@@ -319,11 +317,12 @@ cdef struct Store_t:
     bint cleaner_running
     uint32_t stopping
     Running running                 # the node's; deadlines for others are in its time
+    uint64_t cut                    # atomic: live entries of all segments that were cut off the spill file
     uint64_t counters[8][32]
 
 
-cdef int store_put(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, const uint8_t *page,
-                   uint64_t wait_ns, bint keep=*) noexcept nogil
+cdef int store_put(Store_t *s, uint64_t pool, const uint64_t *oid, uint32_t index, const uint8_t *page,
+                   uint64_t wait_ns) noexcept nogil
 
 # Whoever has waited for room in vain makes the next waits short, so that one who goes on writing is refused quickly. Each frame
 # that puts get doubles the wait, up to all of it again: then room is made at a pace worth waiting for.
@@ -359,14 +358,16 @@ cdef inline void store_in_vain(Store_t *s, uint64_t *in_vain, uint64_t taken) no
         store64(in_vain, taken + 1, RELEASE)
 
 
-cdef int store_get(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
+cdef int store_get(Store_t *s, uint64_t pool, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
                    RemoteRef *ref) noexcept nogil
-cdef int store_where(Store_t *s, uint32_t pool, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil
-cdef int store_flush(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
-cdef int store_flush_if(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil
-cdef uint64_t store_slot(Store_t *s, uint32_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
-cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil
-cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil
+cdef int store_where(Store_t *s, uint64_t pool, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil
+cdef int store_flush(Store_t *s, uint64_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
+cdef int store_flush_if(Store_t *s, uint64_t pool, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil
+cdef uint64_t store_slot(Store_t *s, uint64_t pool, const uint64_t *oid, uint32_t index) noexcept nogil
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint64_t *id) noexcept nogil
+cdef object no_pool(Store_t *s, uint64_t id)
+cdef uint64_t store_pool_pages(Store_t *s, uint64_t id) except? 0
+cdef int store_destroy_pool(Store_t *s, uint64_t id) noexcept nogil
 cdef EVP_CIPHER_CTX *store_unseal_context() noexcept nogil
 cdef int store_unseal_begin(const RemoteRef *ref, EVP_CIPHER_CTX *ctx) noexcept nogil
 cdef int store_unseal(const RemoteRef *ref, const uint8_t *entry, uint32_t entry_bytes, uint8_t *page,
@@ -387,6 +388,9 @@ cdef uint32_t store_retell(Store_t *s, uint32_t peer) noexcept nogil
 cdef uint32_t store_next_compact(Store_t *s, uint32_t *segment, uint32_t *generation, uint32_t *peer, uint8_t *live) noexcept nogil
 cdef void store_compacted(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer, uint32_t image_bytes) noexcept nogil
 cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil
+cdef uint32_t store_spilled_now(Store_t *s, uint32_t segment, RemoteRef *ref, Layout *image) noexcept nogil
+cdef bint store_cut(Store_t *s, const RemoteRef *ref, const Layout *image, uint64_t *pages) noexcept nogil
+cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil
 cdef bint store_segment_lost(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
 cdef bint store_fall_back(Store_t *s, uint32_t segment, uint32_t generation, uint32_t peer) noexcept nogil
@@ -411,7 +415,7 @@ cdef void store_spare(Store_t *s, uint32_t segment, uint32_t generation) noexcep
 cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) noexcept nogil
 cdef uint32_t store_coldest(Store_t *s, Candidate *out, uint32_t most) noexcept nogil
 cdef uint64_t store_census(
-    Store_t *s, uint32_t pool, uint64_t first, uint32_t count, const uint8_t *resident, uint64_t *census) noexcept nogil
+    Store_t *s, uint64_t pool, uint64_t first, uint32_t count, const uint8_t *resident, uint64_t *census) noexcept nogil
 cdef uint32_t store_seal_open(Store_t *s) noexcept nogil
 cdef uint32_t store_seal_cold(Store_t *s, uint64_t age_ms) noexcept nogil
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil

@@ -68,7 +68,8 @@ cdef enum:
     DIRECTORY_DEAD = 0x8000
     DIRECTORY_OFFSET = 0x7fff
     DIRECTORY_GONE = 0x4000         # in RemoteMeta.sizes: dead, and not even in the image in the spill file any more
-    SIZE_UNITS = 0x3fff             # in RemoteMeta.sizes
+    DIRECTORY_CUT = 0x2000          # in RemoteMeta.sizes: not in the spill file any more, where alone it was
+    SIZE_UNITS = 0x1fff             # in RemoteMeta.sizes
     DIRECTORY_SIZE_SHIFT = 16
     DIRECTORY_ABSENT = 0xffff
     SLOTS_PER_CHUNK = 262144        # 2 MiB of slots
@@ -88,7 +89,12 @@ cdef enum:
     ROOM_ARENA_SHARE = 32768        # one hint for so many bytes of arena
     ROOM_HINTS_MIN = 256
     SPARSE_LOOKS = 16384            # rows that one look for sparse images goes over: a millisecond
+    AAD_BYTES = 76
+    CHECKED_BYTES = 28              # of an entry's header, while it lies here
     ROOM_HINTS_SPARE = 64           # free hints that a search for room begins with
+
+cdef uint64_t SLOT_OF_NOTHING = 0xffffffffffffffffu      # of a kind that there is not
+
 
 cdef inline uint64_t slot_stored(uint32_t segment, uint32_t generation, uint32_t ordinal) noexcept nogil:
     return (<uint64_t> KIND_STORED << KIND_SHIFT) | (<uint64_t> (generation & GENERATION_MASK) << 48) | \
@@ -111,13 +117,12 @@ cdef inline uint32_t slot_ordinal(uint64_t slot) noexcept nogil:
     return <uint32_t> (slot & 0xffff)
 
 
-cdef inline uint64_t slot_filled(uint32_t pool, uint32_t index, uint32_t pattern) noexcept nogil:
+cdef inline uint64_t slot_filled(uint64_t pool, uint32_t index, uint32_t pattern) noexcept nogil:
     """A same-filled page lives in its slot: 30 bits of CRC over key and pattern guard it."""
-    cdef uint32_t key[3]
+    cdef uint64_t key[2]
     key[0] = pool
-    key[1] = index
-    key[2] = pattern
-    cdef uint64_t check = crc32_iscsi(<unsigned char *> key, 12, 0xffffffffu) & 0x3fffffff
+    key[1] = <uint64_t> pattern << 32 | index
+    cdef uint64_t check = crc32_iscsi(<unsigned char *> key, 16, 0xffffffffu) & 0x3fffffff
     return (<uint64_t> KIND_FILLED << KIND_SHIFT) | (check << 32) | pattern
 
 
@@ -125,9 +130,10 @@ cdef inline uint32_t align8(uint32_t n) noexcept nogil:
     return (n + 7) & ~<uint32_t> 7
 
 
-cdef inline Pool *pool_at(Store_t *s, uint32_t id) noexcept nogil:
-    """The pool of this id, or NULL; ids beyond the table name nothing (they must not alias another pool)."""
-    return <Pool *> load_pointer(<void **> &s.pools[id], SEQ_CST) if id < POOLS_MAX else NULL
+cdef inline Pool *pool_at(Store_t *s, uint64_t id) noexcept nogil:
+    """The pool of this id, or NULL, within an epoch. Its successor in the same place of the table has another id."""
+    cdef Pool *pool = <Pool *> load_pointer(<void **> &s.pools[id & (POOLS_MAX - 1)], SEQ_CST)
+    return pool if pool != NULL and pool.id == id else NULL
 
 
 cdef void count(Store_t *s, int counter, uint64_t amount) noexcept nogil:
@@ -454,6 +460,9 @@ cdef void free_entry(Store_t *s, uint64_t slot) noexcept nogil:
             mark = &row.meta.sizes[ordinal]
             found = (mark[0] & DIRECTORY_DEAD) == 0
             size = <uint32_t> (mark[0] & SIZE_UNITS) * 8
+            if found and mark[0] & DIRECTORY_CUT:
+                row.meta.cut -= 1
+                sub64(&s.cut, 1, RELAXED)
             mark[0] |= DIRECTORY_DEAD
         elif row.frame != SEGMENT_FRAMES_NONE:
             word = &directory(s, row.frame)[-1 - <int64_t> ordinal]
@@ -990,7 +999,6 @@ cdef Leaf *make_leaf(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t numbe
         b = oid_hash(oid) & (pool.buckets - 1)
         thing.next = pool.object_buckets[b]
         pool.object_buckets[b] = thing
-        pool.objects += 1
     leaf.object = thing
     leaf.number = number
     b = leaf_hash(thing, number) & (pool.buckets - 1)
@@ -1027,7 +1035,6 @@ cdef void drop_leaf(Pool *pool, Leaf *leaf) noexcept nogil:
             object_link = &object_link[0].next
         object_link[0] = thing.next
         give_object(pool.nodes, thing)
-        pool.objects -= 1
 
 
 cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
@@ -1048,7 +1055,7 @@ cdef int populate(Store_t *s, Pool *pool, uint64_t index) noexcept nogil:
     return result
 
 
-cdef int store_populate(Store_t *s, uint32_t pool_id, uint64_t index) noexcept nogil:
+cdef int store_populate(Store_t *s, uint64_t pool_id, uint64_t index) noexcept nogil:
     """Have the 2 MiB of slots around an index now, so that no put to them asks the kernel for memory."""
     cdef Reader *reader = enter(s)
     cdef Pool *pool = pool_at(s, pool_id)
@@ -1173,8 +1180,13 @@ cdef inline void expect_more(Store_t *s, uint64_t value) noexcept nogil:
 
 
 cdef inline uint32_t entry_crc(EntryHeader *header, const uint8_t *body) noexcept nogil:
-    cdef uint32_t crc = crc32_iscsi(<unsigned char *> header, 20, 0xffffffffu)
+    cdef uint32_t crc = crc32_iscsi(<unsigned char *> header, HEADER_BYTES - TAG_BYTES, 0xffffffffu)
     return crc32_iscsi(<unsigned char *> body, header.length, crc)
+
+
+cdef inline void set_crc(EntryHeader *header, uint32_t crc) noexcept nogil:
+    memset(header.check, 0, TAG_BYTES)
+    memcpy(header.check, &crc, 4)
 
 
 cdef bint looks_random(const uint8_t *page) noexcept nogil:
@@ -1279,11 +1291,21 @@ cdef bint wait_for_room(Store_t *s, uint64_t deadline_ns) noexcept nogil:
     return True
 
 
-cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, const uint8_t *page,
-                   uint64_t wait_ns, bint keep=False) noexcept nogil:
-    """Compress a page and publish it. FULL after wait_ns without room; a refused put leaves no older copy behind.
+cdef void refuse(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t index) noexcept nogil:
+    """Rule 3 of tmem, see store_put."""
+    if pool.ephemeral:
+        free_entry(s, clear(pool, oid, index))
+    count(s, C_PUTS_REFUSED, 1)
 
-    keep: it does, and the caller sees to it that nobody takes it for the newer one.
+
+cdef int store_put(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t index, const uint8_t *page,
+                   uint64_t wait_ns) noexcept nogil:
+    """Compress a page and publish it: OK, and from that moment on it is what the key holds. Any other result: nothing was
+    stored. FULL after wait_ns without room in the arena, which a same-filled page never needs; NO_MEMORY for a page table.
+
+    A refused put to a persistent pool leaves the key as it is: an older page stays readable all the time, before, during and
+    after the call. Whoever must not have it taken for the newer one flushes the key. In an ephemeral pool the older page goes,
+    as it may at any time: a cache whose user has moved on must not give out what was before.
     """
     cdef uint8_t buffer[ENTRY_BYTES_MAX]
     cdef EntryHeader *header = <EntryHeader *> buffer
@@ -1291,7 +1313,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     cdef uint8_t *place
     cdef uint32_t pattern = 0, prefix = 0
     cdef int size, i, result = OK
-    cdef uint64_t slot = 0, old = 0, deadline = 0, expected = 0, serial
+    cdef uint64_t slot = 0, old = 0, deadline = 0, expected = 0
     cdef Reader *reader
     cdef Pool *pool
     cdef Head *head
@@ -1306,7 +1328,6 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     if not pool.dense:
         prefix = OID_BYTES
         memcpy(body, oid, OID_BYTES)
-    serial = pool.serial
     if filled:
         slot = slot_filled(pool_id, index, pattern)
         count(s, C_FILLED, 1)       # before it shows, so that a racing flush finds it counted
@@ -1316,9 +1337,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             tally(reader, T_PUTS, 1)
         else:
             count(s, C_FILLED, <uint64_t> -1)
-            if not keep:
-                free_entry(s, clear(pool, oid, index))
-            count(s, C_PUTS_REFUSED, 1)
+            refuse(s, pool, oid, index)
         leave(reader)
         return result
 
@@ -1338,8 +1357,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
     header.flags = SPARSE_FLAG if prefix else 0
     header.index = index
     header.pool = pool_id
-    memset(header.tag, 0, TAG_BYTES)
-    header.crc = entry_crc(header, body)
+    set_crc(header, entry_crc(header, body))
     expect_more(s, expected)
 
     while True:
@@ -1370,8 +1388,8 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             result = FULL
         reader = enter(s)
         pool = pool_at(s, pool_id)
-        if pool == NULL or pool.serial != serial:
-            leave(reader)       # destroyed meanwhile; its id may already name another pool
+        if pool == NULL:
+            leave(reader)       # destroyed meanwhile
             return NO_POOL
         if result == FULL:
             break
@@ -1380,10 +1398,7 @@ cdef int store_put(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
         tally(reader, T_PUTS, 1)
         tally(reader, T_BYTES_COMPRESSED, <uint64_t> size)
     else:
-        # Rule 3 of tmem: a duplicate put that fails must not leave the older page readable.
-        if not keep:
-            free_entry(s, clear(pool, oid, index))
-        count(s, C_PUTS_REFUSED, 1)
+        refuse(s, pool, oid, index)
     leave(reader)
     return result
 
@@ -1428,7 +1443,7 @@ cdef int decode(EntryHeader *header, const uint8_t *body, const RemoteRef *expec
 cdef inline bint entry_intact(EntryHeader *header, uint32_t room) noexcept nogil:
     """The length fits the room that the directory gives the entry, and the checksum is right."""
     return align8(HEADER_BYTES + header.length) == room and \
-        entry_crc(header, <const uint8_t *> header + HEADER_BYTES) == header.crc
+        entry_crc(header, <const uint8_t *> header + HEADER_BYTES) == (<uint32_t *> header.check)[0]
 
 
 cdef int decode_local(const uint8_t *place, uint32_t room, const RemoteRef *expected, uint8_t *page) noexcept nogil:
@@ -1438,7 +1453,12 @@ cdef int decode_local(const uint8_t *place, uint32_t room, const RemoteRef *expe
     return decode(header, place + HEADER_BYTES, expected, page)
 
 
-cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
+cdef inline bint is_cut(const Segment *row, uint32_t ordinal) noexcept nogil:
+    """Under the lock of a remote segment: this entry of it was cut off the spill file, and is nowhere else."""
+    return row.meta.cut != 0 and row.meta.sizes[ordinal] & DIRECTORY_CUT != 0
+
+
+cdef int store_get(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t index, uint8_t *page, int mode,
                    RemoteRef *ref) noexcept nogil:
     """Uncompress a page into 'page'. REMOTE fills 'ref' and touches nothing else. mode: 1 remove, 0 remove if the pool
     is ephemeral, -1 keep."""
@@ -1502,7 +1522,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             continue
         state = row.state
         row.touched_ms = coarse_ms()
-        if state == SEG_REMOTE:
+        if state == SEG_REMOTE and not is_cut(row, slot_ordinal(slot)):
             ref.segment = slot_segment(slot)
             ref.generation = row.generation
             ref.ordinal = slot_ordinal(slot)
@@ -1514,7 +1534,7 @@ cdef int store_get(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t i
             spin_unlock(&row.lock)
             leave(reader)
             return REMOTE
-        if state == SEG_LOST:
+        if state == SEG_LOST or state == SEG_REMOTE:
             spin_unlock(&row.lock)
             if forget_ephemeral(s, pool, oid, index, slot):
                 continue
@@ -1559,16 +1579,17 @@ cdef bint forget_ephemeral(Store_t *s, Pool *pool, const uint64_t *oid, uint32_t
     return True
 
 
-cdef uint64_t store_slot(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
+cdef uint64_t store_slot(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
+    """The slot of a key. Without such a pool a value that no slot ever has, since zero would say that the page reads as zeros."""
     cdef Reader *reader = enter(s)
     cdef Pool *pool = pool_at(s, pool_id)
-    cdef uint64_t slot = read_slot(pool, oid, index) if pool != NULL else 0
+    cdef uint64_t slot = read_slot(pool, oid, index) if pool != NULL and (not pool.dense or index < pool.pages) else SLOT_OF_NOTHING
     leave(reader)
     return slot
 
 
-cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil:
-    """Where a page of a dense pool is, without reading it: OK for here, MISS, REMOTE (with the peer) or LOST."""
+cdef int store_where(Store_t *s, uint64_t pool_id, uint32_t index, uint32_t *peer, uint64_t *slot) noexcept nogil:
+    """Where a page of a dense pool is, without reading it: OK for here, MISS, REMOTE (with the peer), LOST or NO_POOL."""
     cdef Segment *row
     cdef int result, looks
     cdef uint64_t zero[3]
@@ -1577,6 +1598,8 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
         slot[0] = store_slot(s, pool_id, zero, index)
         if slot[0] == 0:
             return MISS
+        if slot[0] == SLOT_OF_NOTHING:
+            return NO_POOL
         if slot_kind(slot[0]) == KIND_FILLED:
             return OK
         if slot_kind(slot[0]) != KIND_STORED or slot_segment(slot[0]) >= load32(&s.segments_used, ACQUIRE):
@@ -1585,6 +1608,8 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
         spin_lock(&row.lock)
         if row.generation == slot_generation(slot[0]) and row.state != SEG_FREE and row.state < SEG_FREEING:
             result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else OK
+            if result == REMOTE and is_cut(row, slot_ordinal(slot[0])):
+                result = LOST
             peer[0] = row.peer
             spin_unlock(&row.lock)
             return result
@@ -1594,7 +1619,7 @@ cdef int store_where(Store_t *s, uint32_t pool_id, uint32_t index, uint32_t *pee
 
 # --- flush, pools --------------------------------------------------------------------------------------------------
 
-cdef int store_flush(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
+cdef int store_flush(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t index) noexcept nogil:
     """Forget a page, here and away. OK when there was one, MISS when not."""
     cdef Reader *reader = enter(s)
     cdef Pool *pool = pool_at(s, pool_id)
@@ -1611,7 +1636,7 @@ cdef int store_flush(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t
     return OK if old != 0 else MISS
 
 
-cdef int store_flush_if(Store_t *s, uint32_t pool_id, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil:
+cdef int store_flush_if(Store_t *s, uint64_t pool_id, const uint64_t *oid, uint32_t index, uint64_t slot) noexcept nogil:
     """Forget a page only if its slot still holds this value (an exclusive get that came back from a lender)."""
     cdef Reader *reader = enter(s)
     cdef Pool *pool = pool_at(s, pool_id)
@@ -1681,7 +1706,7 @@ cdef uint64_t pool_bytes(const Pool *pool) noexcept nogil:
     return sizeof(Pool) + (pool.pages // SLOTS_PER_CHUNK + 1 if pool.dense else 2 * sizeof(void *) * pool.buckets)
 
 
-cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint32_t *id) noexcept nogil:
+cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemeral, uint64_t *id) noexcept nogil:
     cdef Pool *pool = <Pool *> calloc(1, sizeof(Pool))
     cdef uint32_t i
     cdef bint placed = False
@@ -1689,7 +1714,6 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
         return NO_MEMORY
     pthread_mutex_init(&pool.lock, NULL)
     pool.nodes = &s.nodes
-    pool.serial = add64(&s.version, 1, RELAXED)
     pool.dense = dense
     pool.ephemeral = ephemeral
     pool.fd = -1
@@ -1719,7 +1743,8 @@ cdef int store_create_pool(Store_t *s, bint dense, uint64_t pages, bint ephemera
     pthread_mutex_lock(&s.pools_lock)
     for i in range(POOLS_MAX):
         if s.pools[i] == NULL:
-            pool.id = i
+            s.pools_made += 1
+            pool.id = s.pools_made * POOLS_MAX + i
             store_pointer(<void **> &s.pools[i], pool, SEQ_CST)
             placed = True
             break
@@ -1750,15 +1775,16 @@ cdef void drop_pool_memory(Store_t *s, Pool *pool) noexcept nogil:
     free(pool)
 
 
-cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil:
+cdef int store_destroy_pool(Store_t *s, uint64_t id) noexcept nogil:
     """Unpublish the id, wait until nobody uses the pool, then drop every page here and away."""
     cdef Pool *pool
-    if id >= POOLS_MAX:
-        return NO_POOL
-    # Whoever takes the pointer out owns the pool: a second destroy finds nothing.
+    # Whoever takes the pointer out owns the pool: a second destroy finds nothing, or its successor, which it leaves alone.
     pthread_mutex_lock(&s.pools_lock)
-    pool = s.pools[id]
-    store_pointer(<void **> &s.pools[id], NULL, SEQ_CST)
+    pool = s.pools[id & (POOLS_MAX - 1)]
+    if pool != NULL and pool.id == id:
+        store_pointer(<void **> &s.pools[id & (POOLS_MAX - 1)], NULL, SEQ_CST)
+    else:
+        pool = NULL
     pthread_mutex_unlock(&s.pools_lock)
     if pool == NULL:
         return NO_POOL
@@ -1766,6 +1792,19 @@ cdef int store_destroy_pool(Store_t *s, uint32_t id) noexcept nogil:
     drop_pages(s, pool)
     drop_pool_memory(s, pool)
     return OK
+
+
+cdef uint64_t store_pool_pages(Store_t *s, uint64_t id) except? 0:
+    """Of a dense pool; an exception where there is none."""
+    cdef Reader *reader = enter(s)
+    cdef Pool *pool = pool_at(s, id)
+    cdef uint64_t pages = pool.pages if pool != NULL else 0     # of a sparse one 0
+    leave(reader)
+    if pool == NULL:
+        raise no_pool(s, id)
+    if pages == 0:
+        raise errors.UsageError(f"pool {id} is not a dense pool")
+    return pages
 
 
 cdef void drop_pages(Store_t *s, Pool *pool) noexcept nogil:
@@ -2016,9 +2055,9 @@ cdef int seal_nonce_aad(const uint8_t *seal_id, uint32_t ordinal, const EntryHea
     memcpy(nonce + 8, &ordinal, 4)
     memcpy(aad, seal_id, SEAL_ID_BYTES)
     memcpy(aad + 24, &ordinal, 4)
-    memcpy(aad + 28, header, 20)        # length, codec, flags, index, version, pool
-    memcpy(aad + 48, oid, OID_BYTES)
-    return 72
+    memcpy(aad + 28, header, HEADER_BYTES - TAG_BYTES)      # length, codec, flags, index, version, pool
+    memcpy(aad + 52, oid, OID_BYTES)
+    return AAD_BYTES
 
 
 cdef const EntryHeader *recompress(const EntryHeader *header, uint8_t *buffer, ZSTD_CCtx *zstd) noexcept nogil:
@@ -2053,7 +2092,7 @@ cdef bint seal_key(Store_t *s, RemoteMeta *meta, EVP_CIPHER_CTX *ctx) noexcept n
     nothing to extract."""
     cdef uint8_t info[48]
     cdef unsigned int key_bytes = 32
-    memcpy(info, <const uint8_t *> b"ramster seal v1\0", 16)
+    memcpy(info, <const uint8_t *> b"ramster seal v2\0", 16)
     if RAND_bytes(meta.seal_id, SEAL_ID_BYTES) != 1:
         return False
     memcpy(info + 16, meta.seal_id, SEAL_ID_BYTES)
@@ -2076,16 +2115,15 @@ cdef bint seal_entry(const RemoteMeta *meta, uint32_t ordinal, const EntryHeader
                      uint32_t size, EntryHeader *target, EVP_CIPHER_CTX *ctx) noexcept nogil:
     """An entry as it lies in an image, 'size' bytes with its padding. 'body' begins with the object id where there is one."""
     cdef uint8_t nonce[12]
-    cdef uint8_t aad[72]
+    cdef uint8_t aad[AAD_BYTES]
     cdef int n = 0, aad_bytes
     memcpy(target, header, HEADER_BYTES)
-    target.crc = 0          # the tag takes its place; a CRC of the plain bytes would tell a lender about them
     aad_bytes = seal_nonce_aad(meta.seal_id, ordinal, header, oid, nonce, aad)
     if EVP_EncryptInit_ex(ctx, NULL, NULL, NULL, nonce) != 1 or \
             EVP_EncryptUpdate(ctx, NULL, &n, aad, aad_bytes) != 1 or \
             EVP_EncryptUpdate(ctx, <unsigned char *> target + HEADER_BYTES, &n, body, header.length) != 1 or \
             EVP_EncryptFinal_ex(ctx, <unsigned char *> target + HEADER_BYTES + n, &n) != 1 or \
-            EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_GET_TAG, TAG_BYTES, target.tag) != 1:
+            EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_GET_TAG, TAG_BYTES, target.check) != 1:
         return False
     memset(<uint8_t *> target + HEADER_BYTES + header.length, 0, size - HEADER_BYTES - header.length)
     return True
@@ -2307,6 +2345,8 @@ cdef int store_slot_state(Store_t *s, uint64_t slot) noexcept nogil:
     spin_lock(&row.lock)
     if row.generation == slot_generation(slot):
         result = REMOTE if row.state == SEG_REMOTE else LOST if row.state == SEG_LOST else MISS
+        if result == REMOTE and is_cut(row, slot_ordinal(slot)):
+            result = LOST
     spin_unlock(&row.lock)
     return result
 
@@ -2339,7 +2379,6 @@ cdef void fall_back(Store_t *s, Segment *row) noexcept nogil:
     """Under the row's lock: a remote segment whose lender has it no more is lost, unless the spill file has it too."""
     if row.spill == 0:
         store32(&row.state, SEG_LOST, RELEASE)
-        count(s, C_LOST_SEGMENTS, 1)
         return
     row.peer = SPILL_PEER
     row.compacting &= COMPACT_QUEUED
@@ -2354,7 +2393,8 @@ cdef bint store_is_spilled(Store_t *s, uint64_t slot) noexcept nogil:
         return False
     row = &s.segments[slot_segment(slot)]
     spin_lock(&row.lock)
-    spilled = row.generation == slot_generation(slot) and row.state == SEG_REMOTE and row.spill != 0
+    spilled = row.generation == slot_generation(slot) and row.state == SEG_REMOTE and row.spill != 0 and \
+        not is_cut(row, slot_ordinal(slot))
     spin_unlock(&row.lock)
     return spilled
 
@@ -2395,6 +2435,54 @@ cdef uint32_t store_unspill(Store_t *s, uint32_t segment, uint32_t generation) n
         row.spill = row.spill_bytes = 0
     spin_unlock(&row.lock)
     return spill
+
+
+cdef uint32_t store_spilled_now(Store_t *s, uint32_t segment, RemoteRef *ref, Layout *image) noexcept nogil:
+    """As store_spilled_live, whatever is in this row now."""
+    cdef Segment *row = &s.segments[segment]
+    cdef uint32_t spill = 0
+    if load32(&row.state, RELAXED) != SEG_REMOTE:
+        return 0
+    spin_lock(&row.lock)
+    if row.state == SEG_REMOTE and row.spill != 0:
+        spill = row.spill
+        lay_out(row, segment, ref, image)
+    spin_unlock(&row.lock)
+    return spill
+
+
+cdef bint store_cut(Store_t *s, const RemoteRef *ref, const Layout *image, uint64_t *pages) noexcept nogil:
+    """Entries of this segment, which lies in the spill file alone, were cut off it: those that 'image' marks so are lost. Adds to
+    'pages' those that live. False: the segment has another image by now, or is elsewhere too."""
+    cdef Segment *row = &s.segments[ref.segment]
+    cdef uint32_t ordinal
+    cdef bint same
+    spin_lock(&row.lock)
+    same = row.state == SEG_REMOTE and row.generation == ref.generation and row.spill == ref.spill and row.peer == SPILL_PEER
+    if same:
+        row.damaged = True              # neither merged nor compacted: what is left of it stays where it is
+        for ordinal in range(row.entries):
+            if image.sizes[ordinal] & DIRECTORY_CUT and row.meta.sizes[ordinal] & (DIRECTORY_CUT | DIRECTORY_DEAD) == 0:
+                row.meta.sizes[ordinal] |= DIRECTORY_CUT
+                row.meta.cut += 1
+                add64(&s.cut, 1, RELAXED)
+                pages[0] += 1
+    spin_unlock(&row.lock)
+    return same
+
+
+cdef void store_alone(Store_t *s, const uint8_t *peers, uint64_t *pages) noexcept nogil:
+    """Adds, for each peer that is marked, the pages that it alone has, of those that may not be dropped."""
+    cdef uint32_t segment
+    cdef Segment *row
+    for segment in range(load32(&s.segments_used, ACQUIRE)):
+        row = &s.segments[segment]
+        if load32(&row.state, RELAXED) != SEG_REMOTE:
+            continue
+        spin_lock(&row.lock)
+        if row.state == SEG_REMOTE and row.spill == 0 and peers[row.peer] and not row.ephemeral:
+            pages[row.peer] += row.live_entries
+        spin_unlock(&row.lock)
 
 
 cdef uint64_t store_peer_lost(Store_t *s, uint32_t peer) noexcept nogil:
@@ -2473,7 +2561,7 @@ cdef bint open_entry(const RemoteRef *ref, const uint64_t *oid, const uint8_t *e
     """Decrypt an entry to OID_BYTES + PAGE bytes, its object id first where it has one; False unless its tag is right."""
     cdef EntryHeader *header = <EntryHeader *> entry
     cdef uint8_t nonce[12]
-    cdef uint8_t aad[72]
+    cdef uint8_t aad[AAD_BYTES]
     cdef int n = 0, aad_bytes
     if entry_bytes < HEADER_BYTES or header.length > OID_BYTES + PAGE or entry_bytes < HEADER_BYTES + header.length:
         return False
@@ -2481,7 +2569,7 @@ cdef bint open_entry(const RemoteRef *ref, const uint64_t *oid, const uint8_t *e
     return EVP_DecryptInit_ex(ctx, NULL, NULL, NULL, nonce) == 1 and \
         EVP_DecryptUpdate(ctx, NULL, &n, aad, aad_bytes) == 1 and \
         EVP_DecryptUpdate(ctx, plain, &n, entry + HEADER_BYTES, header.length) == 1 and \
-        EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_SET_TAG, TAG_BYTES, header.tag) == 1 and \
+        EVP_CIPHER_CTX_ctrl(ctx, EVP_CTRL_GCM_SET_TAG, TAG_BYTES, header.check) == 1 and \
         EVP_DecryptFinal_ex(ctx, plain + n, &n) == 1
 
 
@@ -2778,7 +2866,7 @@ cdef void store_gather_abort(Store_t *s, Gather *g) noexcept nogil:
     release_id(s, g.segment)
 
 
-cdef uint64_t store_census(Store_t *s, uint32_t pool_id, uint64_t first, uint32_t count, const uint8_t *resident,
+cdef uint64_t store_census(Store_t *s, uint64_t pool_id, uint64_t first, uint32_t count, const uint8_t *resident,
                            uint64_t *census) noexcept nogil:
     """Where 'count' pages of a dense pool are: adds to the numbers of absent, same-filled, local, remote and lost ones, without
     those whose low nibble in 'resident' is set. Returns the page to go on with; what was never populated is skipped, and nothing
@@ -2787,6 +2875,7 @@ cdef uint64_t store_census(Store_t *s, uint32_t pool_id, uint64_t first, uint32_
     cdef Pool *pool = pool_at(s, pool_id)
     cdef uint64_t slot, next = first + count
     cdef uint32_t i, state
+    cdef bint cuts = load64(&s.cut, RELAXED) != 0
     if pool != NULL and not load8(&pool.populated[first // SLOTS_PER_CHUNK], ACQUIRE):
         next = (first // SLOTS_PER_CHUNK + 1) * SLOTS_PER_CHUNK
     elif pool != NULL:
@@ -2802,6 +2891,8 @@ cdef uint64_t store_census(Store_t *s, uint32_t pool_id, uint64_t first, uint32_
                 census[4] += 1              # damaged
             else:
                 state = load32(&s.segments[slot_segment(slot)].state, RELAXED)
+                if cuts and state == SEG_REMOTE and store_slot_state(s, slot) == LOST:
+                    state = SEG_LOST
                 census[3 if state == SEG_REMOTE else 4 if state == SEG_LOST else 2] += 1
     leave(reader)
     return next
@@ -3059,7 +3150,7 @@ cdef class Store:
 
     def create_pool(self, *, pages=None, bint persistent=True):
         cdef Store_t *s = self.live()
-        cdef uint32_t pool = 0
+        cdef uint64_t pool = 0
         cdef uint64_t n = 0
         cdef int result
         cdef bint dense = pages is not None
@@ -3075,7 +3166,7 @@ cdef class Store:
             raise MemoryError("cannot reserve the page table of a new pool")
         return pool
 
-    def populate(self, uint32_t pool, uint64_t pages):
+    def populate(self, uint64_t pool, uint64_t pages):
         cdef Store_t *s = self.live()
         cdef uint64_t first = 0
         cdef int result = OK
@@ -3085,16 +3176,16 @@ cdef class Store:
             with nogil:
                 result = store_populate(s, pool, first)
             first += SLOTS_PER_CHUNK
-        raise_for(result, pool, min(first, pages) - 1)
+        raise_for(s, result, pool, min(first, pages) - 1)
 
-    def destroy_pool(self, uint32_t pool):
+    def destroy_pool(self, uint64_t pool):
         cdef Store_t *s = self.live()
         cdef int result
         with nogil:
             result = store_destroy_pool(s, pool)
-        raise_for(result, pool, 0)
+        raise_for(s, result, pool, 0)
 
-    def put(self, uint32_t pool, index, page, oid=(0, 0, 0)):
+    def put(self, uint64_t pool, index, page, oid=(0, 0, 0)):
         cdef Store_t *s = self.live()
         cdef Py_buffer view
         cdef uint64_t key[3]
@@ -3111,9 +3202,9 @@ cdef class Store:
                 result = store_put(s, pool, key, small, <const uint8_t *> view.buf, s.full_wait_ns)
         finally:
             PyBuffer_Release(&view)
-        raise_for(result, pool, index)
+        raise_for(s, result, pool, index)
 
-    def get(self, uint32_t pool, index, oid=(0, 0, 0), int mode=-1):
+    def get(self, uint64_t pool, index, oid=(0, 0, 0), int mode=-1):
         cdef Store_t *s = self.live()
         cdef uint64_t key[3]
         cdef RemoteRef ref
@@ -3132,10 +3223,10 @@ cdef class Store:
             return None
         if result == REMOTE:
             raise errors.UsageError(f"page {index} of pool {pool} is on node {ref.peer}: read it through Links.get")
-        raise_for(result, pool, index)
+        raise_for(s, result, pool, index)
         return page
 
-    def flush_page(self, uint32_t pool, index, oid=(0, 0, 0)):
+    def flush_page(self, uint64_t pool, index, oid=(0, 0, 0)):
         cdef Store_t *s = self.live()
         cdef uint64_t key[3]
         cdef int result
@@ -3147,10 +3238,10 @@ cdef class Store:
             result = store_flush(s, pool, key, small)
         if result == MISS:
             return False
-        raise_for(result, pool, index)
+        raise_for(s, result, pool, index)
         return True
 
-    def flush_object(self, uint32_t pool, oid):
+    def flush_object(self, uint64_t pool, oid):
         cdef Store_t *s = self.live()
         cdef uint64_t key[3]
         cdef uint64_t dropped = 0
@@ -3167,16 +3258,19 @@ cdef class Store:
                     dropped = flush_object(s, p, key)
             leave(reader)
         if p == NULL:
-            raise_for(NO_POOL, pool, 0)
+            raise no_pool(s, pool)
         if dense:
             raise errors.UsageError(f"pool {pool} is dense: flush its pages, or destroy it")
         return dropped
 
-    def where(self, uint32_t pool, uint64_t index):
+    def where(self, uint64_t pool, uint64_t index):
         """'here', 'spill', 'lost', 'none' or the number of the lender, of a page in a dense pool."""
         cdef uint32_t peer = 0
         cdef uint64_t slot = 0
         cdef int result = store_where(self.live(), pool, check_index(index), &peer, &slot)
+        if result == NO_POOL:
+            pages = store_pool_pages(self.s, pool)
+            raise errors.UsageError(f"index {index} is beyond the end of pool {pool}, which has {pages} pages")
         return {OK: "here", LOST: "lost", CORRUPT: "lost", MISS: "none"}.get(result, "spill" if peer == SPILL_PEER else peer)
 
     def copies(self):
@@ -3196,22 +3290,18 @@ cdef class Store:
                 spin_unlock(&row.lock)
         return mirrored, unmirrored
 
-    def census(self, uint32_t pool):
-        """Pages of a dense pool by where they are: here (same-filled ones too), away, lost. A glance, while others go on; the
-        pool must not be destroyed meanwhile."""
+    def census(self, uint64_t pool):
+        """Pages of a dense pool by where they are: here (same-filled ones too), away, lost. A glance, while others go on."""
         cdef Store_t *s = self.live()
-        cdef Pool *p = pool_at(s, pool)
         cdef uint64_t found[5]
-        cdef uint64_t pages, first = 0
+        cdef uint64_t pages = store_pool_pages(s, pool), first = 0
         cdef uint8_t nobody[4096]       # divides SLOTS_PER_CHUNK
-        if p == NULL or not p.dense:
-            raise errors.UsageError(f"pool {pool}: there is no dense pool of that number")
-        pages = p.pages
         memset(found, 0, sizeof(found))
         memset(nobody, 0, sizeof(nobody))
         with nogil:
             while first < pages:
                 first = store_census(s, pool, first, <uint32_t> min(<uint64_t> sizeof(nobody), pages - first), nobody, found)
+        store_pool_pages(s, pool)       # destroyed meanwhile: what was counted is of nobody
         return {"here": found[1] + found[2], "away": found[3], "lost": found[4]}
 
     def seal_open(self):
@@ -3262,7 +3352,7 @@ cdef class Store:
         pthread_mutex_unlock(&s.frame_lock)
         return free_count, s.frames
 
-    def corrupt(self, uint32_t pool, uint64_t index, uint32_t bit):
+    def corrupt(self, uint64_t pool, uint64_t index, uint32_t bit):
         """Flip one bit of a stored page's bytes in the arena: how tests show that a checksum is really looked at."""
         cdef Store_t *s = self.live()
         cdef uint64_t zero[3]
@@ -3270,22 +3360,21 @@ cdef class Store:
         cdef uint8_t *place
         cdef uint64_t slot
         memset(zero, 0, OID_BYTES)
-        if pool_at(s, pool) == NULL or not pool_at(s, pool).dense:
-            raise errors.UsageError(f"pool {pool} is not a dense pool")
+        store_pool_pages(s, pool)
         slot = store_slot(s, pool, zero, check_index(index))
         if slot_kind(slot) == KIND_FILLED:
-            s.pools[pool].slots[index] ^= <uint64_t> 1 << (bit % 62)
+            pool_at(s, pool).slots[index] ^= <uint64_t> 1 << (bit % 62)
             return
         if slot_kind(slot) != KIND_STORED or s.segments[slot_segment(slot)].frame == SEGMENT_FRAMES_NONE:
             raise errors.UsageError(f"page {index} is not stored here")
         row = &s.segments[slot_segment(slot)]
         place = <uint8_t *> entry_at(s, row, slot_ordinal(slot))
         if (<EntryHeader *> place).length <= OID_BYTES + PAGE:      # else flipped before: any bit of the header will do
-            bit %= (HEADER_BYTES - TAG_BYTES + (<EntryHeader *> place).length) * 8
+            bit %= (CHECKED_BYTES + (<EntryHeader *> place).length) * 8
         else:
-            bit %= (HEADER_BYTES - TAG_BYTES) * 8
-        if bit >= 24 * 8:
-            bit += TAG_BYTES * 8        # the tag of an unsealed entry carries nothing
+            bit %= CHECKED_BYTES * 8
+        if bit >= CHECKED_BYTES * 8:
+            bit += (HEADER_BYTES - CHECKED_BYTES) * 8       # behind its checksum the header of an unsealed entry has room alone
         place[bit // 8] ^= 1 << (bit % 8)
 
     def verify(self):
@@ -3379,11 +3468,12 @@ cdef class Store:
             if row.state == SEG_REMOTE:
                 remote += 1
                 live_r += row.live_bytes
-                pages_r += row.live_entries
+                pages_r += row.live_entries - row.meta.cut
+                pages_x += row.meta.cut
                 used_r += row.held_bytes
                 if row.peer == SPILL_PEER:
                     spilled += 1
-                    pages_s += row.live_entries
+                    pages_s += row.live_entries - row.meta.cut
                 elif row.spill:
                     mirrored += 1
                 elif not row.ephemeral:
@@ -3433,7 +3523,7 @@ cdef uint32_t check_index(index) except? 0xffffffffu:
     return <uint32_t> index
 
 
-cdef int check_oid(Store_t *s, uint32_t pool, const uint64_t *key) except -1:
+cdef int check_oid(Store_t *s, uint64_t pool, const uint64_t *key) except -1:
     """A dense pool is one object, (0, 0, 0): another id there must not reach its pages."""
     cdef Reader *reader
     cdef bint dense
@@ -3463,14 +3553,25 @@ cdef int split_oid(oid, uint64_t *key) except -1:
     return 0
 
 
-cdef int raise_for(int result, uint32_t pool, uint64_t index) except -1:
+cdef object no_pool(Store_t *s, uint64_t id):
+    """Why there is no pool of this id, as an exception."""
+    cdef uint64_t made
+    pthread_mutex_lock(&s.pools_lock)
+    made = s.pools_made
+    pthread_mutex_unlock(&s.pools_lock)
+    if 0 < id // POOLS_MAX <= made:
+        return errors.PoolGone(f"pool {id} was destroyed: nothing is in it, and no other pool gets its id")
+    return errors.UsageError(f"there is no pool {id}")
+
+
+cdef int raise_for(Store_t *s, int result, uint64_t pool, uint64_t index) except -1:
     """Turn an outcome into the exception that names it."""
     if result == OK:
         return 0
     if result == FULL:
-        raise errors.StoreFull(f"no room for page {index} of pool {pool} within the bounded wait; nothing is stored under it now")
+        raise errors.StoreFull(f"no room for page {index} of pool {pool} within the bounded wait; it was not stored")
     if result == NO_POOL:
-        raise errors.UsageError(f"there is no pool {pool}")
+        raise no_pool(s, pool)
     if result == OUT_OF_RANGE:
         raise errors.UsageError(f"index {index} is beyond the end of pool {pool}")
     if result == LOST:

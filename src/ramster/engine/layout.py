@@ -22,7 +22,7 @@ DIRECTORY_DEAD = 0x8000
 DIRECTORY_ABSENT = 0xFFFF
 OBJECT_ID_BYTES = 24
 ALIGNMENT = 8
-SEAL_LABEL = b"ramster seal v1\0"
+SEAL_LABEL = b"ramster seal v2\0"
 DIRECTORY_HINTED = 0x80000000
 DIRECTORY_OFFSET_MASK = 0x7FFF
 DIRECTORY_SIZE_SHIFT = 16
@@ -74,9 +74,12 @@ ENTRY_HEADER = Table(
         Field("flags", "B", "bit 0: the object id comes first; other bits 0"),
         Field("index", "I", "of the page in its object"),
         Field("version", "Q", "grows with each put of this store"),
-        Field("pool", "I", "pool id"),
-        Field("crc", "I", "CRC32C over bytes 0 to 19 and the bytes after the header; 0 once sealed"),
-        Field("tag", "16s", "0; the AES-GCM tag once sealed"),
+        Field("pool", "Q", "pool id, which no other pool of the node ever has"),
+        Field(
+            "check",
+            "16s",
+            "CRC32C over bytes 0 to 23 and the bytes after the header, then zeros; the AES-GCM tag once sealed",
+        ),
     ),
 )
 
@@ -98,7 +101,7 @@ SPILL_HEADER = Table(
     "SpillHeader",
     (
         Field("magic", "8s", "`RAMspill`: a file that begins otherwise is not touched"),
-        Field("version", "I", "1"),
+        Field("version", "I", "2"),
         Field("image_bytes", "I", "of a whole segment"),
         Field("images", "Q", "that fit, whole ones, from byte 4096 on"),
         Field("node", "I", "number of the node that writes it"),
@@ -106,7 +109,7 @@ SPILL_HEADER = Table(
     ),
 )
 SPILL_MAGIC = b"RAMspill"
-SPILL_VERSION = 1
+SPILL_VERSION = 2
 SPILL_FIRST_IMAGE = 4096
 
 #: begins the page after the last segment of an arena in a file
@@ -122,8 +125,12 @@ class EntryHeader(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index
     version: int
     pool: int
-    crc: int
-    tag: bytes
+    check: bytes
+
+    @property
+    def crc(self) -> int:
+        """Of an entry that is not sealed."""
+        return int.from_bytes(self.check[:4], "little")
 
     @property
     def prefix(self) -> int:
@@ -266,6 +273,6 @@ def seal_nonce(ordinal: int) -> bytes:
 
 
 def seal_associated_data(seal_id: bytes, ordinal: int, header: EntryHeader, oid: tuple[int, int, int]) -> bytes:
-    """72 bytes: seal id, ordinal, the first 20 bytes of the entry header, object id (zeros in a dense pool)."""
-    first = struct.pack("<HBBIQI", *header[:6])
+    """76 bytes: seal id, ordinal, the first 24 bytes of the entry header, object id (zeros in a dense pool)."""
+    first = struct.pack("<HBBIQQ", *header[:6])
     return seal_id + struct.pack("<I", ordinal) + first + struct.pack("<QQQ", *oid)

@@ -40,7 +40,8 @@ class Links(_link.Links):
     ship queues a sealed segment for a lender (False: too many wait, for it or in all). Whatever fails leaves it where
     it is, whole.
     get reads a page wherever it is: bytes, None for a miss, PageLost when nobody has it or the lender does not answer.
-    `event_fd` is an eventfd raised when a connection went up or down, or a peer said goodbye.
+    `event_fd` is an eventfd raised when a connection went up or down, a peer said goodbye, or something
+    came from one that `probe` has asked for a sign of life.
     stop closes everything; gets under way fail, segments under way stay here.
     """
 

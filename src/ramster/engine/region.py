@@ -45,7 +45,7 @@ class Region(_region.Region):
     advise: how a run will be used, "normal", "sequential", "random" or "cyclic" (docs/regions.md); replaces what was
         said of it before. UsageError for another word and for more than 64 ranges with an advice of their own.
     troubles: (pages lost now that somebody touched, faults refused for want of room so far, pages that the application
-        removed by itself); cheap, for every second.
+        removed by itself, whether nothing takes a further page now); cheap, for every second.
     check: runs of pages that a touch would not get; where a lender is out of reach it waits until that is decided.
     wait_when_full: a fault waits so long for room before SIGBUS, and not full_wait_ms; when that is over the processes
         are told so. Before the first attach.

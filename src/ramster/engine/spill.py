@@ -36,7 +36,8 @@ class SpillStatistics:
     waiting: segments that are to be written; refused: images that found no room; merged: sparse images that went into
     fuller ones; compacted: images written anew without what was dead. Of copies of what lenders have: given_up for
     want of room, copied after the lender had it. reads counts requests of the disk, of
-    one page or several of a segment; the times are from the request to its answer.
+    one page or several of a segment; the times are from the request to its answer. cuts: how often somebody else had
+    cut the file short; pages_cut: pages that this has cost, counted when it was found.
     """
 
     bytes_total: int
@@ -55,6 +56,8 @@ class SpillStatistics:
     compacted: int
     given_up: int
     copied: int
+    cuts: int
+    pages_cut: int
     last_error: str
     direct: bool
     metadata_bytes: int
@@ -94,7 +97,7 @@ class Spill(_spill.Spill):
             )
             _write_header(fd, path, header)
             direct = _set_direct(fd)
-            self = super().__new__(cls, links, fd, images, direct, mirror, threads)
+            self = super().__new__(cls, links, fd, images, header, direct, mirror, threads)
         except BaseException:
             os.close(fd)
             if made:
@@ -104,6 +107,8 @@ class Spill(_spill.Spill):
         self.path = path
         self.mirror = mirror
         self.reserved = reserved
+        self.linked = True
+        self._cuts = 0
         self.file_system = _file_system(path)
         return self
 
@@ -111,12 +116,33 @@ class Spill(_spill.Spill):
     path: Path
     mirror: bool
     reserved: bool
+    linked: bool
     file_system: str
+    _cuts: int
 
     @property
     def in_memory(self) -> bool:
         """Whether the file lies in RAM: then it is no tier of its own."""
         return self.file_system in IN_MEMORY
+
+    def look(self) -> None:
+        """Cheap, for every tick: has somebody cut the file short (`cuts`), or removed its name (`linked`)?
+
+        What was cut off is marked as lost, and the file made as long as it was, with its room reserved again where the
+        disk has it. A file without a name is used all the same, until this node ends.
+        """
+        if self._fd < 0:
+            return
+        self.linked = os.fstat(self._fd).st_nlink > 0
+        self.look_at_length()
+        counters = self.counters()
+        if counters["cuts"] != self._cuts:
+            self._cuts = counters["cuts"]
+            if self.reserved:
+                try:
+                    _spill.reserve(self._fd, os.fstat(self._fd).st_size)
+                except OSError:
+                    self.reserved = False
 
     def statistics(self) -> SpillStatistics:
         return SpillStatistics(**self.counters())

@@ -94,19 +94,21 @@ class Store(_store.Store):
             it and is not zeroed. Duplicated; goes instead of path.
 
     put: compresses a page under its key. An older page under that key is replaced. StoreFull, once full_wait_ms have
-        passed without room: then nothing is stored under the key any more, so that an old page can never be
-        read as the new one. UsageError for an unknown pool or an index out of range.
+        passed without room, which a page of one 32-bit pattern never needs: then nothing was stored, and in a
+        persistent pool the older page still is what a get returns (in an ephemeral one it is gone). UsageError for an
+        unknown pool or an index out of range.
     get: the page's bytes, or None. mode 1 removes it, 0 removes it if the pool is ephemeral, -1 keeps it. PageLost
         when its bytes fail their checksum or its only copy is gone: it stays lost until it is put or flushed.
         A page on a lender is read through `Links.get`.
     flush_page, flush_object: forget, here and away. True, or how many pages, when there was something.
     create_pool: pages=N makes a dense pool (8 bytes a page, populated 2 MiB of slots at a time), pages=None a sparse
-        one. Pages of a pool that is not persistent may be dropped at any time.
+        one. Pages of a pool that is not persistent may be dropped at any time. Returns its id, 64 bits that no other
+        pool of this store ever gets: of one that was destroyed every call raises PoolGone, and stored bytes of it are
+        never taken for a page of another.
     populate: has the slots of the first so many pages of a dense pool in memory, and locked where that is allowed, so
         that no put to them asks the kernel for memory. StoreFull where there is no room for them.
     census: pages of a dense pool by where they are, {"here", "away", "lost"}; a look at every slot that was ever used.
-        The pool must not be destroyed meanwhile.
-    destroy_pool: drops every page; the id is used again only afterwards.
+    destroy_pool: drops every page.
     """
 
     def __new__(

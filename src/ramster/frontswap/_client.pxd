@@ -1,5 +1,18 @@
 from libc.stdint cimport uint64_t
 
+cdef enum:
+    NOTE_TEXT = 128        # of a note, NUL included
+    NOTE_KINDS = 6         # kinds of notes that are told apart at a time; beyond, one stands for the others
+    REGION_NAME = 200      # bytes of a region's name, the longest with NUL
+
+
+cdef struct Notes:
+    # One kind of note that was written a short while ago: what else of it comes is counted.
+    uint64_t kind          # 0: free
+    uint64_t since_ns
+    uint64_t held
+    char last[NOTE_TEXT]
+
 
 cdef struct Guard:
     # What the guardian thread and the fork handler use: plain memory, so that neither ever needs the interpreter.
@@ -17,6 +30,8 @@ cdef struct Guard:
     int node_gone          # atomic: 1 once the guardian serves the faults itself
     uint64_t replaced      # pages poisoned or mapped over since the mapping was made
     bint reserved          # in a forked child: the range is its parent's, and without access here
+    char name[REGION_NAME]
+    Notes notes[NOTE_KINDS]            # the guardian's alone
     char forked[512]       # what such a child says that touches it
 
 

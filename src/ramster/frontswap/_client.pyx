@@ -21,10 +21,11 @@ from libc cimport errno as c_errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
-from libc.string cimport strlen, strrchr
+from libc.string cimport strlen, strncmp, strrchr
 
 from ramster.engine._c.atomic cimport RELAXED, add64, load64, swap32
 from ramster.engine._c.linux cimport *
+from ramster.engine._c.pthread cimport now_ns
 
 import os
 
@@ -34,9 +35,11 @@ cdef enum:
     PAGE = 4096
     GUARD_LOST = 1
     GUARD_NOTE = 2
-    GUARD_TEXT = 128
+    GUARD_TEXT = NOTE_TEXT
     EVENTS = 16
     LOOK_MS = 1000            # between two looks at whether the process still needs a guardian
+    NAMED = 48                # bytes of a region's name that the node has in what it says
+    NOTES_S = 10              # a kind of note is written once in so many seconds, the others of it are counted
     STACK = 256 * 1024        # static TLS of other libraries is carved from a thread's stack, so not the bare minimum
 
 cdef uint64_t REQUIRED = (UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM
@@ -65,13 +68,70 @@ cdef packed struct GuardMessage:      # <IIQQ128s>
 
 # -- guardian: a native thread without the interpreter ---------------------------------------------------------------
 
-cdef void say(const char *text) noexcept nogil:
-    cdef char line[GUARD_TEXT * 4]
-    cdef int size = snprintf(line, sizeof(line), b"ramster: %s\n", text)
+cdef void say(Guard *guard, const char *text, uint64_t more=0) noexcept nogil:
+    """One line, in one write: several processes may share a standard error. more: so many like it were not written."""
+    cdef char line[GUARD_TEXT + REGION_NAME + 128]
+    cdef char whose[REGION_NAME + 16]
+    cdef int size
+    whose[0] = 0
+    cdef size_t named = min(strlen(guard.name), <size_t> NAMED)
+    # What the node says of one page begins with the name.
+    if strncmp(text, b"region ", 7) != 0 or strncmp(text + 7, guard.name, named) != 0 or text[7 + named] != c":":
+        snprintf(whose, sizeof(whose), b" (region '%s')", guard.name)
+    if more == 0:
+        size = snprintf(line, sizeof(line), b"ramster: %s%s\n", text, whose)
+    else:
+        size = snprintf(line, sizeof(line), b"ramster: %llu more like this within %d s, the last: %s%s\n",
+                        <unsigned long long> more, <int> NOTES_S, text, whose)
     if size > <int> sizeof(line) - 1:
         size = <int> sizeof(line) - 1
     if size > 0:
         write(STDERR_FILENO, line, <size_t> size)
+
+
+cdef uint64_t kind_of(const char *text) noexcept nogil:
+    """The same for two notes that differ only in their numbers; never 0."""
+    cdef uint64_t kind = 0xcbf29ce484222325ull         # FNV-1a
+    cdef int i
+    for i in range(GUARD_TEXT):
+        if text[i] == 0:
+            break
+        if not c"0" <= text[i] <= c"9":
+            kind = (kind ^ <unsigned char> text[i]) * 0x100000001b3ull
+    return kind | 1
+
+
+cdef void settle(Guard *guard, uint64_t now) noexcept nogil:
+    """Say how many notes were not written, of each kind whose time is over."""
+    cdef Notes *each
+    cdef int i
+    for i in range(NOTE_KINDS):
+        each = &guard.notes[i]
+        if each.kind and now >= each.since_ns + NOTES_S * <uint64_t> 1000000000:
+            if each.held:
+                say(guard, each.last, each.held)
+            each.kind = 0
+
+
+cdef void note(Guard *guard, const char *text) noexcept nogil:
+    """Write it, or count it where one of its kind was written a short while ago: a process that survives SIGBUS, or that has
+    many threads, must not fill a disk with the same line."""
+    cdef uint64_t now = now_ns(), kind = kind_of(text)
+    cdef Notes *each = NULL
+    cdef int i
+    settle(guard, now)
+    for i in range(NOTE_KINDS):
+        if guard.notes[i].kind == kind:
+            each = &guard.notes[i]
+            break
+        if guard.notes[i].kind == 0 and (each == NULL or each.kind != 0) or each == NULL:
+            each = &guard.notes[i]
+    if each.kind == 0:
+        each.kind, each.since_ns, each.held = kind, now, 0
+        say(guard, text)
+        return
+    each.held += 1
+    snprintf(each.last, sizeof(each.last), b"%s", text)
 
 
 cdef bint process_ends() noexcept nogil:
@@ -150,7 +210,7 @@ cdef void lose(Guard *guard, uint64_t page) noexcept nogil:
             return
     if map_over(guard, page, 1) != 0:
         # Neither works: the thread stays asleep rather than see zeros.
-        say(b"a lost page cannot be marked (too many mappings, or no memory); its reader stays blocked")
+        note(guard, b"a lost page cannot be marked (too many mappings, or no memory); its reader stays blocked")
         return
     add64(&guard.replaced, 1, RELAXED)
     wake(guard, page, 1)
@@ -208,6 +268,7 @@ cdef void serve_alone(Guard *guard) noexcept nogil:
             if errno == EINTR:
                 continue
             return
+        settle(guard, now_ns())
         if waiting[1].revents or (i == 0 and process_ends()):
             return
         if i == 0:
@@ -241,12 +302,11 @@ cdef void obey(Guard *guard, GuardMessage *message) noexcept nogil:
                 break
             if 0 < message.text[i] < 32 or message.text[i] == 127:
                 message.text[i] = c"?"
-        say(message.text)
+        note(guard, message.text)
         send(guard.channel, message, sizeof(GuardMessage), MSG_DONTWAIT | MSG_NOSIGNAL)
 
 
-cdef void *guardian(void *argument) noexcept nogil:
-    cdef Guard *guard = <Guard *> argument
+cdef void watch(Guard *guard) noexcept nogil:
     cdef pollfd waiting[2]
     cdef GuardMessage message
     cdef ssize_t size
@@ -262,9 +322,10 @@ cdef void *guardian(void *argument) noexcept nogil:
         if ready < 0:
             if errno == EINTR:
                 continue
-            return NULL
+            return
+        settle(guard, now_ns())
         if waiting[1].revents or (ready == 0 and process_ends()):
-            return NULL
+            return
         if ready == 0:
             continue
         size = recv(guard.channel, &message, sizeof(message), MSG_DONTWAIT)
@@ -273,10 +334,16 @@ cdef void *guardian(void *argument) noexcept nogil:
         elif size == 0 or (size < 0 and errno != EAGAIN and errno != EINTR):
             break                       # end of file; or a reset, where the node went with our answers unread
     if stopped(guard, guard.node_wait_ms) or process_ends():
-        return NULL
+        return
     store_release(&guard.node_gone, 1)
-    say(b"the node of a region is gone: pages that were away are lost (SIGBUS), resident pages stay usable")
+    say(guard, b"the node of a region is gone: pages that were away are lost (SIGBUS), resident pages stay usable")
     serve_alone(guard)
+
+
+cdef void *guardian(void *argument) noexcept nogil:
+    cdef Guard *guard = <Guard *> argument
+    watch(guard)
+    settle(guard, <uint64_t> -1)        # what was counted and not said
     return NULL
 
 
@@ -608,6 +675,8 @@ cdef class Mapping:
             if mprotect(base, length, PROT_READ | PROT_WRITE) != 0:
                 raise _os_error("mprotect")
             guard.base, guard.size = <char *> base, length
+            shown = name.encode(errors="replace")
+            snprintf(guard.name, sizeof(guard.name), b"%s", <const char *> shown)
             line = FORKED_TOUCH.format(name).encode(errors="replace")
             snprintf(guard.forked, sizeof(guard.forked), b"ramster: %s\n", <const char *> line)
             guard.poison = self.features & UFFD_FEATURE_POISON != 0
@@ -658,7 +727,7 @@ cdef class Mapping:
         if self._closed or self._closing:
             return False
         if self._exports > 0:
-            raise RegionBusy(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
+            raise RegionBusy(f"the region is in use: arrays or memoryviews of it exist ({self._exports})")
         self._closing = True
         return True
 
@@ -669,7 +738,7 @@ cdef class Mapping:
         if getpid() != self.creator:
             raise ForkedError("a region belongs to the process that made it; a forked child cannot close it")
         if self._exports > 0:
-            raise RegionBusy(f"the region is in use: {self._exports} arrays or memoryviews of it exist")
+            raise RegionBusy(f"the region is in use: arrays or memoryviews of it exist ({self._exports})")
         self._closed = True
         self._release()
 
@@ -741,13 +810,14 @@ cdef class Mapping:
 
     @property
     def closed(self):
+        """Whether the memory was given back, or is just going. Never raises."""
         return bool(self._closed or self._closing)
 
     def touch(self, Py_ssize_t first, Py_ssize_t count):
         """Fault `count` pages in for writing from page `first` on, without the interpreter's lock; their bytes stay
         as they are.
 
-        A lost page is SIGBUS: ask the node first. Raises ValueError outside the region.
+        A lost page is SIGBUS: ask the node first. Raises ValueError outside the region, UsageError once closed, ForkedError.
         """
         cdef Guard *guard = self._mapped()
         cdef Py_ssize_t page

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex, TypeAlias
 from ramster.config.units import SIZE_RULE, parse_bytes
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
 from ramster.errors import UsageError
-from ramster.frontswap.messages import NAME_MAX
+from ramster.frontswap.messages import NAME_MAX, NAME_RULE, is_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,12 +62,12 @@ def shown(value: object) -> str:
     return f"{type(value).__name__}{sides}"
 
 
-def _index(value: object) -> int | None:
+def _index(value: Any) -> int | None:
     """An integer, or what numpy counts as one; None for anything else, truth values included."""
     if isinstance(value, bool):
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except Exception:
         return None
 
@@ -101,7 +101,9 @@ def resident_pages(value: object, pages: int) -> int | None:
 
 def name(value: object) -> str | None:
     """A region's name, or None."""
-    return None if value is None else _text("name", value, f"text of 1 to {NAME_MAX} characters, or None")
+    if value is None or (isinstance(value, str) and is_name(value)):
+        return None if value is None else str(value)
+    raise UsageError(f"name: {shown(value)}, must be {NAME_RULE}; or None")
 
 
 def which(value: object) -> str | int:
@@ -141,10 +143,10 @@ def order(value: object) -> Order:
     raise UsageError(f"order: {shown(value)}, must be 'C' or 'F'")
 
 
-def path(what: str, value: object) -> Path:
+def path(what: str, value: Any) -> Path:
     """A path in the file system."""
     try:
-        text = os.fsdecode(value)  # type: ignore[arg-type]
+        text = os.fsdecode(value)
         os.fsencode(text)
     except Exception:
         text = ""
@@ -202,6 +204,16 @@ def _sides(shape: object) -> tuple[int, ...]:
     return sides
 
 
+def page_run(first: object, count: object, pages: int) -> tuple[int, int]:
+    """(first page, pages) of a run of a region that has so many."""
+    at, length = _index(first), _index(count)
+    if at is None or length is None or not 0 <= at <= at + length <= pages:
+        raise UsageError(
+            f"first, count: {shown(first)}, {shown(count)}, must be numbers of pages within the region's {pages}"
+        )
+    return at, length
+
+
 def byte_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
     """(start, stop) in bytes of a range of a region that is mapped at `address`."""
     if where is None:
@@ -233,12 +245,12 @@ def byte_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
     return start, stop
 
 
-def whole_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
+def whole_range(where: Any, address: int, nbytes: int) -> tuple[int, int]:
     """As `byte_range`, of what is to be given up: an array must have every byte of it for its own."""
     start, stop = byte_range(where, address, nbytes)
     if where is None or isinstance(where, slice | range | tuple):
         return start, stop
-    own: int = memoryview(where).nbytes  # type: ignore[arg-type]
+    own: int = memoryview(where).nbytes
     if own != stop - start:
         raise UsageError(
             f"range: {shown(where)}, must be contiguous: {stop - start - own} bytes between its items are not its own"
@@ -246,12 +258,12 @@ def whole_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
     return start, stop
 
 
-def _bounds(where: object) -> tuple[int, int]:
+def _bounds(where: Any) -> tuple[int, int]:
     """First address, and the one behind the last, of an array or buffer."""
     import numpy as np
 
     try:
-        array = where if isinstance(where, np.ndarray) else np.asarray(memoryview(where))  # type: ignore[arg-type]
+        array = where if isinstance(where, np.ndarray) else np.asarray(memoryview(where))
         low: int = array.__array_interface__["data"][0]
         steps = list(zip(array.shape, array.strides, strict=True))
     except Exception:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
+from ramster.constants import PAGE_BYTES
+
+# Of fewer bytes a ratio says nothing of what comes next.
+MEASURED_MIN_BYTES: Final = 64 << 20
+# What of a better one is relied on: memory that was nearly all zeros says nothing of what is written into it later.
+COMPRESSION_MAX: Final = 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Room at one node at one moment, in bytes of compressed pages; everything that the node serves shares it."""
+    """Room at one node at one moment, in bytes of compressed pages where nothing else is said; everything that the node
+    serves shares it.
+    """
 
     arena_bytes: int = 0
     """RAM of this machine for compressed pages."""
@@ -26,7 +34,13 @@ class Capacity:
     spill_mirror: bool = False
     """The file takes a copy of what lenders take: then there is room away only where the file has room too."""
     regions_bytes: int = 0
-    """What all regions together may put beyond their RAM budgets, uncompressed."""
+    """What all regions together may put beyond their RAM budgets, uncompressed. Exports are not in it."""
+    stored_bytes: int = 0
+    """What the node has stored now, here and away, for regions and exports, uncompressed."""
+    put_bytes: int = 0
+    """What it has been given to store since it started, uncompressed ..."""
+    put_compressed_bytes: int = 0
+    """... and what became of that."""
     resident_max_bytes: int = 0
     """RAM budget of all regions together; 0: no limit."""
     resident_reserved_bytes: int = 0
@@ -36,6 +50,18 @@ class Capacity:
     def free_bytes(self) -> int:
         """What can still be put: in the arena, at lenders, in the file, which gives up copies for pages."""
         return self.arena_free_bytes + self.lenders_free_bytes + self.spill_free_bytes
+
+    @property
+    def compression(self) -> float:
+        """How many bytes have become one, as measured here so far, 4 at most; 1 before 64 MiB were measured."""
+        if self.put_bytes < MEASURED_MIN_BYTES:
+            return 1.0
+        return min(COMPRESSION_MAX, self.put_bytes / max(1, self.put_compressed_bytes))
+
+    @property
+    def expected_bytes(self) -> int:
+        """What can still be put, uncompressed, if it compresses as what was put so far."""
+        return int(self.free_bytes * self.compression)
 
 
 class CapacityWarning(UserWarning):
@@ -55,6 +81,9 @@ def of_tiers(arena: Mapping[str, int], granted: Iterable[int], spill: Mapping[st
         "arena_free_bytes": max(0, size - arena["live_bytes"]),
         "lenders": len(up),
         "lenders_free_bytes": sum(up) * segment,
+        "stored_bytes": arena["pages_stored"] * PAGE_BYTES,
+        "put_bytes": arena["bytes_in"],
+        "put_compressed_bytes": arena["bytes_compressed"],
     }
     if spill is not None:
         found["spill_bytes"] = spill["bytes_total"]
@@ -73,23 +102,42 @@ def decode(numbers: Mapping[str, int]) -> Capacity:
 
 
 def outgrows(beyond_bytes: int, room: Capacity, full: str) -> str | None:
-    """The warning for a region that may put `beyond_bytes` (uncompressed) beyond its RAM; None where all of it fits
-    as it is. `room` was looked at with the region made and empty.
+    """The warning for a region that may put `beyond_bytes` (uncompressed) beyond its RAM; None where all of it fits if
+    it compresses as pages have so far. `room` was looked at with the region made and empty.
+
+    What other regions may still put counts where this region is the one that makes it too much: whoever comes after one
+    that was warned for is not warned for the same.
     """
-    free = room.free_bytes
-    if beyond_bytes <= free:
+    free, expected = room.free_bytes, room.expected_bytes
+    others = max(0, room.regions_bytes - beyond_bytes - room.stored_bytes)
+    if others > expected:
+        others = 0
+    if beyond_bytes + others <= expected:
         return None
-    ratio = f"{beyond_bytes / free:.1f}:1" if free else "however well they compress, nothing"
+    ratio = f"{(beyond_bytes + others) / free:.1f}:1" if free else "however well they compress, nothing"
     tiers = [f"arena {_short(room.arena_free_bytes)}"]
-    tiers.append(f"{room.lenders} lenders {_short(room.lenders_free_bytes)}" if room.lenders else "no lender is up")
+    tiers.append(
+        f"{counted(room.lenders, 'lender')} {_short(room.lenders_free_bytes)}" if room.lenders else "no lender is up"
+    )
     if room.spill_bytes:
         tiers.append(f"spill file {_short(room.spill_free_bytes)}" + (" (mirrors the lenders)" * room.spill_mirror))
     end = "waits, and is SIGBUS after [region] full_hold" if full == "wait" else "is SIGBUS"
     return (
-        f"this region may put {_short(beyond_bytes)} beyond its RAM, and there is room for {_short(free)} compressed "
-        f"({', '.join(tiers)}): unless its pages stay untouched or compress {ratio}, a write to it {end}. See "
+        f"this region may put {_short(beyond_bytes)} beyond its RAM{_beside(others)}, and there is room for "
+        f"{_short(free)} compressed ({', '.join(tiers)}), {_as_measured(room)}: unless its pages stay untouched or "
+        f"compress {ratio}, a write to it {end}. See "
         "Client.capacity()" + ("" if full == "wait" else '; full="wait" makes such a write wait for room')
     )
+
+
+def _beside(others: int) -> str:
+    return f", other regions {_short(others)} more" if others else ""
+
+
+def _as_measured(room: Capacity) -> str:
+    if room.put_bytes < MEASURED_MIN_BYTES:
+        return "with too little stored so far to say how well pages compress here"
+    return f"which is {_short(room.expected_bytes)} of pages that compress as those so far ({room.compression:.1f}:1)"
 
 
 def _short(amount: int) -> str:

@@ -14,7 +14,7 @@ from ramster.constants import PAGE_BYTES
 from ramster.frontswap import messages
 
 if TYPE_CHECKING:
-    from ramster.frontswap.regions import Region
+    from ramster.frontswap.region import Region
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ userfaultfd.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Annotated, Final, Literal, TypeAlias, TypeVar
@@ -24,10 +25,11 @@ RUNS_MAX: Final = 1000
 # Pages that one pin, unpin, prefetch, evict or discard may name (16 MiB): short enough that every answer comes within
 # its deadline.
 SPAN_MAX: Final = 4096
-# Groups of pins that a node remembers of one connection, the latest: the others can be taken back by `Unpin` alone.
-GROUPS_MAX: Final = 4096
 # Characters of a region's name; with the longest UTF-8 still a valid name for a memfd.
 NAME_MAX: Final = 48
+NAME_RULE: Final = f"1 to {NAME_MAX} printable characters, none of them markup such as [red]"
+# What a library that colours terminals takes for an order. Ours never reads names so; others that show them may.
+_MARKUP: Final = re.compile(r"\[[a-z#/@!][^\[]*?\]")
 
 # A record of the guard channel: op, flags, first page, pages, text (UTF-8, NUL padded).
 GUARD: Final = struct.Struct("<IIQQ128s")
@@ -45,6 +47,12 @@ WhenFull: TypeAlias = Literal["fail", "wait"]
 
 Page = Annotated[int, Meta(ge=0, lt=POOL_PAGES_MAX)]
 Count = Annotated[int, Meta(ge=1, le=POOL_PAGES_MAX)]
+Group = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+def is_name(text: str) -> bool:
+    """Whether a region may have this name: it is shown on terminals and in logs. NAME_RULE says it in words."""
+    return 1 <= len(text) <= NAME_MAX and text.isprintable() and _MARKUP.search(text) is None
 
 
 class _Request(msgspec.Struct, tag_field="op", kw_only=True, omit_defaults=True):
@@ -91,13 +99,13 @@ class Pin(_Request, tag="pin"):
 
     first: Page
     count: Count
-    group: int = 0
+    group: Group = 0
 
 
 class Undo(_Request, tag="undo"):
     """Take back what was granted to pins of this group; again, or where there was nothing: does nothing."""
 
-    group: int
+    group: Group
 
 
 class Unpin(_Request, tag="unpin"):

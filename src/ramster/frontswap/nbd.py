@@ -1,328 +1,58 @@
 """Block devices for anybody who speaks NBD: named exports, the sockets they are served on, a thread per connection.
 
 An export is a name and a dense, persistent pool of the store: what was never written takes nothing, what is discarded
-is freed here and away. A connection is handed to the engine after the handshake; from then on Python sees neither its
-requests nor its pages, only how it ended.
+is freed here and away (`nbd_exports`). A connection has a thread of its own (`nbd_connections`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from urllib.parse import quote
 
 from ramster import limits
-from ramster.admission import Limits, Table, source_of
-from ramster.config.units import format_bytes
-from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES, POOL_PAGES_MAX
-from ramster.engine.links import TlsContext
-from ramster.engine.nbd import NbdConnection, NbdServer
+from ramster.admission import Limits, Table
+from ramster.config.units import counted, format_bytes
+from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES
+from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
-from ramster.errors import CertificateError, RamsterError, Refused, UsageError
-from ramster.frontswap.shares import NbdClient, nbd_refusal
-from ramster.frontswap.sockets import Acceptor, is_own, listen_tcp, listen_unix, peer_of
-from ramster.wire.nbd import End, Export, Handshake, OptionReply, Refusal, Serve, StartTls, Tls
+from ramster.errors import RamsterError, Refused, UsageError
+from ramster.frontswap.nbd_connections import (
+    END_S,
+    HANDSHAKES_KEPT,
+    HANDSHAKES_MAX,
+    HANDSHAKES_OF_ONE_MAX,
+    KEEPALIVE,
+    Connection,
+    Counters,
+    Credentials,
+    Listener,
+    Settings,
+    as_client,
+    end_all,
+)
+from ramster.frontswap.nbd_exports import ALLOW_MAX, EXPORTS_MAX, Configured, Registered, objection, whole_pages
+from ramster.frontswap.shares import nbd_refusal
+from ramster.frontswap.sockets import Acceptor, listen_tcp, listen_unix
+from ramster.wire.nbd import Export, OptionReply, Refusal, Tls
+
+__all__ = ["EXPORTS_MAX", "HANDSHAKES_MAX", "HANDSHAKES_OF_ONE_MAX", "ExportService", "objection"]
 
 log = logging.getLogger("ramster.nbd")
 
-# As many as the engine has rows for; a machine has a handful.
-EXPORTS_MAX: Final = 256
-# Connections of one listener that have not chosen an export yet. Beyond, one of those that wait has to go; and new ones
-# are closed unheard while as many are on their way out.
-HANDSHAKES_MAX: Final = 32
-# Names on one export's allow list.
-ALLOW_MAX: Final = 64
-# Of one address, or of one process; on nbd.sock a part is kept for root and the node's user.
-HANDSHAKES_OF_ONE_MAX: Final = 24
-HANDSHAKES_KEPT: Final = 8
-# How long a connection that was told to end may take: its requests under way have deadlines of their own.
-END_S: Final = 10.0
 # Why a page of an export reads as EIO, by the engine's word for it.
 _WORDS: Final = {
     "lost": "is lost, the node that kept it is gone",
     "unreachable": "cannot be had, the node that keeps it does not answer",
     "corrupt": "is damaged, its bytes fail their check",
 }
-# Dead hosts are noticed after two minutes; a client that merely has nothing to say is never dropped.
-_KEEPALIVE: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
-)
-
-
-class Address(Protocol):
-    """What is used of a configured address."""
-
-    @property
-    def host(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def loopback(self) -> bool: ...
-
-
-class Settings(Protocol):
-    """What is used of the configuration's [nbd] section."""
-
-    @property
-    def listen(self) -> Sequence[Address]: ...
-    @property
-    def tls(self) -> str: ...
-    @property
-    def tls_min(self) -> str: ...
-    @property
-    def connections_max(self) -> int: ...
-    @property
-    def handshake_timeout_ms(self) -> int: ...
-
-
-class Credentials(Protocol):
-    """The node's certificate and key; both may change while it runs."""
-
-    def context(self) -> TlsContext:
-        """For one more handshake."""
-
-    def client(self, certificate: bytes) -> str:
-        """The name that a certificate (DER) has proved. CertificateError where it is not of this cluster."""
-
-    def hosts(self) -> tuple[str, ...]:
-        """Names and addresses that the certificate is for, the node's own name first."""
-
-
-class Configured(Protocol):
-    """What is used of the configuration's [[exports]]."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def max_size_bytes(self) -> int | None: ...
-    @property
-    def read_only(self) -> bool: ...
-    @property
-    def allow(self) -> Sequence[str]: ...
-
-
-@dataclass(slots=True)
-class Counters:
-    """Events since the node started."""
-
-    connections: int = 0
-    """That chose an export."""
-    refused: int = 0
-    """Closed unheard, or refused by a limit."""
-    broken: int = 0
-    """Closed because what they sent is no NBD."""
-    unfinished: int = 0
-    """That ended, or took too long, before they chose an export."""
-    pages_lost: int = 0
-    """Reads that met a page that nobody has any more."""
-
-
-@dataclass(slots=True, eq=False)
-class _Export:
-    """A registered export. Changed under the service's lock."""
-
-    name: str
-    number: int
-    pool: int
-    size_bytes: int
-    max_bytes: int
-    read_only: bool
-    swap: bool
-    allow: tuple[str, ...] = ()
-    clients: set[_Connection] = field(default_factory=set)
-    removing: bool = False
-    glance: threading.Lock = field(default_factory=threading.Lock)
-    """Held while its pool is looked at, which must not be destroyed meanwhile."""
-    forgotten: bool = False
-
-    def in_use(self) -> str:
-        """By whom, for a refusal."""
-        shown = ", ".join([client.who for client in self.clients][:3]) + (", ..." if len(self.clients) > 3 else "")
-        return (
-            f"export {self.name} is in use by {len(self.clients)} connection{'s' * (len(self.clients) > 1)} ({shown})"
-        )
-
-    def wire(self) -> Export:
-        text = format_bytes(self.size_bytes) + (", read-only" if self.read_only else "")
-        return Export(self.name, self.number, self.size_bytes, self.read_only, text)
-
-
-def objection(allow: Sequence[str], name: str | None, *, local: bool) -> Refusal | None:
-    """Why a client may not use an export; None where it may.
-
-    allow: names of the certificates that may; empty for everybody who may connect at all. name: what the client's
-    certificate has proved, None without TLS. local: it came by nbd.sock, whose mode says who may.
-    """
-    if local or not allow or name in allow:
-        return None
-    if name is None:
-        text = "the export is for certain clients: connect with TLS and a certificate (nbds://)"
-        return Refusal(OptionReply.ERR_TLS_REQD, text)
-    return Refusal(OptionReply.ERR_POLICY, f"the export is not for {name!r}, which its allow list does not have")
-
-
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    sock: socket.socket
-    tls: Tls
-    where: str
-    undecided: Table
-    acceptor: Acceptor
-
-    @property
-    def local(self) -> bool:
-        return self.sock.family == socket.AF_UNIX
-
-
-class _Connection:
-    """One client, in a thread of its own from the first byte to the last."""
-
-    def __init__(self, service: ExportService, sock: socket.socket, listener: _Listener) -> None:
-        self.service = service
-        self.tls = listener.tls
-        self.local = listener.local
-        self.name: str | None = None
-        """What its certificate has proved."""
-        self.listener = listener
-        self.who, self.source, self.user, self.own = _peer(sock, listener.where)
-        self.key = 0  # among those that are undecided
-        self.displaced = False
-        self.export: _Export | None = None
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._loop = asyncio.get_running_loop()
-        self._connection = NbdConnection(sock.detach())
-        self._open = threading.Lock()
-        self._closed = False
-        self.thread = threading.Thread(target=self._run, name="ramster-nbd")
-
-    def start(self) -> None:
-        try:
-            self.thread.start()
-        except RuntimeError:  # no more threads
-            self.drop()
-            raise
-
-    def drop(self) -> None:
-        """In place of `start`."""
-        self.listener.undecided.leave(self.key)
-        self._closed = True
-        self._connection.close()
-
-    def displace(self) -> None:
-        """From any thread: another one needs its place."""
-        self.displaced = True
-        self.shutdown()
-
-    def shutdown(self) -> None:
-        """From any thread: it ends soon."""
-        with self._open:
-            if not self._closed:
-                self._connection.shutdown()
-
-    # --- the catalogue that its handshake sees --------------------------------------------------------------------
-
-    def exports(self) -> Iterable[Export]:
-        return self.service.wire_exports(self)
-
-    def find(self, name: str) -> Export | Refusal:
-        return self.service.find(name, self)
-
-    def enter(self, name: str) -> Export | Refusal:
-        found = self.service.enter(name, self)
-        if isinstance(found, Export) and not self.listener.undecided.leave(self.key):
-            raise ConnectionError("it had to make room")
-        return found
-
-    # --- in its thread --------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            self._serve()
-        except TimeoutError:
-            self.service.counters.unfinished += 1
-            log.info("%s took too long to choose an export", self.who)
-        except (OSError, RamsterError, MemoryError) as error:
-            if self.displaced:
-                self.service.counters.refused += 1
-                log.info("%s had to make room: %d others were choosing an export", self.who, HANDSHAKES_MAX)
-                return
-            self.service.counters.unfinished += self.export is None
-            log.info("%s: %s", self.who, str(error) or type(error).__name__)
-        except Exception:
-            log.exception("%s: its connection failed", self.who)
-        finally:
-            self.listener.undecided.leave(self.key)
-            with self._open:
-                self._closed = True
-                self._connection.close()
-            self.service.leave(self)
-            self._loop.call_soon_threadsafe(self.service.gone, self)
-
-    def _serve(self) -> None:
-        deadline = time.monotonic() + self.service.settings.handshake_timeout_ms / 1000
-        connection = self._connection
-
-        def left() -> float:
-            return max(0.0, deadline - time.monotonic())
-
-        handshake = Handshake(self, self.tls)
-        connection.send(handshake.greeting, left())
-        while True:
-            step = handshake.feed(connection.receive(handshake.wants, left()))
-            if step.reply:
-                connection.send(step.reply, left())
-            match step.decision:
-                case None:
-                    pass
-                case StartTls():
-                    assert self.service.credentials is not None
-                    older = self.service.settings.tls_min == "1.2"
-                    certificate = connection.start_tls(self.service.credentials.context(), left(), older)
-                    try:
-                        self.name = self.service.credentials.client(certificate)
-                    except CertificateError as error:
-                        self.service.ended(self, "refused", str(error))
-                        return
-                    self.who = f"{self.name} ({self.who})"
-                    handshake.tls_started()
-                case End(kind, reason):
-                    self.service.ended(self, kind, reason)
-                    return
-                case Serve(export, structured, context):
-                    self.service.counters.connections += 1
-                    log.info("export %s: %s connected", export.name, self.who)
-                    assert self.service.server is not None
-                    why = connection.serve(self.service.server, export.number, structured, context, export.size_bytes)
-                    log.info("export %s: %s left: %s", export.name, self.who, why)
-                    return
-
-
-def _peer(sock: socket.socket, where: str) -> tuple[str, str, str, bool]:
-    """As far as the system knows, (who it is, for the log; its process or address; its user or address; whether it is
-    one of ours).
-    """
-    with contextlib.suppress(OSError):
-        if sock.family == socket.AF_UNIX:
-            pid, uid = peer_of(sock)
-            return f"process {pid} of user {uid}", f"process {pid} of user {uid}", f"user {uid}", is_own(uid)
-        host, port = sock.getpeername()[:2]
-        return f"{host} port {port}", source_of(host), source_of(host), False
-    return f"a client on {where}", "nobody", "nobody", False
 
 
 class ExportService:
@@ -349,11 +79,11 @@ class ExportService:
         self.server: NbdServer | None = None
         self.counters = Counters()
         self.addresses: list[str] = []
-        self._exports: dict[str, _Export] = {}
+        self._exports: dict[str, Registered] = {}
         self._lock = threading.Lock()  # of the exports and who uses them; held for no I/O
         self._changing = asyncio.Lock()
-        self._connections: set[_Connection] = set()
-        self._listeners: list[_Listener] = []
+        self._connections: set[Connection] = set()
+        self._listeners: list[Listener] = []
         self._closing = False
         self._watched: int | None = None
 
@@ -402,8 +132,8 @@ class ExportService:
             raise UsageError(f"an export's name is {NAME_RULE}; given was {name!r:.80}")
         allowed = self._allow_list(allow)
         notes: list[str] = []
-        size = _whole_pages("size", size_bytes, notes)
-        most = size if max_bytes is None else _whole_pages("max_bytes", max_bytes, notes)
+        size = whole_pages("size", size_bytes, notes)
+        most = size if max_bytes is None else whole_pages("max_bytes", max_bytes, notes)
         if most < size:
             raise UsageError(f"max_bytes, {most}, is less than size_bytes, {size}")
         async with self._changing:
@@ -435,7 +165,7 @@ class ExportService:
 
     def _make(
         self, server: NbdServer, name: str, size: int, most: int, read_only: bool, swap: bool, allow: tuple[str, ...]
-    ) -> _Export:
+    ) -> Registered:
         """In a thread."""
         pool = self.store.create_pool(pages=most // PAGE_BYTES, persistent=True)
         try:
@@ -444,17 +174,28 @@ class ExportService:
         except BaseException:
             self.store.destroy_pool(pool)
             raise
-        return _Export(name, number, pool, size, most, read_only, swap, allow)
+        return Registered(name, number, pool, size, most, read_only, swap, allow)
 
-    async def change(self, name: str, size_bytes: int | None = None, read_only: bool | None = None) -> dict[str, Any]:
+    async def change(
+        self,
+        name: str,
+        size_bytes: int | None = None,
+        read_only: bool | None = None,
+        *,
+        allow: Sequence[str] | None = None,
+        swap: bool | None = None,
+    ) -> dict[str, Any]:
         """Lets it grow, makes it read-only or writable; what is None stays. Clients see another size when they connect
         next. Either all is changed or nothing.
 
-        UsageError where it would shrink or outgrow its max_bytes. Refused where read_only would change while clients
-        use it, who were told in their handshake.
+        allow, swap: as of `create`, from now on. Connections of those whom the new list does not have are ended.
+
+        UsageError where it would shrink or outgrow its max_bytes, or for a wrong allow. Refused where read_only would
+        change while clients use it, who were told in their handshake.
         """
+        allowed = None if allow is None else self._allow_list(allow)
         notes: list[str] = []
-        size = None if size_bytes is None else _whole_pages("size", size_bytes, notes)
+        size = None if size_bytes is None else whole_pages("size", size_bytes, notes)
         async with self._changing:
             export = self._get(name)
             size = export.size_bytes if size is None else size
@@ -479,12 +220,34 @@ class ExportService:
                 await asyncio.to_thread(self.server.resize, export.number, size)
                 with self._lock:
                     export.size_bytes = size
+            if swap is not None and swap != export.swap:
+                with self._lock:
+                    export.swap = swap
+                log.info("export %s: this machine %s", name, "swaps on it" if swap else "does not swap on it any more")
+            if allowed is not None:
+                notes += await self._admit(export, allowed)
             described = await asyncio.to_thread(self._describe, export)
         if grows and export.clients:
             notes.append("clients that are connected see the new size when they connect again")
         return {**described, "notes": notes}
 
-    def _turn(self, server: NbdServer, export: _Export, read_only: bool) -> None:
+    async def _admit(self, export: Registered, allow: tuple[str, ...]) -> list[str]:
+        """Its new allow list, and the end of those connections that it does not let in; what is to be said of them."""
+        with self._lock:  # whoever enters after this meets the new list
+            export.allow = allow
+            out = [each for each in export.clients if objection(allow, each.name, local=each.local) is not None]
+        log.info("export %s: for %s from now on", export.name, ", ".join(allow) or "every client of the cluster")
+        if not out:
+            return []
+        whose = ", ".join(sorted({each.who for each in out}))
+        log.info("export %s: closing %s, not on its allow list any more", export.name, whose)
+        still = await end_all(out)
+        notes = [f"closed {counted(len(out) - still, 'connection')} of clients that may not use it any more: {whose}"]
+        if still:
+            notes.append(f"{counted(still, 'connection')} did not end within {END_S:g} s")
+        return notes
+
+    def _turn(self, server: NbdServer, export: Registered, read_only: bool) -> None:
         with self._lock:  # nobody enters meanwhile
             if export.clients:
                 raise Refused(
@@ -506,7 +269,7 @@ class ExportService:
                     raise Refused(f"{export.in_use()}; disconnect first, or force it: their further requests then fail")
                 export.removing = True  # nobody enters any more
             try:
-                still = await _end(clients)
+                still = await end_all(clients)
                 if still:
                     raise Refused(
                         f"export {name}: {still} of its connections did not end within {END_S:g} s; try again"
@@ -520,7 +283,7 @@ class ExportService:
                 del self._exports[name]
         log.info("export %s: removed", name, extra={"per": name})
 
-    def _forget(self, export: _Export) -> None:
+    def _forget(self, export: Registered) -> None:
         """In a thread."""
         assert self.server is not None
         with export.glance:
@@ -528,7 +291,7 @@ class ExportService:
             export.forgotten = True
         self.store.destroy_pool(export.pool)
 
-    def _get(self, name: str) -> _Export:
+    def _get(self, name: str) -> Registered:
         export = self._exports.get(name)
         if export is None:
             raise UsageError(f"there is no export {name!r:.80}; there are: {', '.join(self._exports) or 'none'}")
@@ -544,7 +307,7 @@ class ExportService:
         found = await asyncio.to_thread(lambda: [self._describe(export) for export in exports])
         return [each for each in found if each]
 
-    def _describe(self, export: _Export) -> dict[str, Any]:
+    def _describe(self, export: Registered) -> dict[str, Any]:
         """In a thread: looks at every slot that was ever used, some milliseconds per 8 GiB. Empty once it is gone."""
         assert self.server is not None
         with export.glance:
@@ -552,6 +315,7 @@ class ExportService:
                 return {}
             census = self.store.census(export.pool)
             statistics = self.server.statistics(export.number)
+        left = export.deserted_at if export.swap else None
         return {
             **statistics,
             "pages_stored": census["here"] + census["away"],
@@ -565,6 +329,7 @@ class ExportService:
             "swap": export.swap,
             "allow": list(export.allow),
             "connections": len(export.clients),
+            "deserted_s": 0.0 if left is None else round(time.monotonic() - left, 1),
             "uris": self.uris(export.name),
         }
 
@@ -607,34 +372,35 @@ class ExportService:
         with self._lock:
             return sum(export.swap or not swap for export in self._exports.values() if not export.removing)
 
-    def wire_exports(self, client: _Connection) -> list[Export]:
+    def wire_exports(self, client: Connection) -> list[Export]:
         """Those that it may use."""
         with self._lock:
             exports = [export for export in self._exports.values() if not export.removing]
         return [each.wire() for each in exports if objection(each.allow, client.name, local=client.local) is None]
 
-    def find(self, name: str, client: _Connection) -> Export | Refusal:
+    def find(self, name: str, client: Connection) -> Export | Refusal:
         with self._lock:
             found = self._find(name, client)
             return found if isinstance(found, Refusal) else found.wire()
 
-    def enter(self, name: str, connection: _Connection) -> Export | Refusal:
+    def enter(self, name: str, connection: Connection) -> Export | Refusal:
         with self._lock:
             found = self._find(name, connection)
             if isinstance(found, Refusal):
                 return found
-            clients = [_client(export, each) for export in self._exports.values() for each in export.clients]
+            clients = [as_client(export, each) for export in self._exports.values() for each in export.clients]
             limit = self.settings.connections_max
-            refused = nbd_refusal(limit, clients, _client(found, connection), swap=found.swap)
+            refused = nbd_refusal(limit, clients, as_client(found, connection), swap=found.swap)
             if refused:
                 self.counters.refused += 1
                 log.warning("export %s: refused %s: %s", name, connection.who, refused)
                 return Refusal(OptionReply.ERR_POLICY, refused)
             connection.export = found
             found.clients.add(connection)
+            found.deserted_at = None
             return found.wire()
 
-    def _find(self, name: str, client: _Connection) -> _Export | Refusal:
+    def _find(self, name: str, client: Connection) -> Registered | Refusal:
         if self._closing:
             return Refusal(OptionReply.ERR_SHUTDOWN, "the node is stopping")
         export = self._exports.get(name)
@@ -646,12 +412,20 @@ class ExportService:
             return refusal
         return Refusal(OptionReply.ERR_SHUTDOWN, "the export is being removed") if export.removing else export
 
-    def leave(self, connection: _Connection) -> None:
+    def leave(self, connection: Connection) -> None:
         with self._lock:
-            if connection.export is not None:
-                connection.export.clients.discard(connection)
+            if (export := connection.export) is not None:
+                export.clients.discard(connection)
+                if not export.clients:
+                    export.deserted_at = time.monotonic()
 
-    def ended(self, connection: _Connection, kind: str, reason: str) -> None:
+    def swapped_on(self) -> dict[int, tuple[str, bool]]:
+        """By number of each export that this machine swaps on: (name, whether its last client has gone)."""
+        with self._lock:
+            exports = [each for each in self._exports.values() if each.swap and not each.removing]
+            return {each.number: (each.name, each.deserted_at is not None) for each in exports}
+
+    def ended(self, connection: Connection, kind: str, reason: str) -> None:
         """A handshake came to nothing."""
         if kind == "abort":
             return  # a client that only asked
@@ -663,7 +437,7 @@ class ExportService:
 
     # --- on the event loop ----------------------------------------------------------------------------------------
 
-    def gone(self, connection: _Connection) -> None:
+    def gone(self, connection: Connection) -> None:
         """Saying so was its thread's last act."""
         connection.thread.join()
         self._connections.discard(connection)
@@ -674,10 +448,10 @@ class ExportService:
         kept = HANDSHAKES_KEPT if sock.family == socket.AF_UNIX else 0
         undecided = Table(Limits(HANDSHAKES_MAX, HANDSHAKES_OF_ONE_MAX, kept))
         acceptor = Acceptor(sock, where, lambda accepted: self._accept(listener, accepted))
-        listener = _Listener(sock, tls, where, undecided, acceptor)
+        listener = Listener(sock, tls, where, undecided, acceptor)
         self._listeners.append(listener)
 
-    def _accept(self, listener: _Listener, sock: socket.socket) -> None:
+    def _accept(self, listener: Listener, sock: socket.socket) -> None:
         with sock:
             here = sum(each.export is None and each.listener is listener for each in self._connections)
             if here >= 2 * HANDSHAKES_MAX:  # half of them are on their way out
@@ -686,9 +460,9 @@ class ExportService:
                 return
             try:
                 if not listener.local:
-                    for level, option, value in _KEEPALIVE:
+                    for level, option, value in KEEPALIVE:
                         sock.setsockopt(level, option, value)
-                connection = _Connection(self, sock, listener)
+                connection = Connection(self, sock, listener)
                 key = listener.undecided.enter(connection.source, connection.own, connection.displace)
                 if isinstance(key, str):
                     self.counters.refused += 1
@@ -732,7 +506,7 @@ class ExportService:
             listener.acceptor.close()
         self._listeners.clear()
         async with self._changing:
-            if still := await _end(list(self._connections)):
+            if still := await end_all(list(self._connections)):
                 log.error("%d connections did not end within %g s", still, END_S)
             if self._watched is not None:
                 asyncio.get_running_loop().remove_reader(self._watched)
@@ -741,33 +515,5 @@ class ExportService:
                 await asyncio.to_thread(self.server.stop)
 
 
-def _client(export: _Export, connection: _Connection) -> NbdClient:
-    return NbdClient(export.name, connection.user, connection.listener.local, connection.own)
-
-
-async def _end(connections: Sequence[_Connection]) -> int:
-    """Tell them to end and wait; how many have not, in time."""
-    if not connections:
-        return 0
-    for connection in connections:
-        connection.shutdown()
-    _, still = await asyncio.wait([connection.ended for connection in connections], timeout=END_S)
-    return len(still)
-
-
 def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _whole_pages(what: str, size_bytes: int, notes: list[str]) -> int:
-    """A size in whole pages, at least one; a note where it is not the one asked for. UsageError beyond the limit."""
-    most = POOL_PAGES_MAX * PAGE_BYTES
-    if not 0 < size_bytes <= most:
-        raise UsageError(
-            f"{what} of {size_bytes} bytes: allowed are 1 to {most} ({format_bytes(most)}, "
-            f"{POOL_PAGES_MAX} pages of {PAGE_BYTES} bytes)"
-        )
-    rounded = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
-    if rounded != size_bytes:
-        notes.append(f"{what} {size_bytes} is rounded up to {rounded} bytes, whole pages of {PAGE_BYTES}")
-    return rounded

@@ -79,7 +79,7 @@ def save(file: str | os.PathLike[str], array: ArrayLike) -> None:
                 buffersize=max(1, _PIECE_BYTES // data.itemsize),
                 order="C",
             ):
-                _write(out, memoryview(chunk.tobytes("C")))  # type: ignore[attr-defined]
+                _write(out, memoryview(chunk.tobytes("C")))  # type: ignore[attr-defined]  # numpy types it as a tuple
 
 
 def load(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+from ramster.config.units import counted
 from ramster.constants import PAGE_BYTES
 from ramster.errors import UsageError
 from ramster.frontswap.cgroups import Group, name_for, remove, stale, table
@@ -266,7 +267,7 @@ def explain(summary: Summary) -> list[str]:
     ]
     if summary.oom_kills:
         lines.append(
-            f"OOM        {summary.oom_kills} kill{'s' * (summary.oom_kills > 1)}: "
+            f"OOM        {counted(summary.oom_kills, 'kill')}: "
             + (
                 "the swap took nothing any more, see below"
                 if summary.broken

@@ -67,8 +67,17 @@ class NodeView(Protocol):
     ) -> dict[str, Any]:
         """Makes an empty export and describes it. UsageError, Refused."""
 
-    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
-        """Lets it grow, or be read-only or not, and describes it; None changes nothing. UsageError, Refused."""
+    async def change_export(
+        self,
+        name: str,
+        size_bytes: int | None,
+        read_only: bool | None,
+        allow: Sequence[str] | None,
+        swap: bool | None,
+    ) -> dict[str, Any]:
+        """Lets it grow, be read-only or not, be for others, and describes it; None changes nothing. UsageError,
+        Refused.
+        """
 
     async def remove_export(self, name: str, force: bool) -> None:
         """Forgets it and its pages, here and away. Refused while it is in use, unless forced. UsageError."""
@@ -230,8 +239,12 @@ class ControlServer:
     async def _change_export(self, request: web.Request) -> web.Response:
         order = _read(await request.read(), ExportChange)
         if order == ExportChange():
-            raise UsageError("the body must have size_bytes or read_only, or both")
-        return _answer(await self._view.change_export(request.match_info["name"], order.size_bytes, order.read_only))
+            raise UsageError("the body must have size_bytes, read_only, allow or swap, or several of them")
+        return _answer(
+            await self._view.change_export(
+                request.match_info["name"], order.size_bytes, order.read_only, order.allow, order.swap
+            )
+        )
 
     async def _remove_export(self, request: web.Request) -> web.Response:
         name, force = request.match_info["name"], request.query.get("force", "0")
@@ -318,6 +331,8 @@ class ExportChange(msgspec.Struct, forbid_unknown_fields=True):
 
     size_bytes: int | None = None
     read_only: bool | None = None
+    allow: tuple[str, ...] | None = None  # as of NewExport
+    swap: bool | None = None
 
 
 class StopOrder(msgspec.Struct, forbid_unknown_fields=True):

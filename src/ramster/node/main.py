@@ -12,6 +12,7 @@ from typing import Final
 
 from ramster import limits, logs
 from ramster.config.knobs import Config
+from ramster.config.units import counted
 from ramster.node import holder, run_dir
 from ramster.node.node import Node
 from ramster.node.privileges import Guard, dumps, forbid_dumps
@@ -117,5 +118,5 @@ def describe_loss(lost: dict[str, object]) -> str:
         parts += [f"process {each['pid']} uses region {each['name']}" for each in regions]
     exports = lost.get("exports")
     if isinstance(exports, list):
-        parts += [f"export {each['name']} holds {each['pages']} pages" for each in exports]
+        parts += [f"export {each['name']} holds {counted(each['pages'], 'page')}" for each in exports]
     return "; ".join(parts)

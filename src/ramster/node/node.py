@@ -92,7 +92,15 @@ class Node:
         self.region_service = RegionService(c.node.run_dir, self.make_region, c.region, self.tiers)
         self.export_service = ExportService(c.node.run_dir, self.store, self.make_nbd_server, c.nbd, credentials)
         self.control = ControlServer(self, paths.control_socket(c.node.run_dir))
-        self.watch = Watch(self.store, self.links, self.region_service, c.peers, c.links.keepalive_ms)
+        self.watch = Watch(
+            self.store,
+            self.links,
+            self.region_service,
+            self.export_service,
+            c.peers,
+            c.links.keepalive_ms,
+            self.spill,
+        )
         self.region_service.before_leaving = self.watch.look
         self.peering: Peering | None = None
         if credentials is not None:
@@ -221,8 +229,17 @@ class Node:
         self._guard_exports()
         return created
 
-    async def change_export(self, name: str, size_bytes: int | None, read_only: bool | None) -> dict[str, Any]:
-        return await self.export_service.change(name, size_bytes, read_only)
+    async def change_export(
+        self,
+        name: str,
+        size_bytes: int | None,
+        read_only: bool | None,
+        allow: Sequence[str] | None,
+        swap: bool | None,
+    ) -> dict[str, Any]:
+        changed = await self.export_service.change(name, size_bytes, read_only, allow=allow, swap=swap)
+        self._guard_exports()
+        return changed
 
     async def remove_export(self, name: str, force: bool) -> None:
         await self.export_service.remove(name, force)
@@ -242,7 +259,8 @@ class Node:
             self.guard.add(keeps_in_ram(a.path))
 
     async def status(self) -> dict[str, Any]:
-        arena = dataclasses.asdict(self.store.statistics())
+        unreachable = self.links.unreachable()
+        arena = dataclasses.asdict(self.store.statistics()) | {"pages_unreachable": sum(unreachable.values())}
         links = self.links.counters()
         seen = {row["number"]: row for row in self.links.peers()}
         reasons = self.peering.reasons() if self.peering is not None else {}
@@ -255,7 +273,9 @@ class Node:
             reason = (not row.get("gone") and reasons.get(peer.number)) or row.get("reason", "")
             reason = refusals.get(peer.number) or reason
             if not reason and peer.number > self.config.node.number:
-                reason = f"it has not connected yet; {peer.name} has the higher number and dials"
+                reason = (
+                    f"no connection yet; {peer.name}, which has the higher number, connects, and this node asks it to"
+                )
             peers.append(
                 {
                     "name": peer.name,
@@ -265,6 +285,7 @@ class Node:
                     "standing": self._standing(peer.number),
                     "reason": "" if state == "up" else reason,
                     **{key: row.get(key, 0) for key in _PEER_KEYS},
+                    "pages_unreachable": unreachable.get(peer.number, 0),
                 }
             )
         names = {peer.number: peer.name for peer in self.config.peers}
@@ -330,6 +351,7 @@ class Node:
             "mirror": self.spill.mirror,
             "file_system": self.spill.file_system,
             "reserved": self.spill.reserved,
+            "linked": self.spill.linked,
             "segments": arena["segments_spilled"],
             "mirrored": arena["segments_mirrored"],
             "unmirrored": arena["segments_unmirrored"] if self.spill.mirror else 0,

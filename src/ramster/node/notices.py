@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from ramster.config.units import format_bytes
+from ramster.config.units import counted, format_bytes
 from ramster.constants import PAGE_BYTES
 
 # A peer is said to stand still after this many probes without an answer; the idle time-out, which ends its link, comes
@@ -33,6 +33,8 @@ class PeerLook:
     """Out of reach for longer than pages are waited for."""
     silent_s: float = 0.0
     """For how long nothing came on a connection that is up."""
+    pages: int = 0
+    """Of one that is `lost`: stored pages whose only copy it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,17 @@ class RegionLook:
     """Faults that found no room in time, so far."""
     removed: int = 0
     """Pages that the application itself took away while their only copy was there, so far."""
+    full: bool = False
+    """Nothing has taken a further page of it, a short while ago or now."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapLook:
+    """An export that this machine's kernel swaps on."""
+
+    name: str
+    deserted: bool = False
+    """It had clients, and none of them is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +66,16 @@ class Look:
 
     peers: dict[int, PeerLook] = field(default_factory=dict)
     regions: dict[int, RegionLook] = field(default_factory=dict)
+    swaps: dict[int, SwapLook] = field(default_factory=dict)
     damaged: int = 0
     """Pages that failed their check, here or as they came back, so far."""
     puts_refused: int = 0
     pages_lost: int = 0
     """Stored pages whose only copy is gone, now."""
+    cuts: int = 0
+    """How often somebody had cut the spill file short, so far."""
+    pages_cut: int = 0
+    """Pages that this has cost, so far; `pages_lost` has them too while they are not put again or flushed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +93,23 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     """
     for number, peer in now.peers.items():
         yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s)
-    if now.pages_lost > before.pages_lost:
+    cut = now.pages_cut - before.pages_cut
+    if now.cuts > before.cuts:
+        yield Notice(
+            logging.ERROR if cut else logging.WARNING,
+            "somebody else has cut the spill file short: "
+            + (f"{_pages(cut)} that lay there alone are lost" if cut else "nothing that lay there alone is lost"),
+        )
+    if now.pages_lost - cut > before.pages_lost:
         yield Notice(
             logging.ERROR,
-            f"{_pages(now.pages_lost - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
+            f"{_pages(now.pages_lost - cut - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
             f"{_whose(now)}",
         )
     for number, region in now.regions.items():
         yield from _region(before.regions.get(number, RegionLook(region.name, region.pid)), region, _why(now))
+    for number in {**before.swaps, **now.swaps}:
+        yield from _swap(before.swaps.get(number), now.swaps.get(number))
     if now.damaged > before.damaged:
         yield Notice(
             logging.ERROR,
@@ -92,8 +119,8 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     if now.puts_refused > before.puts_refused:
         yield Notice(
             logging.WARNING,
-            f"the arena is full and nothing leaves it: {now.puts_refused - before.puts_refused} puts refused; "
-            f"enlarge [arena] size, add a lender or a spill file",
+            f"the arena is full and nothing leaves it: {counted(now.puts_refused - before.puts_refused, 'put')} "
+            f"refused; enlarge [arena] size, add a lender or a spill file",
         )
 
 
@@ -108,8 +135,9 @@ def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[No
     if now.lost and not now.gone and before is not None and not before.lost:
         yield Notice(
             logging.ERROR,
-            f"{name} has been out of reach for too long: pages whose only copy it has cannot be had, unless it comes "
-            "back with the same memory",
+            f"{name} has been out of reach for too long: "
+            + (f"{_pages(now.pages)} whose only copy it has" if now.pages else "pages whose only copy it has")
+            + " cannot be had, unless it comes back with the same memory",
             name,
         )
     if now.up and before is not None and not was_up and (before.gone or before.reason):
@@ -141,6 +169,15 @@ def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
             f"{name} removed {_pages(now.removed - before.removed)} whose only copy was there (MADV_REMOVE): lost",
             name,
         )
+    if now.full and not before.full:
+        yield Notice(
+            logging.WARNING,
+            f"{name} is full: neither arena, lenders nor spill file take a page of it, so what it writes waits for "
+            "room and is SIGBUS in the end; enlarge [arena] size, add a lender or a spill file",
+            name,
+        )
+    elif before.full and not now.full:
+        yield Notice(logging.INFO, f"{name} has room again", name)
     if now.refused > before.refused:
         yield Notice(
             logging.ERROR,
@@ -148,6 +185,22 @@ def _region(before: RegionLook, now: RegionLook, why: str) -> Iterator[Notice]:
             "[arena] size, add a lender or a spill file",
             name,
         )
+
+
+def _swap(before: SwapLook | None, now: SwapLook | None) -> Iterator[Notice]:
+    """None: there is no such export, or no kernel swaps on it."""
+    was, is_ = before is not None and before.deserted, now is not None and now.deserted
+    if now is not None and is_ and not was:
+        yield Notice(
+            logging.WARNING,
+            f"export {now.name}: the last connection of this machine's kernel, which swaps on it, is gone (nbdfuse or "
+            "nbd-client was killed?): reads of its pages fail with I/O errors, and a process that needs one is killed; "
+            f"`ramster swap status` says more, `ramster swap off {now.name}` ends it",
+            now.name,
+        )
+    elif before is not None and was and not is_:
+        how = "is connected to it again" if now is not None else "does not swap on it any more"
+        yield Notice(logging.INFO, f"export {before.name}: this machine's kernel {how}", before.name)
 
 
 def _why(now: Look) -> str:
@@ -166,4 +219,4 @@ def _whose(now: Look) -> str:
 
 
 def _pages(count: int) -> str:
-    return f"{count} page{'s' * (count != 1)} ({format_bytes(count * PAGE_BYTES)})"
+    return f"{counted(count, 'page')} ({format_bytes(count * PAGE_BYTES)})"

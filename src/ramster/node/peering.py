@@ -1,9 +1,12 @@
 """Who connects to whom, and who is let in: the asyncio shell around the handshake. Bytes of pages never come here.
 
 The node with the higher number connects, twice to each peer (get, bulk); the other accepts. When the other misses a
-connection, it asks to be called: it says HELLO at the peer's port, is refused as it always was, and the peer, which
-knows by its certificate who it is, connects at once. What arrives on the port
-gets one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is closed and counted.
+connection, it asks to be called: it says HELLO at the peer's port, is refused, and the peer, which knows by its
+certificate who it is, connects at once. Where the peer has not got through for a while, it may be that somebody floods
+the other's port from the peer's address: then it takes the connection that it is asked on.
+
+What arrives on the port gets one bounded handshake: TLS with the cluster's certificates, then HELLO. Everything else is
+closed and counted.
 Whatever a peer says ends that connection at most, never a task of this node.
 """
 
@@ -45,7 +48,6 @@ _DIGITS = re.compile(r"[\d.]+")
 # So many are accepted before everybody else in the loop has a turn: accepting does not wait while somebody is there.
 _ACCEPTS_A_TURN = 16
 _NO_ROOM = "it had to make room for others"
-_LOOK_S = 0.02
 _KINDS = {"get": GET, "bulk": BULK}
 
 
@@ -69,6 +71,8 @@ class _PeerState:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     called: dict[str, asyncio.Event] = field(default_factory=lambda: {kind: asyncio.Event() for kind in _KINDS})
     connected: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
+    trying: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
+    """Since when this node tries to connect; 0.0 where it does not."""
     attaching: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -127,6 +131,9 @@ class Peering:
         self._grace: dict[int, asyncio.TimerHandle] = {}
         self._stood_still_ms = 0
         self._dice = random.Random()
+        self._news = threading.Condition()
+        """Notified of whatever the links raise; guards `_closing`."""
+        self._closing = False
 
     async def start(self) -> None:
         """Listen and begin to connect. PortTaken when somebody else listens there."""
@@ -145,6 +152,9 @@ class Peering:
     async def close(self) -> None:
         """Stop listening and connecting; established connections belong to the engine and stay."""
         asyncio.get_running_loop().remove_reader(self.links.event_fd)
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -179,6 +189,8 @@ class Peering:
         """A connection went up or down: reconnect, and begin or end the grace time of what we hold."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.links.event_fd)
+        with self._news:
+            self._news.notify_all()
         self._on_change()
         stood_ms = self.links.stood_still_ms() - self._stood_still_ms
         self._stood_still_ms += stood_ms
@@ -240,11 +252,15 @@ class Peering:
         if life is not None and life[0] != theirs.generation:
             life = self.links.probe(theirs.number, True)  # a link of its own process owes it no sign of life
         asked = _Asked(life, self.links.ran_ms() / 1000)
-        while self._judge(theirs, asked) is Verdict.WAITS:
-            time.sleep(_LOOK_S)
+        with self._news:
+            while (left := self._judge(theirs, asked)) > 0:
+                if self._closing:
+                    raise ProtocolError("this node stops")
+                self._news.wait(left)
         return asked
 
-    def _judge(self, theirs: hello.Hello, asked: _Asked) -> Verdict:
+    def _judge(self, theirs: hello.Hello, asked: _Asked) -> float:
+        """For how much longer, in seconds in which this node runs, another process could answer; 0: it did not."""
         life, waited = self.links.probe(theirs.number, False), self.links.ran_ms() / 1000 - asked.at
         answer_s = min(self.settings.idle_timeout_ms / 1000, ANSWER_S_MAX)
         verdict = judge(theirs.generation, asked.life, life, waited, answer_s)
@@ -253,13 +269,21 @@ class Peering:
                 f"another process with the certificate of {theirs.name} is connected and answers: "
                 "one node, one process; has its key been copied?"
             )
-        return verdict
+        return max(answer_s - waited, 0.001) if verdict is Verdict.WAITS else 0.0
 
-    def _attach(self, connection: Connection, theirs: hello.Hello, kind: str, asked: _Asked) -> None:
-        """In a thread: hand it to the engine, unless another process of that peer came in between."""
-        with self._peers[theirs.number].attaching:
+    def _attach(self, connection: Connection, theirs: hello.Hello, kind: str, asked: _Asked, first: bool) -> bool:
+        """In a thread: hand it to the engine, unless another process of that peer came in between.
+
+        first: it is the one that the node with the higher number made. Where both made one at a time, it is taken by
+        both of them; False: it was the other.
+        """
+        state = self._peers[theirs.number]
+        with state.attaching:
+            if not first and self._stands(state, kind):
+                return False
             self._judge(theirs, asked)
             self.links.attach(connection, theirs.number, _KINDS[kind], theirs.generation, theirs.lend_segments)
+            return True
 
     # --- connecting -----------------------------------------------------------------------------------------------
 
@@ -288,14 +312,11 @@ class Peering:
         while True:
             if await self._while_it_stands(state, kind):
                 tries = 0
+                state.trying[kind] = 0.0
                 continue
+            state.trying[kind] = state.trying[kind] or time.monotonic()
             try:
                 await self._connect(state, kind, self.redial.patience(tries))
-                state.reason = ""
-                state.said.clear()
-                state.called[kind].clear()
-                state.connected[kind] = asyncio.get_running_loop().time()
-                log.info("connected to node %s (%s)", state.peer.name, kind)
             except Exception as error:  # whatever it says, there is a next time
                 self._cannot_connect(state, error)
                 tries += 1
@@ -331,6 +352,7 @@ class Peering:
                 continue
             try:
                 await self._connect(state, kind, self.redial.patience(tries))
+                continue  # the other way round: the peer does not get through
             except Exception as error:  # as above
                 if hello.WRONG_WAY in str(error):
                     state.reason = ""  # it is there, and was told
@@ -373,6 +395,11 @@ class Peering:
         connection = Connection(self.credentials.context(), sock.detach(), False)
         if await loop.run_in_executor(self._diallers, self._greet, connection, state, kind, patience):
             self.counters.connected += 1
+            log.info("connected to node %s (%s)", state.peer.name, kind)
+        state.reason = state.refused = ""
+        state.said.clear()
+        state.called[kind].clear()
+        state.connected[kind] = loop.time()
 
     def _greet(self, connection: Connection, state: _PeerState, kind: str, patience: float) -> bool:
         """In a thread: our side of the handshake as the one who connects. False: there was no need any more."""
@@ -396,8 +423,7 @@ class Peering:
                     self.counters.refused_connections += 1
                     raise ProtocolError(reason)
                 asked = self._ask(theirs)
-            self._attach(connection, theirs, kind, asked)
-            return True
+            return self._attach(connection, theirs, kind, asked, first=theirs.number < self.number)
         finally:
             connection.close()
 
@@ -493,7 +519,8 @@ class Peering:
                     raise ProtocolError(f"its first frame is of type {kind_of_frame}, not a hello")
                 theirs = hello.decode_hello(body)
                 own = self.make_hello(theirs.kind, theirs.number)
-                reason = hello.objection(own, theirs, name, self._known, accepted=True)
+                other_way = self._takes_the_other_way(theirs)
+                reason = hello.objection(own, theirs, name, self._known, accepted=not other_way)
                 reason = reason or self.shut_out(theirs.number) or None
                 if reason is not None:
                     if theirs.number < self.number and not hello.objection(
@@ -509,10 +536,20 @@ class Peering:
                 raise ConnectionResetError(_NO_ROOM)
             caller.sock.close()
             self._peers[theirs.number].reason = self._peers[theirs.number].refused = ""
-            self._attach(connection, theirs, theirs.kind, asked)
-            log.info("node %s connected (%s)", theirs.name, theirs.kind)
+            if not self._attach(connection, theirs, theirs.kind, asked, first=not other_way):
+                return
+            note = ", since this node does not get through to it" if other_way else ""
+            log.info("node %s connected (%s)%s", theirs.name, theirs.kind, note)
         finally:
             connection.close()
+
+    def _takes_the_other_way(self, theirs: hello.Hello) -> bool:
+        """Whether a peer that this node connects to may keep the connection on which it asks to be called."""
+        state = self._peers.get(theirs.number)
+        if state is None or theirs.number > self.number or self._stands(state, theirs.kind):
+            return False
+        since = state.trying[theirs.kind]
+        return since > 0 and self.redial.takes_the_other_way(time.monotonic() - since)
 
     def _note_refusal(self, name: str, reason: str) -> None:
         """For the row of the peer whose certificate was shown, whatever number and name were said with it.
@@ -541,7 +578,8 @@ def _words(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError):
-        return (error.strerror or str(error)).lower()
+        # asyncio's own words would be "connect call failed", and not why.
+        return (os.strerror(error.errno) if error.errno else str(error)).lower()
     if isinstance(error, RamsterError):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -42,6 +42,12 @@ class Redial:
         """How long an attempt may take after so many that failed: doubles, for a network that is slow, not broken."""
         return min(max(self.give_up / PATIENCE_SHARE, PATIENCE_MIN_S) * 2.0 ** min(tries, 30), HANDSHAKE_S)
 
+    def takes_the_other_way(self, tried_s: float) -> bool:
+        """Whether a node that has tried to connect for so long lets the other one, which asks to be called, do it: it
+        may be that one's port that is crowded, and nobody stands in this one's.
+        """
+        return tried_s > self.look
+
     @property
     def look(self) -> float:
         """How often somebody who pauses looks whether gets wait by now; how long the node that does not connect waits

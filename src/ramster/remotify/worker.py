@@ -46,6 +46,7 @@ class Worker:
         self._said = ""
         self._failed = ""
         self._read_errors = 0
+        self._linked = True
         self._copies = (0, 0)
         self._count_at = 0.0
         self._missing = False
@@ -135,16 +136,22 @@ class Worker:
         """What a decision needs of it; a kind of trouble is said once."""
         if self.spill is None:
             return None
+        self.spill.look()
         free, waiting, works, total = self.spill.room()
         seen = self.spill.statistics()
-        trouble = "" if works and seen.read_errors == self._read_errors else seen.last_error
+        reads_failed = seen.read_errors > self._read_errors
         self._read_errors = seen.read_errors
-        if not free and not self.spill.mirror:
-            trouble = "it is full"
+        trouble = spill_trouble(works, reads_failed, bool(free), self.spill.mirror, seen.last_error)
         if trouble and trouble != self._said:
-            what = "what goes to lenders has no copy there" if self.spill.mirror else "pages stay in the arena"
-            log.warning("spill file %s: %s; %s while that lasts", self.spill.path, trouble, what)
+            log.warning("spill file %s: %s while that lasts", self.spill.path, trouble)
             self._said = trouble
+        if self._linked and not self.spill.linked:
+            self._linked = False
+            log.warning(
+                "spill file %s was removed, or another file put in its place: this node goes on with the one that it "
+                "has open, whose room the disk has back when the node ends",
+                self.spill.path,
+            )
         if not self.spill.mirror:
             return SpillRoom(free, waiting, works)
         if (now := time.monotonic()) >= self._count_at:
@@ -169,6 +176,23 @@ class Worker:
         elif not missing and self._missing:
             self._missing = False
             log.info("everything that lies on lenders is mirrored again in the spill file %s", self.spill.path)
+
+
+def spill_trouble(works: bool, reads_failed: bool, room: bool, mirror: bool, error: str) -> str:
+    """What to say of a spill file, and what it means; "" where all is well.
+
+    A full one outweighs the rest without a mirror; with one, copies that find no room are said elsewhere.
+    works: no write has failed lately. reads_failed: since the last look. error: the disk's last one.
+    """
+    writes = "what goes to lenders has no copy there" if mirror else "pages stay in the arena"
+    if not room and not mirror:
+        return f"it is full; {writes}"
+    if not works:
+        return f"{error}; {writes}"
+    if reads_failed:
+        reads = "pages whose lender is away cannot be had" if mirror else "pages that lie there cannot be had"
+        return f"reading failed ({error}); {reads}"
+    return ""
 
 
 def _drain(fd: int) -> None:

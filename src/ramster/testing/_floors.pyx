@@ -105,7 +105,7 @@ def copy_and_checksum(bytes pages):
     return begin / <double> n if crc != 1 else 0.0      # uses crc, so that it is not left out
 
 
-def store_put_pages(Store store, uint32_t pool, bytes pages, uint64_t shuffle=0):
+def store_put_pages(Store store, uint64_t pool, bytes pages, uint64_t shuffle=0):
     """Put each page under its number in a dense pool, native loop: ns per page. StoreFull when one was refused.
 
     shuffle: not 0: as many puts, of pages drawn at random (with repeats) from this seed.
@@ -131,7 +131,7 @@ def store_put_pages(Store store, uint32_t pool, bytes pages, uint64_t shuffle=0)
     return begin / <double> n
 
 
-def store_get_pages(Store store, uint32_t pool, bytes pages):
+def store_get_pages(Store store, uint64_t pool, bytes pages):
     """Get each page again, native loop, one byte of each compared: ns per page."""
     cdef Store_t *s = store.live()
     cdef uint32_t n = whole_pages(pages), i, wrong = 0

@@ -12,13 +12,13 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from ramster.engine._c.atomic cimport ACQUIRE, ACQ_REL, RELEASE, RELAXED, add64, load32, load64, sched_yield, store32, store64
+from ramster.engine._c.atomic cimport ACQUIRE, ACQ_REL, RELEASE, RELAXED, add64, load32, load64, sched_yield, store32, store64, sub64
 from ramster.engine._c.crypto cimport EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new, EVP_CIPHER_CTX
 from ramster.engine._c.pthread cimport now_ns, pthread_join, pthread_t, start_thread
 from ramster.engine._link cimport Links, Links_t, get_page
 from ramster.engine._store cimport (
-    CORRUPT, FULL, LOST, MISS, OK, PAGE, POOLS_MAX, REMOTE, EntryHeader, ImageHeader, RemoteMeta, RemoteRef, Store, Store_t,
-    store_flush, store_get, store_put, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
+    CORRUPT, FULL, LOST, MISS, OK, PAGE, POOLS_MAX, REMOTE, EntryHeader, ImageHeader, Pool, RemoteMeta, RemoteRef, Store, Store_t,
+    store_flush, store_get, store_pool_pages, store_put, store_seal_image, store_ship_abort, store_ship_begin, store_ship_commit,
     store_unseal, store_unseal_begin, store_unseal_context)
 
 from ramster import errors
@@ -32,7 +32,7 @@ cdef enum:
 cdef struct Shared:
     Store_t *store
     Links_t *links              # or NULL: what is on a lender is not fetched
-    uint32_t pool
+    uint64_t pool
     uint32_t threads
     uint32_t keys
     uint32_t put_share          # of 100
@@ -197,6 +197,9 @@ cdef void step(Worker *w, uint64_t *words) noexcept nogil:
             return
         if result == FULL:
             w.refused += 1
+            if not s.shared_keys and not s.lossy:
+                sub64(&s.begun[key], 1, ACQ_REL)        # nothing has changed
+                return
         else:
             w.failed += 1
     elif removes:
@@ -227,7 +230,7 @@ cdef void *work(void *argument) noexcept nogil:
     return NULL
 
 
-def hammer(Store store, uint32_t pool, *, uint32_t threads, uint32_t keys, uint64_t operations, double seconds=60.0,
+def hammer(Store store, uint64_t pool, *, uint32_t threads, uint32_t keys, uint64_t operations, double seconds=60.0,
            uint64_t seed=1, mix=(50, 35, 5), bint shared=False, bint sparse=False, bint ephemeral=False, int wait_ms=50,
            Links links=None):
     """Run `operations` per thread, or until `seconds` have passed, on an empty pool; native threads, no GIL.
@@ -308,7 +311,7 @@ def native_layout():
             "length": (<char *> &e.length - a, sizeof(e.length)), "codec": (<char *> &e.codec - a, sizeof(e.codec)),
             "flags": (<char *> &e.flags - a, sizeof(e.flags)), "index": (<char *> &e.index - a, sizeof(e.index)),
             "version": (<char *> &e.version - a, sizeof(e.version)), "pool": (<char *> &e.pool - a, sizeof(e.pool)),
-            "crc": (<char *> &e.crc - a, sizeof(e.crc)), "tag": (<char *> &e.tag - a, sizeof(e.tag))}),
+            "check": (<char *> &e.check - a, sizeof(e.check))}),
         "ImageHeader": (sizeof(ImageHeader), {
             "magic": (<char *> &i.magic - b, sizeof(i.magic)), "segment": (<char *> &i.segment - b, sizeof(i.segment)),
             "generation": (<char *> &i.generation - b, sizeof(i.generation)),
@@ -319,7 +322,7 @@ def native_layout():
     }
 
 
-cdef int look(Store store, uint32_t pool, uint32_t index, oid, RemoteRef *ref) except -1:
+cdef int look(Store store, uint64_t pool, uint32_t index, oid, RemoteRef *ref) except -1:
     cdef uint8_t page[PAGE]
     cdef uint64_t key[3]
     key[0], key[1], key[2] = oid
@@ -327,7 +330,7 @@ cdef int look(Store store, uint32_t pool, uint32_t index, oid, RemoteRef *ref) e
     return store_get(store.live(), pool, key, index, page, -1, ref)
 
 
-def reference(Store store, uint32_t pool, uint32_t index, oid=(0, 0, 0)):
+def reference(Store store, uint64_t pool, uint32_t index, oid=(0, 0, 0)):
     """The slot of a key and, when its page is on a lender, everything that a request for it would use."""
     cdef RemoteRef ref
     cdef int result = look(store, pool, index, oid, &ref)
@@ -367,7 +370,7 @@ def ship(Store store, uint32_t segment, uint32_t generation, uint32_t peer, uint
         EVP_CIPHER_CTX_free(ctx)
 
 
-def unseal(Store store, uint32_t pool, uint32_t index, bytes entry, oid=(0, 0, 0)):
+def unseal(Store store, uint64_t pool, uint32_t index, bytes entry, oid=(0, 0, 0)):
     """Check and uncompress an entry of an image as if a lender had sent it for this key; PageLost when it is not right."""
     cdef RemoteRef ref
     cdef uint8_t page[PAGE]
@@ -390,10 +393,10 @@ def unseal(Store store, uint32_t pool, uint32_t index, bytes entry, oid=(0, 0, 0
     return page[:PAGE]
 
 
-def overwrite_slot(Store store, uint32_t pool, uint64_t index, uint64_t value):
+def overwrite_slot(Store store, uint64_t pool, uint64_t index, uint64_t value):
     """Write a slot of a dense pool behind the store's back; afterwards the store is good for verify() and get alone."""
     cdef Store_t *s = store.live()
-    if pool >= POOLS_MAX or s.pools[pool] == NULL or not s.pools[pool].dense or index >= s.pools[pool].pages or \
-            not s.pools[pool].populated[index >> 18]:
+    cdef Pool *p = s.pools[pool & (POOLS_MAX - 1)]
+    if index >= store_pool_pages(s, pool) or not p.populated[index >> 18]:
         raise errors.UsageError(f"pool {pool} has no such slot")
-    store64(&s.pools[pool].slots[index], value, RELEASE)
+    store64(&p.slots[index], value, RELEASE)

@@ -33,7 +33,7 @@ cdef void answered(void *context, Reply *reply) noexcept nogil:
     pthread_mutex_unlock(&a.lock)
 
 
-def get_together(Links links not None, uint32_t pool, list indices):
+def get_together(Links links not None, uint64_t pool, list indices):
     """For each index its page, or 'lost', 'corrupt', 'busy' (changed meanwhile) or 'unreachable'. UsageError unless all of
     them, 1 to 64, are in one remote segment."""
     cdef Links_t *l = links.live()

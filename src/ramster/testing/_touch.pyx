@@ -525,7 +525,7 @@ def bare_fault(const int64_t[::1] order, uint64_t pages, uint64_t window=1, Bloc
 
 # --- the product's remote get -----------------------------------------------------------------------------------------
 
-def get_pages(Links links, uint32_t pool, const int64_t[::1] order):
+def get_pages(Links links, uint64_t pool, const int64_t[::1] order):
     """Get pages of a dense pool, wherever they are, one at a time: (ns of each get, their first words)."""
     cdef Links_t *l = links.live()
     if order.shape[0] == 0:

@@ -163,16 +163,18 @@ class Cluster:
             raise
 
     def _put_proxies(self, places: list[Place]) -> None:
-        """The higher number dials: its configuration gets the proxy's address instead of the other's."""
+        """The higher number connects, and the other one where that fails: each has the proxy's address of the other."""
         for low in places:
             for high in places:
                 if low.number < high.number:
-                    proxy = self.proxies[frozenset({low.name, high.name})] = Proxy((low.host, low.port))
-                    config = self.nodes[high.name].config
-                    text = config.read_text()
-                    old, new = f'address = "{low.address}"', 'address = "{}:{}"'.format(*proxy.address)
-                    assert old in text
-                    config.write_text(text.replace(old, new))
+                    proxy = Proxy((low.host, low.port), (high.host, high.port))
+                    self.proxies[frozenset({low.name, high.name})] = proxy
+                    for here, there, address in ((high, low, proxy.address), (low, high, proxy.back_address)):
+                        config = self.nodes[here.name].config
+                        text = config.read_text()
+                        old, new = f'address = "{there.address}"', 'address = "{}:{}"'.format(*address)
+                        assert old in text
+                        config.write_text(text.replace(old, new))
 
     def __getitem__(self, name: str) -> Node:
         return self.nodes[name]

@@ -103,9 +103,11 @@ class Proxy:
     """Listens on a free port of 127.0.0.1 and forwards each connection to `target`, from the start until `close`.
 
     `up` is the direction from whoever connects to the target, `down` the other one. `accepted` counts connections.
+    back: where whoever connects can be connected to itself, by way of `back_address`. That is the same cable: what is
+    done to one is done to both, and `up` is the same direction. Not counted.
     """
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], back: tuple[str, int] | None = None) -> None:
         self.target = target
         self.up = Direction()
         self.down = Direction()
@@ -117,8 +119,15 @@ class Proxy:
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        self._thread = threading.Thread(target=self._accept, name="proxy", daemon=True)
-        self._thread.start()
+        ways = [(self._listener, target, self.up, self.down)]
+        if back is not None:
+            listener = socket.create_server(("127.0.0.1", 0))
+            self.back_address: tuple[str, int] = listener.getsockname()[:2]
+            ways.append((listener, back, self.down, self.up))
+        self._listeners = [way[0] for way in ways]
+        self._threads = [threading.Thread(target=self._accept, args=way, name="proxy", daemon=True) for way in ways]
+        for thread in self._threads:
+            thread.start()
 
     def cut(self) -> None:
         """Close every connection that there is now; new ones are served."""
@@ -157,10 +166,11 @@ class Proxy:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
+        for listener, thread in zip(self._listeners, self._threads, strict=True):
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            listener.close()
         self.cut()
 
     def __enter__(self) -> Self:
@@ -171,18 +181,19 @@ class Proxy:
     ) -> None:
         self.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket, target: tuple[str, int], forth: Direction, back: Direction) -> None:
+        counted = listener is self._listener
         while not self._closed:
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
             if self._refusing:
-                self.refused += 1
+                self.refused += counted
                 client.close()
                 continue
             try:
-                server = socket.create_connection(self.target, CONNECT_S)
+                server = socket.create_connection(target, CONNECT_S)
             except OSError:
                 client.close()
                 continue
@@ -191,12 +202,12 @@ class Proxy:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = _Link(client, server)
             link.threads = [
-                threading.Thread(target=self._pump, args=(link, client, server, self.up), daemon=True),
-                threading.Thread(target=self._pump, args=(link, server, client, self.down), daemon=True),
+                threading.Thread(target=self._pump, args=(link, client, server, forth), daemon=True),
+                threading.Thread(target=self._pump, args=(link, server, client, back), daemon=True),
             ]
             with self._lock:
                 self._links.append(link)
-                self.accepted += 1
+                self.accepted += counted
             for thread in link.threads:
                 thread.start()
             threading.Thread(target=self._reap, args=(link,), daemon=True).start()

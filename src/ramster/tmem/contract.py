@@ -6,19 +6,21 @@ is persistent or ephemeral, and dense (one object, (0, 0, 0), of a fixed number 
 =============  ========================================================================================================
 operation      promise
 =============  ========================================================================================================
-create pool    gives an id that no living pool has; ids are used again after destroy
+create pool    gives an id that no pool ever had before: whoever still has one of a destroyed pool is told so
 put            copies the page before it returns: the caller may change its buffer at once; replaces what was there
 get            the page, or a miss; never other bytes. By mode the page stays or goes (`GetMode`)
 flush page     the page is gone, here and on every lender; says whether there was one
 flush object   the same for every page of an object; says how many there were
-destroy pool   the same for every object; then the id is free
+destroy pool   the same for every object
 =============  ========================================================================================================
 
 Coherency, in the numbering of the original:
 
 1. Put, put, get: after two puts on a key, a get never returns the first page.
 2. Get, get: after a miss, the key keeps missing until it is put again.
-3. A put over an existing page that is refused leaves nothing behind: the old page is gone too.
+3. A put that is refused changes nothing in a persistent pool: an existing page stays, and whoever must not have it
+   taken for the newer one flushes it. In an ephemeral pool the old page is gone too (the original: in either kind),
+   since a cache must not give out what was before.
 4. A put may be refused at any time, in any kind of pool; that is normal and not an error of the store.
 5. Racing operations on one key take effect in some order, each at one moment between its call and its return. A get
    that races a put returns one of the two pages, whole.
@@ -67,6 +69,6 @@ class Result(Enum):
 
     DONE = "done"
     MISS = "miss"
-    REFUSED = "refused"  # StoreFull: nothing is stored under the key
+    REFUSED = "refused"  # StoreFull: nothing was stored, see rule 3
     LOST = "lost"  # PageLost: no copy with the right bytes exists any more
-    INVALID = "invalid"  # UsageError: no such pool, or a key outside its pool; nothing was changed
+    INVALID = "invalid"  # UsageError: no such pool, or a key outside its pool, PoolGone: no longer; nothing was changed

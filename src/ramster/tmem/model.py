@@ -29,14 +29,21 @@ class Model:
     def __init__(self, pools_max: int = 4096) -> None:
         self._pools: dict[int, _Pool] = {}
         self._pools_max = pools_max
+        self._made = 0
 
     def create_pool(self, *, pages: int | None = None, persistent: bool = True) -> int:
-        """The lowest free id. pages=N: dense; None: sparse. UsageError for a size that cannot be."""
+        """The lowest free place, and a number that no pool had before.
+
+        pages=N: dense; None: sparse. UsageError for a size that cannot be.
+        """
         if pages is not None and not 0 < pages <= INDEX_LIMIT:
             raise errors.UsageError(f"a pool of {pages} pages")
-        pool = next((i for i in range(self._pools_max) if i not in self._pools), None)
-        if pool is None:
+        taken = {pool % self._pools_max for pool in self._pools}
+        place = next((i for i in range(self._pools_max) if i not in taken), None)
+        if place is None:
             raise errors.StoreFull(f"all {self._pools_max} pools are in use")
+        self._made += 1
+        pool = self._made * self._pools_max + place
         self._pools[pool] = _Pool(pages, persistent)
         return pool
 
@@ -52,9 +59,10 @@ class Model:
         chosen.stored[key] = copy
 
     def refused(self, pool: int, index: int, oid: ObjectId = ZERO) -> None:
-        """The store refused a put on this key: rule 3, nothing is left behind."""
+        """The store refused a put on this key: rule 3, an older page stays where pages do."""
         chosen, key = self._find(pool, index, oid)
-        chosen.stored.pop(key, None)
+        if not chosen.persistent:
+            chosen.stored.pop(key, None)
 
     def get(self, pool: int, index: int, oid: ObjectId = ZERO, mode: int = GetMode.KEEP) -> bytes | None:
         chosen, key = self._find(pool, index, oid)
@@ -113,6 +121,8 @@ class Model:
 
     def _pool(self, pool: int) -> _Pool:
         if pool not in self._pools:
+            if 0 < pool // self._pools_max <= self._made:
+                raise errors.PoolGone(f"pool {pool} was destroyed")
             raise errors.UsageError(f"there is no pool {pool}")
         return self._pools[pool]
 

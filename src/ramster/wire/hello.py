@@ -88,8 +88,8 @@ def objection(own: Hello, theirs: Hello, certificate_name: str, known: dict[int,
         own, theirs: what both said.
         certificate_name: the name that TLS proved.
         known: names of the configured peers by number.
-        accepted: the peer connected to us. The higher number connects, so that two nodes that start together end up
-            with one link.
+        accepted: the peer connected to us, and we can connect to it. The higher number connects, so that two nodes that
+            start together end up with one link.
     """
     if theirs.cluster != own.cluster:
         return f"it belongs to cluster {theirs.cluster!r}, this node to {own.cluster!r}"

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ramster.cli.complete import node_names
+
 app = typer.Typer(help="Make a cluster, let clients in, renew its certificates.", no_args_is_help=True)
 
 INIT_HELP = """Make an authority, and for each node a certificate, a key and a configuration.
@@ -79,7 +81,7 @@ def init(
 
 @app.command("renew", help=RENEW_HELP)
 def renew(
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name.")],
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name.", autocompletion=node_names)],
     directory: Annotated[Path, typer.Option("--directory", metavar="DIR", help="Where ca.key and NODE.crt are.")],
     address: Annotated[
         list[str] | None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ramster.cli.commands.options import size_option
+from ramster.signals import at_once
 
 HELP = """Run two real nodes on this machine and work on an array that is larger than its RAM.
 
@@ -42,9 +43,10 @@ def demo(
     events: Annotated[bool, typer.Option("--events", help="Report progress as JSON lines on stderr.")] = False,
 ) -> None:
     # Here, not above: numpy and rich would slow down every other command's start.
-    from ramster.cli.demo import live
-    from ramster.cli.demo.plan import Options
-    from ramster.cli.demo.run import run, verdict
+    with at_once():
+        from ramster.cli.demo import live
+        from ramster.cli.demo.plan import Options
+        from ramster.cli.demo.run import run, verdict
 
     options = Options(
         size=size_option("--size", size),

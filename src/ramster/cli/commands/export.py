@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import (
-    WAIT_S,
-    ConfigOption,
-    JsonOption,
-    SocketOption,
-    WaitOption,
-    control_socket,
-    say,
-    size_option,
-)
-from ramster.cli.control_client import ControlClient, Patience
+from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, say, size_option
+from ramster.cli.complete import export_names
 from ramster.errors import UsageError
 
 app = typer.Typer(help="Block devices of this node, for any NBD client.", no_args_is_help=True)
@@ -57,24 +47,38 @@ Examples:
   ramster export rm vm
   ramster export rm vm --force
 """
-SET_HELP = """Let an export grow, or make it read-only or writable. What is in it stays.
+SET_HELP = """Let an export grow, be read-only or writable, or be for other clients. What is in it stays.
 
 It grows up to the --max-size that it was made with; clients see the new size
 when they connect the next time. --read-only and --read-write are refused
 while clients use it, because a client learns which it is when it connects.
 
+The names after --allow take the place of those that it was for. It counts for
+new connections at once; those of clients that are not named are closed.
+
 \b
 Examples:
   ramster export set data --size 16GiB
   ramster export set data --read-only
+  ramster export set data --allow web --allow backup
+  ramster export set data --allow-all
   ramster export set data --read-write --size 32GiB
 """
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The export's name.")]
+ExistingArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="The export's name.", autocompletion=export_names)
+]
 SizeOption = Annotated[str, typer.Option("--size", metavar="SIZE", help='Its size, such as "8GiB".')]
+
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="NAME", help="A client that may use it over TCP; may be repeated."),
+]
 
 
 @app.command("create", help=CREATE_HELP)
+@for_node()
 def create(
     name: NameArgument,
     size: SizeOption,
@@ -83,30 +87,26 @@ def create(
         typer.Option("--max-size", metavar="SIZE", help="How large it may ever grow; its size if not given."),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Clients may not write.")] = False,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option("--allow", metavar="NAME", help="A client that may use it over TCP; may be repeated."),
-    ] = None,
+    allow: AllowOption = None,
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
     size_bytes = size_option("--size", size)
     max_bytes = None if max_size is None else size_option("--max-size", max_size)
-    client = _client(socket, config, wait)
+    client = node.awaited()
     export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only, allow=allow or ())
     _show(export, as_json)
 
 
 @app.command("ls", help=LS_HELP)
+@for_node()
 def ls(
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    exports = _client(socket, config, wait).exports()
+    exports = node.awaited().exports()
     if as_json:
         typer.echo(json.dumps({"exports": exports}, indent=2))
         return
@@ -120,41 +120,42 @@ def ls(
 
 
 @app.command("rm", help=RM_HELP)
+@for_node()
 def rm(
-    name: NameArgument,
+    name: ExistingArgument,
     force: Annotated[bool, typer.Option("--force", help="End the connections of its clients first.")] = False,
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    _client(socket, config, wait).remove_export(name, force=force)
+    node.awaited().remove_export(name, force=force)
     typer.echo(json.dumps({"removed": name}) if as_json else f"removed the export {name}")
 
 
 @app.command("set", help=SET_HELP)
+@for_node()
 def set_(
-    name: NameArgument,
+    name: ExistingArgument,
     size: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help='Its new size, such as "16GiB"; it cannot shrink.')
     ] = None,
     read_only: Annotated[
         bool | None, typer.Option("--read-only/--read-write", help="Clients may not write, or may again.")
     ] = None,
+    allow: AllowOption = None,
+    allow_all: Annotated[bool, typer.Option("--allow-all", help="Every client of the cluster may use it.")] = False,
     as_json: JsonOption = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    if size is None and read_only is None:
-        raise UsageError("nothing to set; give --size, --read-only or --read-write")
+    if size is None and read_only is None and not allow and not allow_all:
+        raise UsageError("nothing to set; give --size, --read-only, --read-write, --allow or --allow-all")
+    if allow and allow_all:
+        raise UsageError("--allow and --allow-all both say who may use it; give one of them")
     size_bytes = None if size is None else size_option("--size", size)
-    client = _client(socket, config, wait)
-    _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only), as_json)
-
-
-def _client(socket: Path | None, config: Path | None, wait_s: float) -> ControlClient:
-    return ControlClient(control_socket(socket, config)).await_node(Patience(wait_s, say))
+    client = node.awaited()
+    allowed = [] if allow_all else allow or None
+    _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only, allow=allowed), as_json)
 
 
 def _show(export: Mapping[str, Any], as_json: bool) -> None:
@@ -163,6 +164,6 @@ def _show(export: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(export, indent=2))
         return
     for note in export.get("notes") or []:
-        typer.echo(note, err=True)
+        say(note, by="")
     for uri in export.get("uris") or []:
         typer.echo(uri)

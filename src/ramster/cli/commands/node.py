@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ramster.errors import UsageError
+from ramster.signals import at_once
 
 HELP = """Run a node in the foreground until `ramster stop`, Ctrl-C or SIGTERM.
 
@@ -26,10 +27,11 @@ def node(
 ) -> int:
     if not __debug__:
         raise UsageError("a node keeps its assertions on; run it without python -O and without PYTHONOPTIMIZE")
-    from ramster.config import load
+    with at_once():
+        from ramster.config import load
 
-    settings = load(config)
-    # After the file is known to be good: the node's imports are the slow part.
-    from ramster.node.main import run
+        settings = load(config)
+        # After the file is known to be good: the node's imports are the slow part.
+        from ramster.node.main import run
 
     return run(settings)

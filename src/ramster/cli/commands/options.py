@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ramster.cli.control_client import ControlClient, Patience
 from ramster.config.paths import canonical_socket, default_run_dir
 from ramster.config.paths import control_socket as control_path
 from ramster.errors import UsageError
+from ramster.logs import escaped
 
-SocketOption = Annotated[
+Result = TypeVar("Result")
+
+#: A node needs about a second from its start to its sockets; longer where it locks a large arena.
+WAIT_S = 10.0
+_SOCKET = Annotated[
     Path | None,
     typer.Option(
         "--socket", metavar="PATH", help="The node's control socket. Default: the one in the default run_dir."
     ),
 ]
-ConfigOption = Annotated[
+_CONFIG = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Take the control socket from this node's configuration file."),
 ]
-#: A node needs about a second from its start to its sockets; longer where it locks a large arena.
-WAIT_S = 10.0
-WaitOption = Annotated[
+_WAIT = Annotated[
     float,
     typer.Option("--wait", metavar="SECONDS", min=0, max=3600, help="For a node that was just started."),
 ]
@@ -43,9 +53,58 @@ def control_socket(socket: Path | None, config: Path | None) -> Path:
     return control_path(default_run_dir())
 
 
-def say(line: str) -> None:
-    """What is not the answer itself: on stderr, as errors are."""
-    typer.echo(f"ramster: {line}", err=True)
+@dataclass(frozen=True, slots=True)
+class ChosenNode:
+    """The node that --socket or --config names, and how long --wait waits for it."""
+
+    path: Path
+    patience: Patience
+
+    def client(self, timeout_s: float | None = None, *, strict: bool = False) -> ControlClient:
+        """As of `ControlClient`; asks nothing yet."""
+        return ControlClient(self.path, strict=strict, **({} if timeout_s is None else {"timeout_s": timeout_s}))
+
+    def awaited(self, timeout_s: float | None = None, *, strict: bool = False) -> ControlClient:
+        """The same, once the node answers."""
+        return self.client(timeout_s, strict=strict).await_node(self.patience)
+
+
+def for_node(*, waits: bool = True) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Gives a command the options that name a node, in place of its last parameter, `node: ChosenNode`.
+
+    waits: --wait is one of them.
+    """
+    options = {"wait": (_WAIT, WAIT_S), "socket": (_SOCKET, None), "config": (_CONFIG, None)}
+    if not waits:
+        del options["wait"]
+    added = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in options.items()
+    ]
+
+    def decorate(command: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(command)
+        def with_options(
+            *, wait: float = 0.0, socket: Path | None = None, config: Path | None = None, **given: Any
+        ) -> Result:
+            return command(**given, node=ChosenNode(control_socket(socket, config), Patience(wait, say)))
+
+        signature = inspect.signature(command, eval_str=True)
+        kept = [each for each in signature.parameters.values() if each.name != "node"]
+        # What the parser reads of a command.
+        with_options.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        with_options.__annotations__ = {each.name: each.annotation for each in [*kept, *added]}
+        return with_options
+
+    return decorate
+
+
+def say(text: str, by: str = "ramster: ") -> None:
+    """What is not the answer itself, and errors: on stderr.
+
+    Words of other nodes, programs and files stand in it: what cannot be printed is shown as an escape.
+    """
+    typer.echo(by + "\n".join(escaped(line, sys.maxsize) for line in text.split("\n")), err=True)
 
 
 def size_option(option: str, text: str) -> int:

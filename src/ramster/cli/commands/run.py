@@ -10,17 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ramster.cli.commands.options import (
-    WAIT_S,
-    ConfigOption,
-    SocketOption,
-    WaitOption,
-    control_socket,
-    say,
-    size_option,
-)
-from ramster.cli.control_client import ControlClient, Patience
+from ramster.cli.commands.options import ChosenNode, for_node, say, size_option
 from ramster.errors import Refused, UsageError
+from ramster.signals import at_once
 
 HELP = """Run a command with so much RAM; what does not fit goes to swap.
 
@@ -41,6 +33,7 @@ ANSWER_S = 5.0
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 
+@for_node()
 def run(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What to run.")],
     memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help='RAM that it may use, such as "512MiB".')],
@@ -49,22 +42,21 @@ def run(
         str | None, typer.Option("--json", metavar="FILE", help="Write the summary as JSON; - is stdout.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No summary on stderr.")] = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> int:
-    from ramster.frontswap import swap
-    from ramster.frontswap.cgroups import LIMIT_BYTES_MIN
-    from ramster.frontswap.devices import swaps
-    from ramster.frontswap.run import explain
-    from ramster.frontswap.run import run as run_limited
+    with at_once():
+        from ramster.frontswap import swap
+        from ramster.frontswap.cgroups import LIMIT_BYTES_MIN
+        from ramster.frontswap.devices import swaps
+        from ramster.frontswap.run import explain
+        from ramster.frontswap.run import run as run_limited
 
     limit = size_option("--memory", memory)
     if limit < LIMIT_BYTES_MIN:
         raise UsageError(f"--memory is {memory!r}; allowed is {LIMIT_BYTES_MIN >> 20}MiB or more")
-    path = control_socket(socket, config)
-    client = ControlClient(path, timeout_s=ANSWER_S)
-    patience = Patience(wait, say)
+    path, patience = node.path, node.patience
+    client = node.client(ANSWER_S)
     on, bad = swap.health(client, path.parent)
     while not on and swap.half_done(path.parent) and patience.left("waiting for a swap that is being switched on"):
         on, bad = swap.health(client, path.parent)
@@ -78,7 +70,7 @@ def run(
             "make one (ramster swap on --size SIZE), or use --any-swap for what there is"
         )
     if not swaps():
-        typer.echo("ramster: this machine has no swap: what does not fit is killed", err=True)
+        say("this machine has no swap: what does not fit is killed")
 
     def watch() -> str | None:
         return "; and ".join(swap.health(client, path.parent)[1]) or None
@@ -92,8 +84,8 @@ def run(
             try:
                 Path(report).write_text(text)
             except OSError as error:
-                typer.echo(f"ramster: cannot write {report}: {error.strerror}", err=True)
+                say(f"cannot write {report}: {error.strerror}")
     if not quiet:
         for line in explain(summary):
-            typer.echo(f"ramster: {line}", err=True)
+            say(line)
     return summary.exit_code

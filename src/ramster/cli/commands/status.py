@@ -7,16 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import (
-    WAIT_S,
-    ConfigOption,
-    JsonOption,
-    SocketOption,
-    WaitOption,
-    control_socket,
-    say,
-)
-from ramster.cli.control_client import ControlClient, Patience
+from ramster.cli.commands.options import ChosenNode, JsonOption, for_node
 from ramster.errors import NodeUnreachable
 
 HELP = """Show a running node: arena, pages here and away, peers, regions, foreign data.
@@ -29,15 +20,14 @@ Examples:
 """
 
 
+@for_node()
 def status(
     as_json: JsonOption = False,
     links: Annotated[bool, typer.Option("--links", help="Wait for the links to all peers, too.")] = False,
-    wait: WaitOption = WAIT_S,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    patience = Patience(wait, say)
-    client = ControlClient(control_socket(socket, config)).await_node(patience)
+    patience, client = node.patience, node.awaited()
     data = client.status()
     while links and (absent := _absent(data)) and patience.left(f"waiting for the link to {', '.join(absent)}"):
         data = client.status()
@@ -50,7 +40,7 @@ def status(
         show(*status_tables(data))
     if links and (absent := _absent(data)):
         raise NodeUnreachable(
-            f"no link within {wait:g} s: {'; '.join(f'{name} ({why})' for name, why in absent.items())}; "
+            f"no link within {patience.wait_s:g} s: {'; '.join(f'{name} ({why})' for name, why in absent.items())}; "
             "is its node running, and does it reach this one?"
         )
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import ConfigOption, SocketOption, control_socket
+from ramster.cli.commands.options import ChosenNode, for_node, say
 from ramster.cli.control_client import ControlClient
 from ramster.errors import NodeUnreachable, Refused
 
@@ -30,13 +30,13 @@ Examples:
 WAIT_S = 60.0
 
 
+@for_node(waits=False)
 def stop(
     force: Annotated[bool, typer.Option("--force", help="Stop even if data is lost.")] = False,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
-    path = control_socket(socket, config)
-    client = ControlClient(path)
+    path, client = node.path, node.client()
     try:
         status = client.status()
     except NodeUnreachable:
@@ -60,7 +60,7 @@ def stop(
                 + "close the regions, remove the exports and stop the owners first, or use --force to lose it"
             )
         for line in lines:
-            typer.echo(f"lost: {line}", err=True)
+            say(line, by="lost: ")
         _wait(client, process, name)
     typer.echo(f"node {name} has stopped")
 

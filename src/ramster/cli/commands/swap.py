@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ramster.cli.commands.options import (
-    WAIT_S,
-    ConfigOption,
-    JsonOption,
-    SocketOption,
-    WaitOption,
-    control_socket,
-    say,
-    size_option,
-)
-from ramster.cli.control_client import ControlClient, Patience
+from ramster.cli.commands.options import ChosenNode, JsonOption, for_node, say, size_option
+from ramster.cli.complete import swap_names
 from ramster.constants import MIB
 from ramster.errors import UsageError
 
@@ -60,7 +50,11 @@ Examples:
 """
 
 
+ANSWER_S = 30.0  # to forget a large export takes a while
+
+
 @app.command("on", help=ON_HELP)
+@for_node()
 def on(
     size: Annotated[str, typer.Option("--size", metavar="SIZE", help='How large, such as "8GiB".')],
     priority: Annotated[
@@ -81,14 +75,12 @@ def on(
         str,
         typer.Option("--way", metavar="WAY", help="auto, nbd (the kernel's), or bridge (nbdfuse and a loop device)."),
     ] = "auto",
-    wait: WaitOption = WAIT_S,
     as_json: JsonOption = False,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
     from ramster.frontswap import swap
 
-    path = control_socket(socket, config)
     plan = swap.Plan(
         name,
         size_option("--size", size),
@@ -97,11 +89,10 @@ def on(
         connections,
         way,
     )
-    patience = Patience(wait, say)
     swap.check(plan)
     swap.need_root("switching swap on")
-    client = _client(path, strict=True).await_node(patience)
-    made = swap.on(client, path.parent, plan, say, patience.left)
+    client = node.awaited(ANSWER_S, strict=True)  # the machine's memory is to go there
+    made = swap.on(client, node.path.parent, plan, say, node.patience.left)
     if as_json:
         typer.echo(json.dumps(made, indent=2))
         return
@@ -111,19 +102,21 @@ def on(
 
 
 @app.command("off", help=OFF_HELP)
+@for_node(waits=False)
 def off(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Which one; may be left out when there is one.")
+        str | None,
+        typer.Argument(metavar="NAME", help="Which one; may be left out when there is one.", autocompletion=swap_names),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every swap of this node.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also when RAM may not have room for it.")] = False,
     as_json: JsonOption = False,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
+    *,
+    node: ChosenNode,
 ) -> None:
     from ramster.frontswap import swap
 
-    path = control_socket(socket, config)
+    path = node.path
     there = swap.names(path.parent)
     if name is not None and every:
         raise UsageError("NAME and --all both say which; give one of them")
@@ -131,7 +124,7 @@ def off(
         raise UsageError(f"there are {len(there)} swaps ({', '.join(there)}); name one, or use --all")
     wanted = there if name is None else [name]
     swap.need_root("switching swap off")
-    ended = [swap.off(_client(path), path.parent, each, force=force, say=_progress) for each in wanted]
+    ended = [swap.off(node.client(ANSWER_S), path.parent, each, force=force, say=_progress) for each in wanted]
     if sys.stderr.isatty():
         typer.echo("\r\x1b[K", err=True, nl=False)  # the last line of progress
     if as_json:
@@ -146,20 +139,15 @@ def off(
 
 
 @app.command("status", help=STATUS_HELP)
-def status(as_json: JsonOption = False, socket: SocketOption = None, config: ConfigOption = None) -> None:
+@for_node(waits=False)
+def status(as_json: JsonOption = False, *, node: ChosenNode) -> None:
     from ramster.frontswap import swap
 
-    path = control_socket(socket, config)
-    found = swap.status(_client(path), path.parent)
+    found = swap.status(node.client(ANSWER_S), node.path.parent)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
     _tables(found)
-
-
-def _client(path: Path, *, strict: bool = False) -> ControlClient:
-    """strict: the machine's memory is to go there."""
-    return ControlClient(path, timeout_s=30.0, strict=strict)
 
 
 _said = 0.0

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.text import Text
 
 from ramster.cli.demo.plan import show_size
+from ramster.config.units import counted
 from ramster.constants import PAGE_BYTES
 
 _TITLES = {"source": "", "plain": "numpy in RAM", "region": "RAMster", "memmap": "numpy.memmap"}
@@ -78,7 +79,7 @@ class Screen:
         elif kind == "node":
             self._say(f"{event['name']} ({event['role']}) runs as process {event['pid']}")
         if kind == "source" and event["repeats"]:
-            self._say(f"the input was too short and is repeated {event['repeats']} times")
+            self._say(f"the input was too short and is repeated {counted(event['repeats'], 'time')}")
         if kind == "directory" and event["kept"]:
             self._say(f"files stay in {shlex.quote(event['path'])}")
         if kind == "kept":

@@ -11,6 +11,7 @@ from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work, show_si
 from ramster.cli.demo.source import Source
 from ramster.cli.demo.workload import complete
 from ramster.cli.tables import Part, Table
+from ramster.config.units import counted
 from ramster.constants import PAGE_BYTES
 
 FAULT_KEYS = ("fault_local_p50_us", "fault_local_p99_us", "fault_remote_p50_us", "fault_remote_p99_us")
@@ -205,9 +206,10 @@ class Result:
             table.add(label, "-" if p50 is None else f"{p50} us / {p99} us")
         ratio = data["compression_ratio"]
         table.add("compression", "-" if ratio is None else f"{ratio:.2f} : 1")
-        sent = data["bytes_sent"]
+        sent, segments = data["bytes_sent"], counted(data["segments_shipped"] or 0, "segment", ",")
         table.add(
-            "bytes sent", "-" if sent is None else f"{show_size(sent)} in {_count(data['segments_shipped'])} segments"
+            "bytes sent",
+            "-" if sent is None else f"{show_size(sent)} in {segments}",
         )
         table.add(
             "puts, local gets, remote gets",
@@ -216,7 +218,8 @@ class Result:
         return table
 
     def _verdict(self, data: Mapping[str, Any]) -> Part:
-        text = f"{data['pages_checked']:,} pages compared, {data['pages_wrong']:,} wrong, {data['pages_lost']:,} lost"
+        compared = counted(data["pages_checked"], "page", ",")
+        text = f"{compared} compared, {data['pages_wrong']:,} wrong, {data['pages_lost']:,} lost"
         good = not data["pages_wrong"] and not data["pages_lost"] and not data["incomplete_phases"]
         return text, "bold green" if good else "bold red"
 

@@ -24,6 +24,7 @@ from ramster.cli.demo.nodes import PYTHON, DemoNode, cluster, end, spawn
 from ramster.cli.demo.plan import Options, Work, make_work
 from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.source import Source, user_file, write_source
+from ramster.config.units import counted
 from ramster.errors import NodeUnreachable, RamsterError, RegionFull, RegionLost, from_code
 from ramster.signals import unbroken
 
@@ -74,21 +75,24 @@ def verdict(result: Result) -> None:
     """Raises unless every planned page was compared and equal: the demo's exit code is that error's."""
     wrong, lost = result.region.total("wrong"), result.region.pages_lost()
     if wrong:
-        raise RamsterError(f"{wrong} pages came back wrong; this is a bug, please report it with the output of --json")
+        raise RamsterError(
+            f"{counted(wrong, 'page')} came back wrong; this is a bug, please report it with the output of --json"
+        )
     cause = f" after {', '.join(result.dead_nodes)} died" if result.dead_nodes else ""
-    compared = result.region.total("checked")
+    gone = f"{counted(lost, 'page')} {'is' if lost == 1 else 'are'}"
+    seen = counted(result.region.total("checked"), "page")
     if result.region.full():
         raise RegionFull(
             f"the worker ended by SIGBUS{cause}: neither the arena nor a lender had room for a page; "
-            f"{lost} pages are lost, {compared} pages had been compared and none was wrong"
+            f"{gone} lost, {seen} had been compared and none was wrong"
         )
     if result.region.signal == signal.SIGBUS:
         raise RegionLost(
-            f"the worker touched a lost page and ended by SIGBUS{cause}: about {lost} pages are lost, "
-            f"{compared} pages had been compared and none was wrong"
+            f"the worker touched a lost page and ended by SIGBUS{cause}: about {gone} lost, "
+            f"{seen} had been compared and none was wrong"
         )
     if lost:
-        raise RegionLost(f"{lost} pages are lost{cause}; {compared} pages were compared and none was wrong")
+        raise RegionLost(f"{gone} lost{cause}; {seen} had been compared and none was wrong")
     if incomplete := result.region.incomplete():
         raise RamsterError(
             f"not every planned page was compared in: {', '.join(incomplete)}; this is a bug, please report it"
@@ -150,10 +154,12 @@ def _work(work: Work, directory: Path, audience: Audience, nodes: list[DemoNode]
         outcome.words = lines[-1].removeprefix("ramster: ") if lines else ""
         outcome.finished = False
     if code == -signal.SIGBUS and nodes:
-        # Where the node counts lost pages for good, its figure is exact.
+        # While it still has the region's pages.
         with contextlib.suppress(RamsterError):
             outcome.status = nodes[0].control.status()
-            outcome.lost_seen = max(outcome.lost_seen, int((outcome.status.get("counters") or {}).get("pages_lost", 0)))
+            arena = outcome.status.get("arena") or {}
+            lost = int(arena.get("pages_lost", 0)) + int(arena.get("pages_unreachable", 0))
+            outcome.lost_seen = max(outcome.lost_seen, lost)
     elif code:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise RamsterError(f"the {work.kind} worker ended with {how}: {lines[-1] if lines else 'no message'}")

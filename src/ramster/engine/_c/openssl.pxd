@@ -60,7 +60,8 @@ cdef extern from "<openssl/ssl.h>" nogil:
     void SSL_set0_wbio(SSL *, BIO *) noexcept
     void SSL_set_msg_callback(SSL *, void (*)(int, int, int, const void *, size_t, SSL *, void *) noexcept nogil) noexcept
     void SSL_set_msg_callback_arg(SSL *, void *) noexcept
-    int SSL3_RT_HANDSHAKE
+    void SSL_set_shutdown(SSL *, int) noexcept
+    int SSL3_RT_HANDSHAKE, SSL_RECEIVED_SHUTDOWN
     int OPENSSL_init_ssl(unsigned long long, const OPENSSL_INIT_SETTINGS *) noexcept
     int TLS1_2_VERSION, TLS1_3_VERSION
     unsigned long long SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_TICKET
@@ -68,7 +69,7 @@ cdef extern from "<openssl/ssl.h>" nogil:
     long SSL_SESS_CACHE_OFF
     int SSL_VERIFY_PEER, SSL_VERIFY_FAIL_IF_NO_PEER_CERT, SSL_FILETYPE_PEM
     int SSL_ERROR_NONE, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_ERROR_SYSCALL
-    int SSL_KEY_UPDATE_NOT_REQUESTED
+    int SSL_KEY_UPDATE_NOT_REQUESTED, SSL_KEY_UPDATE_REQUESTED
     unsigned long long OPENSSL_INIT_NO_ATEXIT
 
 cdef extern from "<openssl/x509.h>" nogil:
