@@ -216,6 +216,14 @@ class ReferenceRegion:
                 evicted += 1
         return evicted
 
+    def discard(self, first: int, count: int) -> int:
+        with self._lock:
+            for page in range(first, first + count):
+                self._stored[page] = bytes(PAGE)
+                if _libc.fallocate(self.memfd, FALLOC_FL_KEEP_SIZE_PUNCH_HOLE, page * PAGE, PAGE):
+                    raise OSError(ctypes.get_errno(), "fallocate")
+        return count
+
     def advise(self, kind: str, first: int, count: int) -> None:
         """Changes nothing that can be seen."""
 

@@ -1,6 +1,7 @@
 """A node in a process of its own, and scripts that use it: what these tests do to memory may kill a process."""
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -221,6 +222,16 @@ class Agent:
         """In order; fails unless its exit status is 0."""
         status, _, err = finish(self.process)
         assert status == 0, err
+
+
+def fault_threads() -> set[int]:
+    """Of the regions in this process."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            if (task / "comm").read_text() == "ramster-fault\n":
+                found.add(int(task.name))
+    return found
 
 
 class Engines:

@@ -343,18 +343,22 @@ def test_it_does_not_turn_under_its_clients(served: Served) -> None:
     ]
 
 
-def test_a_page_without_content_is_none_when_it_has_turned(served: Served) -> None:
+def test_a_page_whose_write_was_refused_is_what_it_was_when_it_has_turned(served: Served) -> None:
     pages = 4096
     served.create("image", pages)
     client = served.client("image")
-    failed = next(
-        n for n in range(pages) if client.ask(Command.WRITE, n * PAGE_BYTES, PAGE_BYTES, payload=noise()).error
+    first = noise()
+    client.write(0, first)
+    full = next(
+        n for n in range(1, pages) if client.ask(Command.WRITE, n * PAGE_BYTES, PAGE_BYTES, payload=noise()).error
     )
+    assert client.ask(Command.WRITE, 0, PAGE_BYTES, payload=noise()).error == Errno.ENOSPC
     client.close()
     for read_only in (True, False):
-        assert turn(served, "image", read_only)["pages_failed"] == 1
+        turn(served, "image", read_only)
         client = served.client("image")
-        assert client.ask(Command.READ, failed * PAGE_BYTES, PAGE_BYTES).error == Errno.EIO
+        assert client.read(0, PAGE_BYTES) == first
+        assert client.read(full * PAGE_BYTES, PAGE_BYTES) == bytes(PAGE_BYTES)
         client.close()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.frontswap.conftest import DEADLINE, Engines
+from tests.frontswap.conftest import DEADLINE, Engines, fault_threads
 
 from ramster.constants import REGION_MESSAGE_BYTES_MAX
 from ramster.frontswap import messages
@@ -31,8 +31,9 @@ def engines(request: pytest.FixtureRequest, directory: Path) -> Iterator[Engines
     made.close()
 
 
-def test_a_blocking_userfaultfd_holds_up_nobody(engines: Engines) -> None:
+def test_a_blocking_userfaultfd_holds_up_nobody(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
     """O_NONBLOCK belongs to the open file: the application can take it from the node's threads."""
+    before = fault_threads()
     for number in range(PROCESSES):
         agent = engines.agent()
         agent.create(64, 16, f"region {number}")
@@ -51,6 +52,8 @@ def test_a_blocking_userfaultfd_holds_up_nobody(engines: Engines) -> None:
     # A node that stops does not wait for a process that lives.
     engines._run(engines.service.close())
     assert other.process.poll() is None
+    # Nor does it give up a single thread.
+    assert "does not end" not in caplog.text and fault_threads() <= before
 
 
 def userfaultfd(features: int | None) -> int:

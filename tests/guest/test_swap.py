@@ -21,7 +21,7 @@ QEMU_READS_MAX: Final = 8 * SECTOR
 READ_SECTORS: Final = 2
 WRITTEN_SECTORS: Final = 6
 DISCARDS: Final = 11
-FAILURES: Final = ("errors", "refused", "pages_lost", "pages_gone", "pages_failed")
+FAILURES: Final = ("errors", "refused", "pages_lost", "pages_gone")
 
 
 @pytest.fixture(

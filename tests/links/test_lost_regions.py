@@ -73,3 +73,22 @@ def test_prefetch_asks_for_what_it_will_wait_for(serve: Callable[..., Service]) 
             wait_until(lambda: service.pair.pending() > 3, "the next window is under way as well")
         assert application.answer() > 64
         assert application.ask("wrong", 0, PAGES) == []
+
+
+def test_a_part_of_a_region_is_discarded_while_its_lender_is_gone(serve: Callable[..., Service]) -> None:
+    """Nobody waits for the lender, and it gets its memory back once it is there again."""
+    service = serve(give_up_ms=20_000)
+    with service.filled() as application:
+        other = attach(service)
+        service.pair.cut()
+        before = application.ask("statistics")
+        assert other.ask(f"region.discard(a[{PAGES // 2}:])") == PAGES // 2 * 4096
+        assert other.ask(f"a[{PAGES // 2}:].any()") == "False"
+        after = application.ask("statistics")
+        assert after["faults_remote"] == before["faults_remote"]
+        assert after["remote_pages"] <= PAGES // 2 < before["remote_pages"]
+        service.pair.connect()
+        assert application.ask("wrong", 0, PAGES // 2) == []
+        other.run("region.discard()")
+        wait_until(lambda: service.pair.b.lent_used() == 0, "the lender's frames are free again")
+        other.end()

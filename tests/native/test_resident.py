@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ramster import errors
-from ramster.engine._resident import CAPACITY_MAX, ResidentSet, enough
+from ramster.engine._resident import CAPACITY_MAX, ResidentSet, enough, steady
 
 PAGES = st.integers(0, 300)
 
@@ -348,6 +348,33 @@ def test_a_budget_that_would_be_enough(
     budget: int, ghosts: int, came: int, returned: int, waited_s: float, expected: int, what: str
 ) -> None:
     assert enough(budget, ghosts, came, returned, int(waited_s * SECOND), 2 * SECOND) == expected, what
+
+
+@pytest.mark.parametrize(
+    ("before", "doubt", "found", "said", "in_doubt"),
+    [
+        (0, False, 0, 0, True),
+        (0, True, 0, 0, True),
+        (0, True, 800, 800, False),
+        (800, False, 0, 800, True),  # one look without is a pause
+        (800, True, 0, 0, True),  # two are none
+        (800, True, 800, 800, False),
+        (800, False, 1600, 1000, False),
+        (800, False, 400, 700, False),
+        (1, False, 1, 1, False),
+    ],
+)
+def test_what_is_said_is_steady(before: int, doubt: bool, found: int, said: int, in_doubt: bool) -> None:
+    assert steady(before, found, doubt) == (said, in_doubt)
+
+
+def test_what_is_said_follows_an_estimate_that_wavers_by_less() -> None:
+    said, doubt = 0, False
+    heard = []
+    for turn in range(60):
+        said, doubt = steady(said, (0, 1200, 800, 1000)[turn % 4] if turn % 8 else 1000, doubt)
+        heard.append(said)
+    assert all(850 < each < 1150 for each in heard), heard
 
 
 @pytest.mark.parametrize("used", [1200, 1800, 4000, 7000])

@@ -71,9 +71,6 @@ cdef struct Export:
     uint64_t pages_max
     uint32_t connections            # under the GIL
     pthread_mutex_t locks[256]      # of pages, by their number: whoever writes one holds its lock
-    uint8_t *failed                 # bit per page: a write to it was refused and what it was is gone
-    uint64_t failed_pages           # atomic
-    uint64_t refusals               # atomic: of writes; between a page's bit in 'failed' and its going
     uint64_t counters[16]
 
 cdef struct Job:

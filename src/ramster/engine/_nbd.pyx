@@ -16,9 +16,9 @@ Rules:
 * Whoever changes a page holds its page lock, so that a write of a part of a page loses nothing of another write. Nobody holds
   one while a page travels: what came counts if the page's slot, looked at under the lock, still is what was asked for. Reads
   take no lock: the store answers with the page as it is at that moment.
-* A put that is refused leaves nothing of what the page was (tmem's rule). The page counts as failed and reads as EIO until it
-  is written or trimmed: absent pages read as zeros, and these must not. It counts as failed before the old page goes, and
-  `refusals` tells a read that was in between, see load_page().
+* A put that is refused leaves the page as it was. tmem's rule, that the older page must not stay readable, is for caches, whose
+  client has the page elsewhere; a client of a disk knows from the error that it has the old page or the new one, and the old
+  one was acknowledged.
 * `send_lock` is held by whoever sends. A thread that finds it taken leaves its answer in the queue: the holder looks again after
   it has let go. Only the connection's own thread waits for a slow client; TLS is spoken by that thread alone.
 * A parked request holds the connection (`users`) until its last thread has let go of it.
@@ -86,38 +86,12 @@ cdef inline pthread_mutex_t *lock_of(Export *e, uint64_t page) noexcept nogil:
     return &e.locks[page % PAGE_LOCKS]
 
 
-cdef inline bint failed(Export *e, uint64_t page) noexcept nogil:
-    return load64(&e.failed_pages, RELAXED) != 0 and load8(&e.failed[page >> 3], RELAXED) >> (page & 7) & 1
-
-
-cdef void set_failed(Export *e, uint64_t page, bint on) noexcept nogil:
-    """With the page's lock held. Eight neighbours share a byte and have other locks."""
-    cdef uint64_t *word = <uint64_t *> (e.failed + (page >> 6) * 8)
-    cdef uint64_t bit = <uint64_t> 1 << (page & 63), before = load64(word, RELAXED)
-    if (before & bit != 0) == on:
-        return
-    while not cas64(word, &before, before | bit if on else before & ~bit, False, RELEASE, RELAXED):
-        pass
-    if on:
-        add64(&e.failed_pages, 1, RELEASE)
-    else:
-        sub64(&e.failed_pages, 1, RELEASE)
-
-
 cdef int load_page(Server_t *s, Export *e, uint64_t page, uint8_t *bytes, RemoteRef *ref) noexcept nogil:
     """OK, MISS (the bytes are zeros), REMOTE, or what is wrong with it."""
-    cdef int result
-    cdef uint64_t refusals
-    while True:
-        refusals = load64(&e.refusals, ACQUIRE)
-        if failed(e, page):
-            return LOST
-        result = store_get(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, -1, ref)
-        if result != MISS:
-            return result
-        if load64(&e.refusals, ACQUIRE) == refusals:
-            memset(bytes, 0, PAGE)
-            return MISS
+    cdef int result = store_get(s.store, e.pool, NO_OBJECT, <uint32_t> page, bytes, -1, ref)
+    if result == MISS:
+        memset(bytes, 0, PAGE)
+    return result
 
 
 cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes) noexcept nogil:
@@ -127,12 +101,6 @@ cdef int put_locked(Server_t *s, Export *e, uint64_t page, const uint8_t *bytes)
                                 store_patience(s.store, &s.in_vain, s.store.full_wait_ns))
     if result == FULL:
         store_in_vain(s.store, &s.in_vain, taken)
-    if result != OK:
-        set_failed(e, page, True)
-        add64(&e.refusals, 1, RELEASE)
-        store_flush(s.store, e.pool, NO_OBJECT, <uint32_t> page)
-    elif load64(&e.failed_pages, ACQUIRE) != 0:
-        set_failed(e, page, False)
     return result
 
 
@@ -175,10 +143,9 @@ cdef void drop_pages(Server_t *s, Export *e, uint64_t page, uint64_t pages) noex
     """Forget pages, here and away. A page that is stored meanwhile may stay: nothing orders the two requests."""
     cdef uint64_t freed = 0
     while pages:
-        if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) != 0 or failed(e, page):
+        if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) != 0:
             pthread_mutex_lock(lock_of(e, page))
             freed += store_flush(s.store, e.pool, NO_OBJECT, <uint32_t> page) == OK
-            set_failed(e, page, False)
             pthread_mutex_unlock(lock_of(e, page))
         page += 1
         pages -= 1
@@ -218,13 +185,9 @@ cdef uint32_t error_of(int result) noexcept nogil:
 
 
 cdef void report(Conn *c, uint64_t page, int result) noexcept nogil:
-    """A page that cannot be had: counted, and left for the node's log. One whose write was refused is not lost: its client was
-    told so then."""
+    """A page that cannot be had: counted, and left for the node's log."""
     cdef Server_t *s = c.server
-    if result == LOST and failed(c.export, page):
-        result = FULL
-    else:
-        tally(c.export, E_PAGES_LOST, 1)
+    tally(c.export, E_PAGES_LOST, 1)
     spin_lock(&s.events_lock)
     if s.events_count < EVENTS_MAX:
         s.events[s.events_count].export = c.number
@@ -840,7 +803,7 @@ cdef void again(Server_t *s, Job *job, uint8_t *buffer) noexcept nogil:
         left = 0
         for i in range(n):
             result = wanted[i].status
-            if result == MISS:      # it was freed, or a write to it was refused; or it is stored and away again by now
+            if result == MISS:      # it was freed, or is stored and away again by now
                 result = load_page(s, e, wanted[i].index, wanted[i].bytes, &ref)
             if result == REMOTE and not load32(&s.stopping, RELAXED):
                 wanted[left] = wanted[i]
@@ -1146,7 +1109,7 @@ cdef void block_status(Conn *c, const Request *r) noexcept nogil:
     cdef uint32_t extents = 0, most = 1 if r.flags & FLAG_REQ_ONE else EXTENTS_MAX, state, before = 0, length = 0
     while offset < end and looked < SCAN_PAGES:
         state = STATE_HOLE | STATE_ZERO
-        if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) != 0 or failed(e, page):
+        if store_slot(s.store, e.pool, NO_OBJECT, <uint32_t> page) != 0:
             state = 0
         until = min((page + 1) * PAGE, end)
         if length and state != before:
@@ -1381,9 +1344,6 @@ cdef class NbdServer:
             raise errors.Refused(f"{EXPORTS_MAX} exports are the most that a node serves")
         memset(e, 0, sizeof(Export))
         e.pages_max = max_bytes // PAGE
-        e.failed = <uint8_t *> calloc((e.pages_max + 63) // 64, 8)
-        if e.failed == NULL:
-            raise MemoryError
         for k in range(PAGE_LOCKS):
             pthread_mutex_init(&e.locks[k], NULL)
         e.pool = pool
@@ -1412,14 +1372,11 @@ cdef class NbdServer:
         e.used = 0
         for k in range(PAGE_LOCKS):
             pthread_mutex_destroy(&e.locks[k])
-        free(e.failed)
-        e.failed = NULL
 
     def statistics(self, uint32_t number):
         cdef Export *e = self.export(number)
         cdef dict found = {name: load64(&e.counters[i], RELAXED) for i, name in enumerate(COUNTERS)}
         found["connections"] = e.connections
-        found["pages_failed"] = load64(&e.failed_pages, RELAXED)
         return found
 
     def events(self):
@@ -1433,7 +1390,7 @@ cdef class NbdServer:
         memcpy(found, self.s.events, count * sizeof(Event))
         self.s.events_count = 0
         spin_unlock(&self.s.events_lock)
-        kinds = {LOST: "lost", CORRUPT: "corrupt", UNREACHABLE: "unreachable", FULL: "refused"}
+        kinds = {LOST: "lost", CORRUPT: "corrupt", UNREACHABLE: "unreachable"}
         return [(found[i].export, found[i].page, kinds.get(found[i].kind, "lost")) for i in range(count)]
 
     def stop(self):
@@ -1471,8 +1428,6 @@ cdef class NbdServer:
             return
         if s.slow_started:
             self.stop()
-        for i in range(EXPORTS_MAX):
-            free(s.exports[i].failed)
         if s.memory != NULL and s.memory != <uint8_t *> MAP_FAILED:
             munmap(s.memory, s.memory_bytes)
         free(s.parked_rows)

@@ -28,7 +28,8 @@ cdef enum:
     FLAG_PINNED = 0x10
     FLAG_WAITERS = 0x20             # somebody faulted while it was in other hands: wake when it is not
     FLAG_REFUSED = 0x40             # given up for want of room, in the processes that waited; nothing of it is lost
-    FLAG_AHEAD = 0x80               # being fetched though nobody has asked for it
+    FLAG_AHEAD = 0x80               # being fetched though nobody has asked for it ...
+    FLAG_REMOVED = 0x80             # ... or damaged, by the application itself
 
 cdef struct Region_t
 
@@ -110,7 +111,8 @@ cdef struct Region_t:
     Batch batches[32]
     uint32_t batches_used
     uint64_t lost
-    uint64_t removed                # of them, by the application itself
+    uint64_t removed                # pages that the application itself lost, ever ...
+    uint64_t lost_removed           # ... and of 'lost'
     uint64_t revive_at              # where the search for pages that can be had again goes on ...
     uint64_t revive_after_ns        # ... and when
     bint reviving                   # soon: more are waiting
@@ -151,6 +153,7 @@ cdef struct Region_t:
     uint64_t looked_returned
     uint64_t looked_waited_ns
     uint64_t enough                 # the budget that would end its thrashing; 0: it does not thrash
+    bint enough_doubt               # see steady_pages
     Histogram local_ns
     Histogram remote_ns
 

@@ -12,7 +12,9 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 * A page that a read fault brought in is mapped write-protected. As long as it is 'clean', the store has the same bytes and
   eviction only punches. If the store's copy was lost meanwhile, the resident page is what saves it: it is stored again.
 * A stored copy is forgotten as soon as its page may be written, before the page can be evicted again.
-* UFFDIO_COPY may do part of its work (EAGAIN) or find the page there (EEXIST); a dead application gives ESRCH.
+* UFFDIO_COPY may do part of its work (EAGAIN); a dead application gives ESRCH. EEXIST says that the memfd has a page where this
+  node put none: a page is brought in by whoever took it from 'away' to 'fetching', alone, and a page that is away has been
+  punched. So it is the application's doing (fallocate, write() to the file), never a newer version, and is punched in turn.
 
 Several processes (docs/adr/0007): the state of a page is the region's, what a mapping does with it is each process's own.
 
@@ -48,7 +50,7 @@ from ramster.engine._c.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE, UFFDIO_CONTINUE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, UFFDIO_POISON, UFFDIO_WAKE,
     UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP, close, eventfd, eventfd_write, fallocate, fcntl, ftruncate, ioctl, lseek,
-    memfd_create, poll, pollfd, pread, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
+    memfd_create, poll, pollfd, pread, pwrite, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -66,10 +68,10 @@ from ramster.engine._prefetch cimport (
 from ramster.engine._prefetch import ADVICE
 from ramster.engine._resident cimport (
     HINT_AHEAD, HINT_BEHIND, HINT_FAULT, HINT_KEEP, MISSED, NEW, NOBODY, Q_GHOST, enough_pages, resident_add, resident_free, resident_gone, resident_init,
-    resident_leave_free, resident_pin, resident_unpin, resident_victim)
+    resident_leave_free, resident_pin, resident_unpin, resident_victim, steady_pages)
 from ramster.engine._store cimport (
     AGAIN_MS, BUSY, CORRUPT, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, RemoteRef, store_census, store_create_pool,
-    store_destroy_pool, store_flush, store_get, store_in_vain, store_patience, store_put, store_short_of_frames, store_where)
+    same_filled, store_destroy_pool, store_flush, store_get, store_in_vain, store_patience, store_put, store_short_of_frames, store_slot, store_where)
 
 from ramster import errors
 
@@ -86,7 +88,8 @@ cdef enum:
     CHECK_MAX_NS = 20000000000      # ... which ends well before the application's patience does
     FOLLOW_READS = 64               # between two looks where the application runs; one costs half a microsecond
     AHEAD_WINDOWS = 8               # that pin and prefetch have under way while they wait for the first of them
-    OVERDRAFT = 64                  # pages found in the memfd that may be resident beyond the budget
+    OVERDRAFT = 64                  # pages whose poison is lifted, by several threads, that may be resident beyond the budget
+    FOREIGN_MAX = 64                # pages that the application puts in place of those that come in, beyond one for each
     SPARE_WINDOW = 8                # pages at once of these: no more than that is dropped for them
     FULL_PAUSE_NS = 50000000        # between two looks at whether the store has room again
     NOTE_NS = 100000000             # that a guardian has to write a note before its process dies
@@ -221,13 +224,34 @@ cdef Attachment *somebody(Region_t *r, Attachment *via) noexcept nogil:
     return NULL
 
 
+cdef inline bint store_holds(Region_t *r, uint64_t page) noexcept nogil:
+    """Anything of this page, good or not."""
+    cdef uint64_t zero[3]
+    memset(zero, 0, sizeof(zero))
+    return store_slot(r.store, r.pool, zero, <uint32_t> page) != 0
+
+
+cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
+    return (<const uint64_t *> page)[0] == 0 and memcmp(page, page + 8, PAGE - 8) == 0
+
+
+cdef bint clear_foreign(Region_t *r, uint64_t page) noexcept nogil:
+    """With this page in hand, which is away: the memfd has something there, which the application alone can have made. Zeros are what
+    fallocate leaves, or a look at the file: they go. False for other bytes: those were written past the mapping, in part perhaps,
+    and neither they nor what is stored is the page."""
+    cdef uint64_t found[512]
+    cdef ssize_t got = pread(r.memfd, found, PAGE, <long> (page * PAGE))
+    if got != PAGE or not all_zeros(<const uint8_t *> found):
+        return False
+    return fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> (page * PAGE), PAGE) == 0
+
+
 cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t pages, const uint8_t *bytes, bint protected,
-                      bint *newer) noexcept nogil:
+                      bint *spoiled) noexcept nogil:
     """Put a run with these bytes into the memfd, map it in one process and wake there. Returns how many pages are there now,
-    from the first on; 'newer' is set when the memfd had one of them already: what is there then is newer than anything
-    stored."""
+    from the first on; 'spoiled' is set when the application wrote to the place of the next one."""
     cdef uffdio_copy_t copy
-    cdef uint32_t turns = 0
+    cdef uint32_t turns = 0, cleared = 0
     cdef uint64_t done = 0
     cdef Attachment *a
     pthread_rwlock_rdlock(&r.mapped)
@@ -244,9 +268,12 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
         if copy.copy > 0:
             done += <uint64_t> copy.copy // PAGE
         if errno == EEXIST:
-            newer[0] = True
-            map_in(a, page + done, 1, False)
-            done += 1
+            if not clear_foreign(r, page + done):
+                spoiled[0] = True
+                break
+            cleared += 1
+            if cleared > pages + FOREIGN_MAX:
+                break               # filled as fast as it is punched: whoever waits faults again
         elif errno == EAGAIN:
             let_it_run(&turns)
         elif failed(a) == ESRCH:
@@ -380,14 +407,17 @@ cdef void poison(Attachment *a, uint64_t page) noexcept nogil:
         wake_in(a, page, 1)
 
 
-cdef void note_loss(Attachment *a, uint64_t page, int state) noexcept nogil:
+cdef void note_loss(Attachment *a, uint64_t page, uint8_t state) noexcept nogil:
     """By a fault thread, before it poisons: a process that is about to die of SIGBUS has said why on its stderr."""
     cdef char text[GUARD_TEXT]
     cdef uint64_t now = now_ns()
     if a.noted_ns != 0 and now < a.noted_ns + LOSS_NOTE_NS:
         return
     a.noted_ns = now
-    if state == PAGE_DAMAGED:
+    if state & STATE_MASK == PAGE_DAMAGED and state & FLAG_REMOVED:
+        snprintf(text, sizeof(text), b"region %s: the process removed or wrote over page %llu of its file: lost; SIGBUS",
+                 a.region.label, <unsigned long long> page)
+    elif state & STATE_MASK == PAGE_DAMAGED:
         snprintf(text, sizeof(text), b"region %s: page %llu is damaged (its bytes fail their check); SIGBUS",
                  a.region.label, <unsigned long long> page)
     else:
@@ -461,16 +491,33 @@ cdef void not_arrived(Region_t *r, uint64_t first, uint64_t count) noexcept nogi
     wake(r, first, count)
 
 
-cdef void page_lost(Region_t *r, uint64_t page, int state) noexcept nogil:
-    """The state is lost, which may end (a lender comes back), or damaged, which does not. Whoever waits for it faults again
-    and is told by its own fault thread."""
+cdef inline void mark_removed(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a page that was just lost by what the application itself did."""
+    r.states[page] |= FLAG_REMOVED
+    r.removed += 1
+    r.lost_removed += 1
+
+
+cdef void page_lost(Region_t *r, uint64_t page, int state, bint removed=False) noexcept nogil:
+    """The state is lost, which may end (a lender comes back), or damaged, which does not; removed: by the application. Whoever
+    waits for it faults again and is told by its own fault thread."""
     pthread_mutex_lock(&r.lock)
     set_state(r, page, state)
     r.resident -= 1
     r.lost += 1
+    if removed:
+        mark_removed(r, page)
     pthread_cond_broadcast(&r.changed)
     pthread_mutex_unlock(&r.lock)
     wake(r, page, 1)
+
+
+cdef inline void no_longer_lost(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock: a page that is lost, refused or damaged will be something else."""
+    if not r.states[page] & FLAG_REFUSED:
+        r.lost -= 1
+    if r.states[page] & FLAG_REMOVED and state_of(r, page) == PAGE_DAMAGED:
+        r.lost_removed -= 1
 
 
 cdef inline uint32_t bit_of(Attachment *a) noexcept nogil:
@@ -663,28 +710,38 @@ cdef Batch *take_batch(Attachment *a) noexcept nogil:
     return NULL
 
 
+cdef void forget_stored(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t page, zero[3]
+    for page in range(first, end):
+        store_flush(r.store, r.pool, zero, <uint32_t> page)
+
+
 cdef void serve_run(Batch *b, uint32_t i, uint32_t j, uint8_t kind) noexcept nogil:
     """Pages i to j of a batch have arrived or failed in the same way: map them, forget stored copies of what may be
     written, wake."""
     cdef Region_t *r = b.region
     cdef uint32_t k, done
-    cdef uint64_t zero[3]
-    cdef bint newer = False, dirty
+    cdef bint spoiled
     if kind == KIND_LOST or kind == KIND_DAMAGED:
         for k in range(i, j):
             page_lost(r, b.first + k, PAGE_LOST if kind == KIND_LOST else PAGE_DAMAGED)
-    elif kind == KIND_ABSENT:
-        not_arrived(r, b.first + i, j - i)
-    elif kind != KIND_DONE:
-        done = <uint32_t> copy_in(r, b.via, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &newer)
-        dirty = newer or kind == KIND_WRITE
-        if dirty:
-            for k in range(i, i + done):
-                store_flush(r.store, r.pool, zero, <uint32_t> (b.first + k))
+        return
+    if kind == KIND_DONE:
+        return
+    while kind != KIND_ABSENT and i < j:
+        spoiled = False
+        done = <uint32_t> copy_in(r, b.via, b.first + i, j - i, b.bytes + i * PAGE, kind == KIND_READ, &spoiled)
+        if kind == KIND_WRITE:
+            forget_stored(r, b.first + i, b.first + i + done)
         if done:
-            arrived(r, b.first + i, done, PAGE_DIRTY if dirty else PAGE_CLEAN)
-        if done < j - i:
-            not_arrived(r, b.first + i + done, j - i - done)
+            arrived(r, b.first + i, done, PAGE_DIRTY if kind == KIND_WRITE else PAGE_CLEAN)
+        i += done
+        if not spoiled:
+            break
+        page_lost(r, b.first + i, PAGE_DAMAGED, True)
+        i += 1
+    if i < j:
+        not_arrived(r, b.first + i, j - i)
 
 
 cdef void finish_batch(Batch *b) noexcept nogil:
@@ -866,12 +923,6 @@ cdef void claim(Region_t *r, uint64_t page, uint64_t low, uint64_t high, bint ah
     want_room(r)
 
 
-cdef void forget_stored(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
-    cdef uint64_t page, zero[3]
-    for page in range(first, end):
-        store_flush(r.store, r.pool, zero, <uint32_t> page)
-
-
 cdef Batch *claim_ahead(Attachment *a, Plan *plan) noexcept nogil:
     """Under the lock: the next run of a stream that is not here yet, or NULL. Takes room only while evictors keep up."""
     cdef Region_t *r = a.region
@@ -927,11 +978,12 @@ cdef int removed(Region_t *r, uint64_t page) noexcept nogil:
     fallocate). If what is stored equals it, nothing is lost. Else its only copy is gone: zeros, which MADV_REMOVE promises, would
     be the truth here and the old bytes where the page was away, so it is said to be gone. Its new state."""
     cdef int state = PAGE_AWAY if state_of(r, page) == PAGE_CLEAN and stored_copy_good(r, page) else PAGE_DAMAGED
-    r.removed += state == PAGE_DAMAGED
     set_state(r, page, state)
     resident_gone(&r.set, <uint32_t> page)
     r.resident -= 1
-    r.lost += state == PAGE_DAMAGED
+    if state == PAGE_DAMAGED:
+        r.lost += 1
+        mark_removed(r, page)
     pthread_cond_broadcast(&r.changed)
     return state
 
@@ -943,11 +995,12 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     cdef Plan plan
     cdef Batch *b
     cdef int state, met
-    cdef bint refused, said = False
+    cdef uint8_t flags
+    cdef bint said = False
     pthread_mutex_lock(&r.lock)
     r.faults += 1
     state = state_of(r, page)
-    refused = r.states[page] & FLAG_REFUSED
+    flags = r.states[page]
     if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
         set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
         state = PAGE_AWAY
@@ -964,8 +1017,8 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
             tell_guard(a, GUARD_NOTE, page, 1, b"the process removed a page (MADV_REMOVE): lost; SIGBUS", 0)
             await_note(a, now_ns() + NOTE_NS)
         if state == PAGE_LOST or state == PAGE_DAMAGED:
-            if not refused and not said:    # that it is full has been said
-                note_loss(a, page, state)
+            if not flags & FLAG_REFUSED and not said:   # that it is full has been said
+                note_loss(a, page, flags)
             poison(a, page)
         else:
             wake_in(a, page, 1)     # it came in meanwhile
@@ -1048,9 +1101,31 @@ cdef void on_protected(Attachment *a, uint64_t page) noexcept nogil:
         wake_in(a, page, 1)         # evicted meanwhile: the writer takes a missing fault
 
 
+cdef bint any_holes(Region_t *r, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t page
+    for page in range(first, end):
+        if is_hole(r, page):
+            return True
+    return False
+
+
+cdef void give_back(Region_t *r, uint64_t first, uint64_t end, uint64_t but, int state) noexcept nogil:
+    """Pages that were taken in hand stay as they were, all but one."""
+    cdef uint64_t page
+    cdef bint waiters = False
+    pthread_mutex_lock(&r.lock)
+    for page in range(first, end):
+        if page != but:
+            waiters |= set_state(r, page, state)
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+    if waiters:
+        wake(r, first, end - first)
+
+
 cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
-    """In the memfd but not mapped here: another process brought it in. What should not be there (somebody filled the hole behind
-    our back) is the page all the same, and counts as dirty. But the event may be older than the page's last eviction."""
+    """In the memfd but not mapped here: another process brought it in. If it is not resident, the application filled the hole behind
+    our back (fallocate), or the event is older than the page's last eviction: the page is what is stored, all the same."""
     cdef Region_t *r = a.region
     cdef uint64_t first, end
     cdef Plan plan
@@ -1063,34 +1138,27 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         r.states[page] |= FLAG_WAITERS
         pthread_mutex_unlock(&r.lock)
         return
+    # What fallocate made is a hole still, as far as the file tells: CONTINUE would fill it with zeros.
+    if (state != PAGE_CLEAN and state != PAGE_DIRTY) or is_hole(r, page):
+        pthread_mutex_unlock(&r.lock)
+        on_missing(a, page, write)
+        return
     clean = state == PAGE_CLEAN
     if clean and write and yields(a, page):
         return
-    if state == PAGE_CLEAN or state == PAGE_DIRTY:
-        pattern_fault(&r.maps, page, &plan)
-        if clean and (write or not a.can_continue_protected):
-            clean = False
-            if not write or not plan.sequential:
-                plan.low = page         # neighbours lose their stored copies only where a writer goes on in order
-                plan.high = page + 1
-        take_alike(r, page, plan.low, plan.high, &first, &end)
-        pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
-    elif is_hole(r, page):
-        pthread_mutex_unlock(&r.lock)
-        wake_in(a, page, 1)         # evicted meanwhile: it takes a missing fault
-        return
-    elif r.resident >= r.budget + SPARE_MAX + OVERDRAFT:
-        park(a, page, write)
-        pthread_mutex_unlock(&r.lock)
-        return
-    else:
-        r.resident += 1             # over the budget by one per faulting thread; evictors see to it
-        if (state == PAGE_LOST or state == PAGE_DAMAGED) and not r.states[page] & FLAG_REFUSED:
-            r.lost -= 1
-        r.states[page] = <uint8_t> ((r.states[page] & ~(STATE_MASK | FLAG_REFUSED)) | PAGE_FETCHING)
+    pattern_fault(&r.maps, page, &plan)
+    if clean and (write or not a.can_continue_protected):
+        clean = False
+        if not write or not plan.sequential:
+            plan.low = page             # neighbours lose their stored copies only where a writer goes on in order
+            plan.high = page + 1
+    take_alike(r, page, plan.low, plan.high, &first, &end)
+    pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
+    pthread_mutex_unlock(&r.lock)
+    if end - first > 1 and any_holes(r, first, end):
+        give_back(r, first, end, page, state)
         first = page
         end = page + 1
-    pthread_mutex_unlock(&r.lock)
     if not clean and state != PAGE_DIRTY:
         forget_stored(r, first, end)
     map_in(a, first, end - first, clean)
@@ -1204,10 +1272,6 @@ cdef bint stored_copy_at_hand(Region_t *r, uint64_t page) noexcept nogil:
     return where == OK or where == MISS or (where == REMOTE and links_slot_reachable(r.links, peer, slot))
 
 
-cdef inline bint all_zeros(const uint8_t *page) noexcept nogil:
-    return (<const uint64_t *> page)[0] == 0 and memcmp(page, page + 8, PAGE - 8) == 0
-
-
 cdef enum:
     VANISHED = 2                    # of 'gone' below
 
@@ -1222,7 +1286,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
     cdef ssize_t got
     cdef bint full = False
     cdef uint64_t first
-    cdef uint32_t stored = 0
+    cdef uint32_t stored = 0, pattern = 0
     for i in range(n):
         gone[i] = 0
         if clean[i] and not stored_copy_at_hand(r, pages[i]):
@@ -1243,10 +1307,11 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
             for k in range(i, j):
                 if got >= <ssize_t> ((k - i + 1) * PAGE) and all_zeros(buffer + (k - i) * PAGE) and is_hole(r, pages[k]):
                     gone[k] = VANISHED
-                elif not full and got >= <ssize_t> ((k - i + 1) * PAGE):
-                    full = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, wait_ns) != OK
-                    gone[k] = not full
-                    stored += not full
+                elif got >= <ssize_t> ((k - i + 1) * PAGE) and (not full or same_filled(buffer + (k - i) * PAGE, &pattern)):
+                    # A page of one word takes no room: in a full store it leaves all the same.
+                    gone[k] = store_put(r.store, r.pool, zero, pages[k], buffer + (k - i) * PAGE, wait_ns) == OK
+                    full = full or not gone[k]
+                    stored += gone[k]
         i = j
     # 3. Give the memory back: the next touch is a missing fault.
     i = 0
@@ -1264,6 +1329,7 @@ cdef uint32_t evict(Region_t *r, uint32_t *pages, uint32_t n, uint8_t *clean, ui
         if gone[i] == VANISHED:
             waiters[i] = r.states[pages[i]] & FLAG_WAITERS
             removed(r, pages[i])
+            evicted += 1                # it has left, in its way
             continue
         waiters[i] = set_state(r, pages[i], PAGE_AWAY if gone[i] else PAGE_FETCHING)
         if gone[i]:
@@ -1353,8 +1419,7 @@ cdef bint had_again(Region_t *r, uint64_t page) noexcept nogil:
     """Under the lock: a page that is lost, and was only out of reach, is away again once its lender, or room, is there."""
     cdef int state = state_of(r, page)
     if state == PAGE_LOST and r.can_poison and stored_copy_at_hand(r, page):
-        if not r.states[page] & FLAG_REFUSED:
-            r.lost -= 1
+        no_longer_lost(r, page)
         set_state(r, page, PAGE_AWAY)
         state = PAGE_AWAY
     return state == PAGE_AWAY
@@ -1373,6 +1438,8 @@ cdef Batch *revive_some(Region_t *r, uint64_t *page, uint64_t end, bint *crowded
             continue
         if r.resident + r.reserve // 4 < r.budget:
             room = r.budget - r.resident - r.reserve // 4
+        elif may_overdraw(r) and r.resident + SPARE_WINDOW <= r.budget + SPARE_MAX:
+            room = SPARE_WINDOW         # in a full region, too, a page whose write was refused is read again
         b = take_batch(a) if room and r.batches_used < BATCHES_MAX // 2 else NULL
         if b == NULL:
             crowded[0] = True
@@ -1389,9 +1456,9 @@ cdef Batch *revive_some(Region_t *r, uint64_t *page, uint64_t end, bint *crowded
 
 
 cdef void revive(Region_t *r) noexcept nogil:
-    """By an evictor: pages that could not be had and now can, with the same lender's memory or with room, stop being lost by
+    """By an evictor: pages that could not be had and now can, with the same lender's memory or after a refusal, stop being lost by
     themselves. Poison goes only when a page is mapped, so where a touch was SIGBUS it is brought in. A part of the region each
-    time, and only while evictors keep up."""
+    time, and only while evictors keep up, or beyond the budget as reads do."""
     cdef uint64_t page, end, now = now_ns()
     cdef bint crowded = False, came = False, more
     cdef Batch *b
@@ -1412,6 +1479,8 @@ cdef void revive(Region_t *r) noexcept nogil:
         pthread_mutex_lock(&r.lock)
         r.revive_at = page if page < r.pages else 0
         r.reviving = came and (crowded or r.revive_at)
+        if crowded and may_overdraw(r):
+            make_spare(r, NOBODY, r.budget + SPARE_MAX - SPARE_WINDOW)
         if r.reviving:
             r.revive_after_ns = now_ns() + REVIVE_AGAIN_NS
         pthread_mutex_unlock(&r.lock)
@@ -1460,14 +1529,16 @@ cdef uint32_t clean_first(uint32_t *pages, uint8_t *clean, uint32_t n) noexcept 
     return k
 
 
-cdef void look_for_thrashing(Region_t *r) noexcept nogil:
-    """Under the lock, from time to time."""
-    cdef uint64_t now = now_ns(), waited = load64(&r.waited_ns, RELAXED)
+cdef void look_for_thrashing(Region_t *r, uint64_t now) noexcept nogil:
+    """Under the lock: a few operations on its own counters, every THRASH_NS; 'now' is the caller's."""
+    cdef uint64_t waited
     if now < r.looked_ns + THRASH_NS:
         return
+    waited = load64(&r.waited_ns, RELAXED)
     if r.looked_ns:
-        r.enough = min(r.pages, enough_pages(r.budget, r.set.count[<int> Q_GHOST], r.came - r.looked_came, r.returned - r.looked_returned,
-                                             waited - r.looked_waited_ns, now - r.looked_ns))
+        r.enough = steady_pages(r.enough, min(r.pages, enough_pages(
+            r.budget, r.set.count[<int> Q_GHOST], r.came - r.looked_came, r.returned - r.looked_returned, waited - r.looked_waited_ns,
+            now - r.looked_ns)), &r.enough_doubt)
     r.looked_ns = now
     r.looked_came = r.came
     r.looked_returned = r.returned
@@ -1481,7 +1552,7 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     cdef uint8_t *buffer = <uint8_t *> malloc(BATCH * PAGE)
     cdef uint32_t n
     cdef uint32_t most, done
-    cdef uint64_t looked, waited, wait
+    cdef uint64_t looked, waited, wait, now
     cdef int64_t page
     cdef int state
     cdef bint parked, room, short, full
@@ -1491,17 +1562,18 @@ cdef void *evictor_main(void *argument) noexcept nogil:
         pthread_mutex_lock(&r.lock)
         if not is_short(r):
             cond_wait_until(&r.work, &r.lock, now_ns() + (REVIVE_AGAIN_NS if r.reviving else 200000000ull))
-        if r.reserve > r.reserve_least and now_ns() > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
+        now = now_ns()
+        if r.reserve > r.reserve_least and now > r.reserve_changed_ns + RESERVE_SHRINKS_NS:
             r.reserve = max(r.reserve_least, r.reserve - r.reserve // 8)
             resident_leave_free(&r.set, r.reserve - r.reserve_least)
-            r.reserve_changed_ns = now_ns()
+            r.reserve_changed_ns = now
         n = 0
         if not is_short(r):
             r.full = False
         short = may_overdraw(r)
         most = FULL_BATCH if r.full else BATCH
         wait = min(r.full_wait_ns, <uint64_t> AGAIN_MS * 1000000) if r.full else store_patience(r.store, &r.in_vain, r.full_wait_ns)
-        look_for_thrashing(r)
+        look_for_thrashing(r, now)
         looked = 2 * BATCH if is_short(r) else 0
         while n < most and looked > 0 and r.resident + r.reserve > r.budget + n:
             looked -= 1
@@ -1566,6 +1638,138 @@ cdef void *evictor_main(void *argument) noexcept nogil:
     return NULL
 
 
+# --- what the application throws away ------------------------------------------------------------------------------
+
+cdef enum Way:
+    WAY_FORGET = 0                  # it is away: only what is stored of it goes
+    WAY_PUNCH = 1                   # it is resident
+    WAY_ZERO = 2                    # it is pinned, and stays where it is
+    WAY_REPRIEVE = 3                # a touch of it is SIGBUS somewhere, which only a mapping ends
+    WAY_NONE = 4                    # not now: it is in other hands, or there are too many of the last kind
+    WAY_KEEP = 5                    # the guardian has mapped over it, perhaps: for good
+
+
+cdef int way_to_discard(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock."""
+    cdef int state = state_of(r, page)
+    cdef Attachment *ignored = NULL
+    if state == PAGE_FETCHING or state == PAGE_EVICTING:
+        return WAY_NONE
+    if state == PAGE_CLEAN or state == PAGE_DIRTY:
+        return WAY_ZERO if r.states[page] & FLAG_PINNED else WAY_PUNCH
+    if state != PAGE_AWAY and not r.can_poison:
+        return WAY_KEEP
+    if not is_condemned_anywhere(r, page, &ignored):
+        return WAY_FORGET
+    return WAY_REPRIEVE if r.resident < r.budget + SPARE_MAX + OVERDRAFT // 2 else WAY_NONE
+
+
+cdef void zero_pinned(Region_t *r, uint64_t page, const uint8_t *zeros) noexcept nogil:
+    """A page in hand that must stay where it is. One that the application removed meanwhile fails when it is touched."""
+    forget_stored(r, page, page + 1)
+    pwrite(r.memfd, zeros, PAGE, <long> (page * PAGE))
+    protect(r, page, 1, False)
+    arrived(r, page, 1, PAGE_DIRTY)
+
+
+cdef void reprieve_zero(Region_t *r, uint64_t page, const uint8_t *zeros) noexcept nogil:
+    """A page in hand whose poison is to go: zeros are mapped in its place for a moment."""
+    cdef uint32_t self_page = <uint32_t> page
+    cdef bint spoiled = False, leaves
+    forget_stored(r, page, page + 1)
+    if copy_in(r, &r.attachments[0], page, 1, zeros, True, &spoiled) == 0:
+        not_arrived(r, page, 1)
+        return
+    arrived(r, page, 1, PAGE_CLEAN)
+    pthread_mutex_lock(&r.lock)
+    leaves = state_of(r, page) == PAGE_CLEAN and not r.states[page] & FLAG_PINNED
+    if leaves:
+        r.states[page] = <uint8_t> ((r.states[page] & ~STATE_MASK) | PAGE_EVICTING)
+    pthread_mutex_unlock(&r.lock)
+    if leaves:
+        drop(r, &self_page, 1)
+
+
+cdef void punch_all(Region_t *r, uint64_t *pages, uint8_t *ways, uint32_t n) noexcept nogil:
+    """Ascending pages in hand: those that are resident leave. Should the kernel ever refuse one, its next fetch finds it spoiled."""
+    cdef uint32_t i = 0, j
+    while i < n:
+        j = i + 1
+        while j < n and ways[j] == ways[i] and pages[j] == pages[j - 1] + 1:
+            j += 1
+        if ways[i] == WAY_PUNCH:
+            fallocate(r.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <long> (pages[i] * PAGE), <long> ((j - i) * PAGE))
+        i = j
+
+
+cdef void discard_batch(Region_t *r, uint64_t *pages, uint8_t *ways, uint32_t n, const uint8_t *zeros) noexcept nogil:
+    """Pages in hand read as zeros from now on, and nothing is kept of them, here or away."""
+    cdef uint32_t i
+    cdef bint waiters[BATCH]
+    for i in range(n):
+        if ways[i] == WAY_ZERO:
+            zero_pinned(r, pages[i], zeros)
+        elif ways[i] == WAY_REPRIEVE:
+            reprieve_zero(r, pages[i], zeros)
+        else:
+            forget_stored(r, pages[i], pages[i] + 1)
+    punch_all(r, pages, ways, n)
+    pthread_mutex_lock(&r.lock)
+    for i in range(n):
+        waiters[i] = False
+        if ways[i] == WAY_FORGET or ways[i] == WAY_PUNCH:
+            waiters[i] = set_state(r, pages[i], PAGE_AWAY)
+        if ways[i] == WAY_PUNCH:
+            resident_gone(&r.set, <uint32_t> pages[i])
+            r.resident -= 1
+    pthread_cond_broadcast(&r.changed)
+    pthread_mutex_unlock(&r.lock)
+    for i in range(n):
+        if waiters[i]:
+            wake(r, pages[i], 1)
+
+
+cdef uint32_t take_to_discard(Region_t *r, uint64_t *page, uint64_t end, uint64_t *pages, uint8_t *ways, uint64_t *busy_first,
+                              uint64_t *busy_end, bint *kept) noexcept nogil:
+    """Under the lock: the next pages of a run, in hand. Those that are in other hands lie within 'busy'; 'kept': some stay lost."""
+    cdef uint32_t n = 0, looked = 0
+    cdef int way
+    while page[0] < end and n < BATCH and looked < 8 * BATCH:
+        way = way_to_discard(r, page[0])
+        looked += 1
+        if way == WAY_NONE:
+            busy_first[0] = min(busy_first[0], page[0])
+            busy_end[0] = page[0] + 1
+        elif way == WAY_KEEP:
+            kept[0] = True
+        elif way != WAY_FORGET or state_of(r, page[0]) != PAGE_AWAY or store_holds(r, page[0]):
+            if state_of(r, page[0]) == PAGE_LOST or state_of(r, page[0]) == PAGE_DAMAGED:
+                no_longer_lost(r, page[0])
+            r.resident += way == WAY_REPRIEVE
+            r.states[page[0]] = <uint8_t> ((r.states[page[0]] & FLAG_PINNED) | (PAGE_EVICTING if way == WAY_PUNCH else PAGE_FETCHING))
+            pages[n] = page[0]
+            ways[n] = <uint8_t> way
+            n += 1
+        page[0] += 1
+    return n
+
+
+cdef void discard_run(Region_t *r, uint64_t page, uint64_t end, const uint8_t *zeros, uint64_t *busy_first, uint64_t *busy_end,
+                      bint *kept) noexcept nogil:
+    """Discard a run but for what is in other hands."""
+    cdef uint64_t pages[BATCH]
+    cdef uint8_t ways[BATCH]
+    cdef uint32_t n
+    busy_first[0] = end
+    busy_end[0] = page
+    while page < end and not load32(&r.stopping, ACQUIRE):
+        pthread_mutex_lock(&r.lock)
+        n = take_to_discard(r, &page, end, pages, ways, busy_first, busy_end, kept)
+        pthread_mutex_unlock(&r.lock)
+        if n:
+            discard_batch(r, pages, ways, n, zeros)
+
+
 # --- what the application asks for ---------------------------------------------------------------------------------
 
 cdef enum Outcome:
@@ -1583,7 +1787,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
     cdef Batch *b
     cdef int state
     cdef bint all_there
-    cdef uint64_t began = now_ns()
+    cdef uint64_t began = ran_ns(&r.store.running)
     while True:
         all_there = True
         pthread_mutex_lock(&r.lock)
@@ -1602,8 +1806,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                     state = GONE_FULL if r.states[page] & FLAG_REFUSED else GONE_LOST
                     pthread_mutex_unlock(&r.lock)
                     return state
-                if not r.states[page] & FLAG_REFUSED:
-                    r.lost -= 1
+                no_longer_lost(r, page)
                 set_state(r, page, PAGE_AWAY)
                 state = PAGE_AWAY
             if state == PAGE_DIRTY or (state == PAGE_CLEAN and not writable):
@@ -1624,7 +1827,7 @@ cdef int make_resident(Attachment *a, uint64_t first, uint64_t end, bint writabl
                 pthread_mutex_unlock(&r.lock)
                 bring_in(r, b)
             else:
-                if r.full and state == PAGE_AWAY and not has_room(r) and now_ns() > began + store_patience(r.store, &r.in_vain, r.full_wait_ns):
+                if r.full and state == PAGE_AWAY and not has_room(r) and ran_ns(&r.store.running) > began + store_patience(r.store, &r.in_vain, r.full_wait_ns):
                     pthread_mutex_unlock(&r.lock)
                     return GONE_FULL
                 pthread_cond_signal(&r.work)
@@ -1665,11 +1868,11 @@ cdef void ask_ahead(Attachment *a, uint64_t page, uint64_t end, bint writable) n
 
 cdef void await_others(Region_t *r, uint64_t first, uint64_t end, int state, uint64_t wait_ns) noexcept nogil:
     """Until no page of this run is in other hands (fetching, or evicting), at most so long."""
-    cdef uint64_t deadline = now_ns() + wait_ns
+    cdef uint64_t deadline = ran_ns(&r.store.running) + wait_ns
     pthread_mutex_lock(&r.lock)
-    while first < end and now_ns() < deadline and not load32(&r.stopping, ACQUIRE):
+    while first < end and ran_ns(&r.store.running) < deadline and not load32(&r.stopping, ACQUIRE):
         if state_of(r, first) == state:
-            cond_wait_until(&r.changed, &r.lock, min(deadline, now_ns() + 50000000ull))
+            cond_wait_until(&r.changed, &r.lock, now_ns() + min(wait_ns, <uint64_t> 50000000))
         else:
             first += 1
             if first % 65536 == 0:          # nobody who faults waits for a walk through a large region
@@ -1699,12 +1902,12 @@ cdef bint end_threads(Attachment *a) noexcept nogil:
     """Its fault threads end, also one that blocks in a call on the application's descriptor. False: one did not, for far
     longer than anything that it may wait for takes; it still uses the region."""
     cdef Region_t *r = a.region
-    cdef uint64_t deadline = now_ns() + END_NS
+    cdef uint64_t deadline = ran_ns(&r.store.running) + END_NS      # a node that stood still has given nobody time to end
     cdef uint32_t n
     store32(&a.leaving, 1, RELEASE)
     eventfd_write(a.stop_fd, 1)
     pthread_mutex_lock(&r.lock)
-    while a.ended < a.started and now_ns() < deadline:
+    while a.ended < a.started and ran_ns(&r.store.running) < deadline:
         for n in range(a.started):
             nudge(a.threads[n])
         cond_wait_until(&r.changed, &r.lock, now_ns() + NUDGE_NS)
@@ -1974,12 +2177,14 @@ cdef class Region:
             a.uffd = uffd           # from here on evictors protect here, too
             pthread_rwlock_unlock(&r.mapped)
         for i in range(r.fault_threads):
-            if start_thread(&a.threads[i], fault_main, a, b"ramster-fault") != 0:
-                raise MemoryError("cannot start the threads of a region")
+            failure = start_thread(&a.threads[i], fault_main, a, b"ramster-fault")
+            if failure:
+                raise OSError(failure, "cannot start the threads of a region")
             a.started += 1
         while r.evictors_started < r.evictor_threads:
-            if start_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict") != 0:
-                raise MemoryError("cannot start the threads of a region")
+            failure = start_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict")
+            if failure:
+                raise OSError(failure, "cannot start the threads of a region")
             r.evictors_started += 1
 
     def detach(self, uint32_t number):
@@ -2165,6 +2370,40 @@ cdef class Region:
             free(buffer)
             self.end(r, NULL)
 
+    def discard(self, uint64_t first, uint64_t count):
+        cdef Region_t *r = self.begin(NULL, first, count)
+        cdef uint8_t *zeros = <uint8_t *> calloc(1, PAGE)
+        cdef uint64_t page = first, end = first + count, deadline
+        cdef bint kept = False, stopped
+        try:
+            if zeros == NULL:
+                raise MemoryError
+            with nogil:
+                # Nothing of it needs the store's room or a lender. But what others have in hand ends within their own waits.
+                deadline = ran_ns(&r.store.running) + r.links.give_up_ns + r.full_wait_ns + 1000000000ull
+                discard_run(r, page, end, zeros, &page, &end, &kept)
+                while page < end and not load32(&r.stopping, ACQUIRE) and ran_ns(&r.store.running) < deadline:
+                    pthread_mutex_lock(&r.lock)
+                    if way_to_discard(r, page) == WAY_NONE:
+                        cond_wait_until(&r.changed, &r.lock, now_ns() + 50000000ull)
+                    pthread_mutex_unlock(&r.lock)
+                    discard_run(r, page, end, zeros, &page, &end, &kept)
+                unpark(r)
+                stopped = load32(&r.stopping, ACQUIRE)
+            if stopped:
+                self.fail(GONE_STOPPED, first, count)
+            if page < end:
+                raise errors.Refused(f"pages {page} to {end} were not discarded: somebody has them in hand for too long")
+            if kept:
+                runs = self.lost_runs(r, first, count, False, False, NULL)
+                raise errors.RegionLost(
+                    f"{sum(n for _, n in runs)} of {count} pages from page {first} on stay lost: with poison = \"guard\" that is for good",
+                    runs=runs)
+            return count
+        finally:
+            free(zeros)
+            self.end(r, NULL)
+
     def advise(self, str kind, uint64_t first, uint64_t count):
         cdef Region_t *r = self.begin(NULL, first, count)
         cdef int number
@@ -2283,9 +2522,9 @@ cdef class Region:
         cdef uint64_t lost, refused, removed
         cdef bint full
         pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused, removed, full = r.lost, r.refused, r.removed, r.full
+        lost, refused, removed, full = r.lost - r.lost_removed, r.refused, r.removed, r.full
         pthread_mutex_unlock(&r.lock)
-        return lost - min(removed, lost), refused, removed, bool(full)
+        return lost, refused, removed, bool(full)
 
     def close(self):
         self.shut()

@@ -326,6 +326,16 @@ cdef inline uint64_t enough_pages(uint64_t budget, uint64_t ghosts, uint64_t cam
     return budget + ghosts * came // returned
 
 
+cdef inline uint64_t steady_pages(uint64_t before, uint64_t found, bint *doubt) noexcept nogil:
+    """What is said after a look that found this, where 'before' was said: a program that pauses for one look has not come to rest, and
+    an estimate from a few hundred pages is good for a part of the way. 'doubt': the last look found nothing."""
+    cdef bint doubted = doubt[0]
+    doubt[0] = found == 0
+    if found == 0:
+        return 0 if doubted else before
+    return (3 * before + found) // 4 if before else found
+
+
 cdef class ResidentSet:
     cdef Resident set
     cdef readonly int spare

@@ -13,6 +13,12 @@ def enough(budget: int, ghosts: int, came: int, returned: int, waited_ns: int, p
     waited_ns: time that faults took.
     """
 
+def steady(before: int, found: int, doubt: bool) -> tuple[int, bool]:
+    """What is said, and whether in doubt, after a look that found `found` where `before` was said.
+
+    0 is said after two looks in a row that found nothing; another estimate is approached by a quarter of the way.
+    """
+
 class ResidentSet:
     """A region's replacement policy by itself, for tests and for replaying traces; not for several threads at once.
 

@@ -65,6 +65,11 @@ def enough(uint64_t budget, uint64_t ghosts, uint64_t came, uint64_t returned, u
     return enough_pages(budget, ghosts, came, returned, waited_ns, passed_ns)
 
 
+def steady(uint64_t before, uint64_t found, bint doubt):
+    before = steady_pages(before, found, &doubt)
+    return before, doubt
+
+
 cdef class ResidentSet:
     """See the stub."""
 

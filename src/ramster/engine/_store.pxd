@@ -330,6 +330,20 @@ cdef enum:
     AGAIN_MS = 10                   # the short wait
 
 
+cdef inline bint same_filled(const uint8_t *page, uint32_t *pattern) noexcept nogil:
+    """A page of one word of 4 bytes, which takes no room."""
+    cdef const uint64_t *words = <const uint64_t *> page
+    cdef uint64_t first = words[0]
+    cdef int i
+    if <uint32_t> first != <uint32_t> (first >> 32):
+        return False
+    for i in range(1, PAGE // 8):
+        if words[i] != first:
+            return False
+    pattern[0] = <uint32_t> first
+    return True
+
+
 cdef inline uint64_t store_patience(Store_t *s, const uint64_t *in_vain, uint64_t wait_ns) noexcept nogil:
     """How long to wait; in_vain: as store_in_vain left it, 0 at first."""
     cdef uint64_t vain = load64(in_vain, ACQUIRE)

@@ -1156,19 +1156,6 @@ cdef uint64_t clear(Pool *pool, const uint64_t *oid, uint32_t index) noexcept no
 
 # --- put -----------------------------------------------------------------------------------------------------------
 
-cdef inline bint same_filled(const uint8_t *page, uint32_t *pattern) noexcept nogil:
-    cdef const uint64_t *words = <const uint64_t *> page
-    cdef uint64_t first = words[0]
-    cdef int i
-    if <uint32_t> first != <uint32_t> (first >> 32):
-        return False
-    for i in range(1, PAGE // 8):
-        if words[i] != first:
-            return False
-    pattern[0] = <uint32_t> first
-    return True
-
-
 cdef inline Head *head_of(Store_t *s, const Pool *pool) noexcept nogil:
     return &s.heads[(HEAD_STRIPES_MAX if pool.ephemeral else 0) + <uint32_t> sched_getcpu() % s.head_stripes]
 

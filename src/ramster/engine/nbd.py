@@ -30,10 +30,9 @@ class NbdServer(_nbd.NbdServer):
     resize: grow, up to max_bytes. Clients see it when they connect anew; until then requests beyond the size that their
         handshake told them (told_bytes of `serve`) are refused.
     remove_export: Refused while connections use it. The pool is the caller's to destroy.
-    statistics: counters of one export since it was added. pages_lost: reads that met a page that nobody has any more;
-        pages_failed: pages that read as EIO because a write to them was refused, until they are written or trimmed.
+    statistics: counters of one export since it was added. pages_lost: reads that met a page that nobody has any more.
     events: (export, page, why) since the last call, 256 at most; `event_fd` is readable when there are any. Why is
-        "lost", "corrupt", "unreachable", or "refused": its last write was, for want of room.
+        "lost", "corrupt" or "unreachable". A write that is refused for want of room leaves its page as it was.
     stop: ends every connection, then the threads.
 
     An `NbdConnection` owns a connected stream socket. receive, send and start_tls carry the handshake, with deadlines

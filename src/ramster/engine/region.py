@@ -39,6 +39,9 @@ class Region(_region.Region):
         RegionLost before anything moves.
     evict: writes a run out, for all processes; pages that are pinned stay. RegionFull when there is no room for all;
         the rest stays.
+    discard: a run reads as zeros from then on, for all processes, and nothing is kept of it here or away. Fetches and
+        stores nothing; a page that is pinned stays in place. What was lost is not lost any more, but RegionLost with
+        poison="guard". Refused when a page stays in other hands for too long.
     advise: how a run will be used, "normal", "sequential", "random" or "cyclic" (docs/regions.md); replaces what was
         said of it before. UsageError for another word and for more than 64 ranges with an advice of their own.
     troubles: (pages lost now that somebody touched, faults refused for want of room so far, pages that the application

@@ -245,6 +245,19 @@ def byte_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
     return start, stop
 
 
+def whole_range(where: Any, address: int, nbytes: int) -> tuple[int, int]:
+    """As `byte_range`, of what is to be given up: an array must have every byte of it for its own."""
+    start, stop = byte_range(where, address, nbytes)
+    if where is None or isinstance(where, slice | range | tuple):
+        return start, stop
+    own: int = memoryview(where).nbytes
+    if own != stop - start:
+        raise UsageError(
+            f"range: {shown(where)}, must be contiguous: {stop - start - own} bytes between its items are not its own"
+        )
+    return start, stop
+
+
 def _bounds(where: Any) -> tuple[int, int]:
     """First address, and the one behind the last, of an array or buffer."""
     import numpy as np

@@ -22,8 +22,8 @@ from ramster.constants import POOL_PAGES_MAX
 VERSION: Final = 2
 # An answer with this many runs takes at most 26 KiB, well inside REGION_MESSAGE_BYTES_MAX.
 RUNS_MAX: Final = 1000
-# Pages that one pin, unpin, prefetch or evict may name (16 MiB): short enough that every answer comes within its
-# deadline.
+# Pages that one pin, unpin, prefetch, evict or discard may name (16 MiB): short enough that every answer comes within
+# its deadline.
 SPAN_MAX: Final = 4096
 # Characters of a region's name; with the longest UTF-8 still a valid name for a memfd.
 NAME_MAX: Final = 48
@@ -123,6 +123,13 @@ class Evict(_Request, tag="evict"):
     count: Count
 
 
+class Discard(_Request, tag="discard"):
+    """These pages read as zeros from now on, in every process, and nothing is kept of them."""
+
+    first: Page
+    count: Count
+
+
 class Advise(_Request, tag="advise"):
     kind: Advice
     first: Page
@@ -142,9 +149,22 @@ class Close(_Request, tag="close"):
     pass
 
 
-Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Advise | Check
+Span: TypeAlias = Pin | Unpin | Prefetch | Evict | Discard | Advise | Check
 Request: TypeAlias = (
-    Create | Join | Capacity | Attach | Pin | Undo | Unpin | Prefetch | Evict | Advise | Check | Statistics | Close
+    Create
+    | Join
+    | Capacity
+    | Attach
+    | Pin
+    | Undo
+    | Unpin
+    | Prefetch
+    | Evict
+    | Discard
+    | Advise
+    | Check
+    | Statistics
+    | Close
 )
 
 
@@ -162,8 +182,8 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     next_page: int | None = None
     """Check: where to go on, because more than RUNS_MAX runs were found."""
     pages: int = 0
-    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out. Undo: pages that
-    have one pin less.
+    """Create, Join: pages of the region. Prefetch: pages now resident. Evict: pages written out. Discard: pages that
+    are zeros now. Undo: pages that have one pin less.
     """
     region: int = 0
     name: str = ""

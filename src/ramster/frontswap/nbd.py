@@ -52,7 +52,6 @@ _WORDS: Final = {
     "lost": "is lost, the node that kept it is gone",
     "unreachable": "cannot be had, the node that keeps it does not answer",
     "corrupt": "is damaged, its bytes fail their check",
-    "refused": "was not stored, there was no room for it",
 }
 
 

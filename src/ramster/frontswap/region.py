@@ -27,6 +27,7 @@ from ramster.constants import PAGE_BYTES
 from ramster.errors import ForkedError, ProtocolError, RamsterError, RegionBusy, RegionLost, UsageError
 from ramster.frontswap import arguments, capacity, messages
 from ramster.frontswap._client import Entered, Mapping
+from ramster.frontswap.discarding import discard
 from ramster.frontswap.region_control import Control
 from ramster.frontswap.region_statistics import RegionStatistics
 from ramster.frontswap.under_way import UnderWay, Use
@@ -292,6 +293,19 @@ class Region(Mapping):
         return sum(
             self._control.ask(messages.Evict(first=at, count=size)).pages for at, size in _chunks(first, count)
         ) * PAGE_BYTES  # fmt: skip
+
+    @_under_way
+    def discard(self, where: Range = None) -> int:
+        """Make a range zeros and keep nothing of it: whole pages leave RAM, arena and lenders at once. Nothing is
+        fetched or stored for it, so it works where the node is full and a lender is gone, and what was lost of the
+        range is zeros, too. Bytes of whole pages of the range; the rest, of pages that it has only in part, is written
+        as by a pinned assignment.
+
+        A range as in `evict`, but rounded to nothing: an array must be contiguous. Raises UsageError, Refused where
+        a page stays in other hands; for the parts of pages RegionFull, RegionLost; NodeUnreachable, ForkedError.
+        """
+        self._own()
+        return discard(self, self._control.ask, arguments.whole_range(where, self.address, self.nbytes))
 
     @_under_way
     def advise(self, kind: messages.Advice, where: Range = None) -> None:

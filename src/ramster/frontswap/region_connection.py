@@ -346,6 +346,8 @@ class Connection:
                 return messages.Reply(ok=True, pages=await run(lambda: region.prefetch(number, first, count)))
             case messages.Evict():
                 return messages.Reply(ok=True, pages=await run(lambda: region.evict(first, count)))
+            case messages.Discard():
+                return messages.Reply(ok=True, pages=await run(lambda: region.discard(first, count)))
             case messages.Advise():
                 await run(lambda: region.advise(request.kind, first, count))
                 return messages.Reply(ok=True)
