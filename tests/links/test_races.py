@@ -40,7 +40,7 @@ import random
 from typing import Any
 
 import pytest
-from tests.links.conftest import LENDER, OTHER_LENDER, SEGMENT, MakePair, Pair, Side, page
+from tests.links.conftest import BORROWER, LENDER, OTHER_LENDER, SEGMENT, MakePair, Pair, Side, page
 
 from ramster.engine.links import BULK, GET, TlsContext
 from ramster.errors import PageLost, PoolGone, StoreFull
@@ -800,12 +800,29 @@ def _entry(image: bytes, ordinal: int) -> bytes:
     return image[base + offset : base + offset + 40 + length]
 
 
-def test_two_owners_never_meet_in_one_lender(make_pair: MakePair) -> None:
-    """Equal segment numbers and generations, different owners: frames are found by owner too."""
-    one = make_pair()
-    one.put(*range(40))
-    one.ship()
-    assert one.b.links.foreign() == {1: one.b.lent_used()}
+def test_two_owners_never_meet_in_one_lender(make_pair: MakePair, contexts: dict[int, TlsContext]) -> None:
+    """Equal segment numbers and generations, different owners and bytes: frames are found by owner too."""
+    one = make_pair(lend=32)
+    other = Pair(Side(OTHER_LENDER, contexts[OTHER_LENDER], 24, 0), one.b)
+    other.connect()
+    try:
+        one.put(*range(400))
+        other.put(*range(400), version=7)
+        names = []
+        for pair in (one, other):
+            pair.a.store.seal_open()
+            names.append({each[:2] for each in pair.a.store.coldest(256)})
+            pair.ship()
+        assert names[0] & names[1], "no number and generation names a segment of both: the test shows nothing"
+        foreign = one.b.links.foreign()
+        assert set(foreign) == {BORROWER, OTHER_LENDER} and sum(foreign.values()) == one.b.lent_used()
+        one.expect(range(400))
+        other.expect(range(400), version=7)
+        one.a.store.destroy_pool(one.pool)
+        wait_until(lambda: set(one.b.links.foreign()) == {OTHER_LENDER}, "what the first one had is forgotten")
+        other.expect(range(400), version=7)
+    finally:
+        other.close(keep=one.b)
 
 
 def test_a_lender_that_stands_still_holds_up_no_other(pair: Pair, contexts: dict[int, TlsContext]) -> None:
