@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ramster import limits
 from ramster.cli.commands import cluster, config, demo, doctor, export, node, run, status, stop, swap
 from ramster.cli.commands.options import say
 from ramster.errors import RamsterError
+
+# What no command can foresee wherever it happens: no more descriptors, no more memory.
+_OF_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70  # EX_SOFTWARE
@@ -78,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's errors; their class moved between typer's releases
             return _usage(error)
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_LIMITS):
+            limit = limits.reached(error, "go on")
+            if limit is not None:
+                return _fail(str(limit), limit.exit_code)
         if os.environ.get("RAMSTER_DEBUG"):
             raise
         return _fail(
