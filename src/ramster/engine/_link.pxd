@@ -360,6 +360,7 @@ cdef int get_page(Links_t *l, uint64_t pool, const uint64_t *oid, uint32_t index
 cdef void get_pages(Links_t *l, uint64_t pool, Fetch *wanted, uint32_t n, uint8_t *staging) noexcept nogil
 
 cdef bytes peer_certificate(SSL *ssl)
+cdef unsigned long tls_error(SSL *ssl) except? 1
 
 
 cdef class TlsContext:

@@ -2188,18 +2188,24 @@ cdef object no_memory(str doing):
     return limits.reached(MemoryError(), doing, "the node")
 
 
-cdef str tls_reason(SSL *ssl):
-    """What OpenSSL has to say about the last failure, its queue, which it takes. LimitReached where memory ran out: whatever else
-    stands there follows from it, also what it says of the certificate, which it could not read."""
+cdef unsigned long tls_error(SSL *ssl) except? 1:
+    """The first error of OpenSSL's queue, which it takes; 0: none. LimitReached where memory ran out: whatever else stands there
+    follows from it, also what it says of the certificate, which it could not read."""
     cdef unsigned long code = ERR_get_error(), other = code
-    cdef const char *text
-    cdef long verify = SSL_get_verify_result(ssl) if ssl != NULL else X509_V_OK
-    cdef bint short_of_memory = verify == X509_V_ERR_OUT_OF_MEM
+    cdef bint short_of_memory = ssl != NULL and SSL_get_verify_result(ssl) == X509_V_ERR_OUT_OF_MEM
     while other != 0:
         short_of_memory |= ERR_GET_REASON(other) == ERR_R_MALLOC_FAILURE
         other = ERR_get_error()
     if short_of_memory:
         raise no_memory("speak TLS")
+    return code
+
+
+cdef str tls_reason(SSL *ssl):
+    """What OpenSSL has to say about the last failure. LimitReached, as tls_error()."""
+    cdef unsigned long code = tls_error(ssl)
+    cdef const char *text
+    cdef long verify = SSL_get_verify_result(ssl) if ssl != NULL else X509_V_OK
     if verify != X509_V_OK:
         return f"the other side's certificate is not of this cluster ({X509_verify_cert_error_string(verify).decode()})"
     text = ERR_reason_error_string(code) if code else NULL

@@ -43,14 +43,14 @@ from ramster.engine._c.linux cimport (
     POLLERR, POLLHUP, POLLRDHUP, recv, sendmsg, setsockopt, shutdown)
 from ramster.engine._c.nbd cimport *
 from ramster.engine._c.openssl cimport (
-    ERR_clear_error, ERR_get_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_OP_NO_RENEGOTIATION,
+    ERR_clear_error, ERR_reason_error_string, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN, SSL_OP_NO_RENEGOTIATION,
     SSL_OP_NO_TICKET, SSL_do_handshake, SSL_free, SSL_get_error, SSL_new, SSL_read, SSL_set_accept_state, SSL_set_cipher_list, SSL_set_fd,
     SSL_set_min_proto_version, SSL_set_options, SSL_write, TLS1_2_VERSION)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, need_thread)
 from ramster.engine._running cimport ran_ns
-from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, peer_certificate, reply_bytes, reply_next
+from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, peer_certificate, reply_bytes, reply_next, tls_error
 from ramster.engine._store cimport (
     BUSY, CORRUPT, FULL, LOST, MISS, NO_MEMORY, OK, PAGE, REMOTE, UNREACHABLE, RemoteRef, store_flush, store_get, store_in_vain, store_patience, store_put,
     store_pool_pages, store_short_of_frames, store_slot, store_where)
@@ -1532,7 +1532,7 @@ cdef class NbdConnection:
         cdef const char *reason
         if error == SSL_ERROR_WANT_READ or error == SSL_ERROR_WANT_WRITE:
             return self.wait(POLLIN if error == SSL_ERROR_WANT_READ else POLLOUT, deadline_ns)
-        reason = ERR_reason_error_string(ERR_get_error())
+        reason = ERR_reason_error_string(tls_error(self.ssl))
         raise ConnectionError("the client went away" if reason == NULL else f"TLS: {reason.decode()}")
 
     def receive(self, uint32_t size, double timeout_s):
