@@ -305,6 +305,7 @@ class Guard:
     def __init__(self, mode: str = "off") -> None:
         self._mode = mode
         self._checks: dict[str, Check] = {}
+        self._warned: dict[str, Check] = {}
         self._oom_before: int | None = None
 
     def begin(self) -> None:
@@ -333,19 +334,22 @@ class Guard:
 
     def serve(self, exports: int, swapped_on: int) -> None:
         """The node has so many exports now, and this machine swaps on so many of them. What was refused is said in the
-        log each time.
+        log once, and again when it has changed.
         """
         if self._mode == "off":
-            if exports:
+            if exports and not self._warned:
+                self._warned = dict(self._checks)
                 log.warning('this node serves a block device with [node] guard = "off": do not swap on it')
             return
         if self._mode == "auto":
             self._spare(exports > 0)
             self._reserve(swapped_on > 0)
-        if exports:
-            for check in self._checks.values():
-                if check.state in ("refused", "unsupported"):
-                    log.warning("guard: %s %s: %s; to do: %s", check.name, check.state, check.detail, check.advice)
+        for check in self._checks.values():
+            if check.state not in ("refused", "unsupported"):
+                self._warned.pop(check.name, None)
+            elif exports and self._warned.get(check.name) != check:
+                self._warned[check.name] = check
+                log.warning("guard: %s %s: %s; to do: %s", check.name, check.state, check.detail, check.advice)
 
     def add(self, check: Check) -> None:
         """What is found out elsewhere (the arena, its holder) and belongs into the report."""
