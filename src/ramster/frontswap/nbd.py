@@ -330,16 +330,18 @@ class ExportService:
             "allow": list(export.allow),
             "connections": len(export.clients),
             "deserted_s": 0.0 if left is None else round(time.monotonic() - left, 1),
-            "uris": self.uris(export.name),
+            "uris": self.uris(export.name, export.allow),
         }
 
-    def uris(self, name: str) -> list[str]:
-        """Where clients reach an export; the first is on this machine."""
+    def uris(self, name: str, allow: Sequence[str] = ()) -> list[str]:
+        """Where clients reach an export; the first is on this machine. Over TCP, one for certain clients asks for their
+        certificate, which TLS alone shows.
+        """
         uris = [f"nbd+unix:///{name}?socket={quote(str(self.path))}"]
         for listener in self._listeners:
             if not listener.local:
                 address, port = listener.sock.getsockname()[:2]
-                scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
+                scheme = "nbds" if allow or listener.tls is Tls.REQUIRED else "nbd"
                 uris.append(f"{scheme}://{_join(self._host(address), port)}/{name}")
         return uris
 
