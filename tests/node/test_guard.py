@@ -82,7 +82,7 @@ print(json.dumps([check.state, check.detail, may_lock(4 << 20), may_lock(16 << 2
         pytest.skip("the limit is lower here")
     state, detail, less, more = python(code, without("ipc_lock"))
     assert (state, less, more) == ("refused", True, False)
-    assert "not more than 8MiB" in detail
+    assert "not more than 8 MiB" in detail
 
 
 def test_without_a_capability_the_advice_names_it() -> None:

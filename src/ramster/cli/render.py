@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ramster.cli.demo.plan import show_size
 from ramster.cli.tables import Part, Table
-from ramster.config.units import counted, show_seconds
+from ramster.config.units import counted, show_seconds, show_size
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
 from ramster.logs import escaped

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from ramster.config.units import format_bytes
+from ramster.config.units import show_size
 from ramster.constants import MIB, PAGE_BYTES
 from ramster.errors import RamsterError
 
@@ -242,14 +242,12 @@ def may_lock(size: int) -> bool:
 def arena_lock(arena_bytes: int, locked: bool | None = None) -> Check:
     """The arena: whether it is locked, or (locked=None) could be."""
     if may_lock(arena_bytes) if locked is None else locked:
-        return Check(
-            "arena", "ok", f"{format_bytes(arena_bytes)} {'may be' if locked is None else 'are'} locked in RAM"
-        )
+        return Check("arena", "ok", f"{show_size(arena_bytes)} {'may be' if locked is None else 'are'} locked in RAM")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     return Check(
         "arena",
         "refused",
-        f"{format_bytes(arena_bytes)} cannot be locked: the limit is {_size(limit)}",
+        f"{show_size(arena_bytes)} cannot be locked: the limit is {_size(limit)}",
         "LimitMEMLOCK=infinity or AmbientCapabilities=CAP_IPC_LOCK in the node's unit",
     )
 
@@ -488,7 +486,7 @@ def _file_system(device: int) -> tuple[str, set[str]]:
 
 
 def _size(limit: int) -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else format_bytes(limit)
+    return "unlimited" if limit == resource.RLIM_INFINITY else show_size(limit)
 
 
 def _line(check: Check) -> str:
