@@ -33,7 +33,7 @@ def measured(put: int, compressed: int) -> Capacity:
             "1 TiB beyond its RAM, and there is room for 544 MiB compressed (arena 32 MiB, 1 lender 512 MiB)",
         ),
         (1 << 40, ROOM, "compress 1927.5:1"),
-        (1, Capacity(), "no lender is up"),
+        (1, Capacity(), "no lender has room"),
         (1, Capacity(), "room for 0B"),
         (MIB, Capacity(spill_bytes=2 * MIB, spill_free_bytes=MIB), None),
         (2 * MIB, Capacity(spill_bytes=2 * MIB, spill_free_bytes=MIB), "spill file 1 MiB"),

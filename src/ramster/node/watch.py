@@ -71,8 +71,10 @@ class Watch:
                 handler.settle()
 
     def _look(self) -> Look:
-        arena = self._store.statistics()
+        # In this order: what a peer that has said goodbye kept is out of reach until it counts as lost.
+        rows = self._links.peers()
         unreachable = self._links.unreachable()
+        arena = self._store.statistics()
         spill = self._spill.statistics() if self._spill is not None else None
         if arena.puts_refused > self._refused and time.monotonic() - self._full_said >= FULL_AGAIN_S:
             self._refused, self._full_said = arena.puts_refused, time.monotonic()
@@ -87,7 +89,7 @@ class Watch:
                     silent_s=row["silent_ms"] / 1000,
                     pages=unreachable.get(row["number"], 0),
                 )
-                for row in self._links.peers()
+                for row in rows
             },
             regions=self._look_at_regions(time.monotonic()),
             swaps={number: SwapLook(*each) for number, each in self._exports.swapped_on().items()},
