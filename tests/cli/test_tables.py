@@ -58,6 +58,17 @@ def table_of(rows: list[list[str]], title: str = "") -> Table:
     return table
 
 
+def test_whose_bytes_failed_their_check_stands_beside_how_many_reads_met_them() -> None:
+    def said(**more: Any) -> list[str]:
+        status = {"counters": {"pages_damaged": 7}, **more}
+        printed = [line for part in status_tables(status) for line in plain(part, None)]
+        return [" ".join(line.split()) for line in printed if "damaged" in line]
+
+    assert said() == ["reads of damaged pages 7"]
+    peers = [{"name": "beta", "damaged": 5}, {"name": "gamma", "damaged": 0}, {"name": "delta", "damaged": 1}]
+    assert said(peers=peers) == ["reads of damaged pages 7 (5 from beta, 1 from delta)"]
+
+
 @given(
     title=cells,
     heads=st.booleans(),

@@ -33,6 +33,7 @@ from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
 from ramster.errors import CertificateError, PortTaken, Refused, UsageError
 from ramster.frontswap.nbd import EXPORTS_MAX, HANDSHAKES_MAX, HANDSHAKES_OF_ONE_MAX, ExportService, objection
+from ramster.frontswap.nbd_connections import end_all
 from ramster.testing.nbd import NbdClient
 from ramster.testing.nbd_handshake import Dialled
 from ramster.testing.proxy import wait_until
@@ -399,6 +400,35 @@ def test_removal_is_refused_while_the_export_is_in_use(served: Served) -> None:
     with pytest.raises(Refused, match=rf"in use by 1 connection \(process {os.getpid()} of user {os.getuid()}\)"):
         served.call(served.service.remove("swap"))
     assert client.read(0, PAGE_BYTES) == page(1)
+    client.close()
+
+
+def test_while_connections_end_other_exports_come_and_go(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = asyncio.Event()
+
+    async def end_late(connections: list[Any]) -> int:
+        if connections:
+            await released.wait()
+        return await end_all(connections)
+
+    monkeypatch.setattr("ramster.frontswap.nbd.end_all", end_late)
+    served.create("slow")
+    client = served.client("slow")
+    removal = asyncio.run_coroutine_threadsafe(served.service.remove("slow", force=True), served.loop)
+    wait_until(lambda: served.service.count() == 0, "it is being removed")
+    served.create("other")
+    served.call(served.service.change("other", 16 * PAGE_BYTES))
+    served.call(served.service.remove("other"))
+    for refused in (
+        served.service.create("slow", PAGE_BYTES),
+        served.service.change("slow", 16 * PAGE_BYTES),
+        served.service.remove("slow", force=True),
+    ):
+        with pytest.raises(Refused, match="slow is being removed"):
+            served.call(refused)
+    served.loop.call_soon_threadsafe(released.set)
+    removal.result(WAIT_S)
+    served.create("slow")
     client.close()
 
 

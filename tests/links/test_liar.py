@@ -173,6 +173,7 @@ def test_one_entry_that_is_missing_or_spoilt_costs_that_page_alone(liar: Liar) -
     got = liar.all()
     assert [got[index] for index in (3, 5, 7, 8)] == ["corrupt"] * 4
     assert all(got[index] == page(index) for index in range(PAGES) if index not in (3, 5, 7, 8))
+    assert [(each["number"], each["damaged"]) for each in liar.links.peers()] == [(LENDER, 4)], "who it was is known"
 
 
 def test_a_page_overwritten_meanwhile_is_looked_at_again_and_its_neighbours_are_used(liar: Liar) -> None:

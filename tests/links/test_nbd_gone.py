@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Iterator
 
 import pytest
-from tests.links.conftest import LENDER, Pair
+from tests.links.conftest import LENDER, MakePair, Pair
 from tests.links.test_nbd_limits import PAGES, content, tls
 
 from ramster.constants import PAGE_BYTES
@@ -48,6 +48,51 @@ def test_reads_of_a_client_that_has_gone_are_dropped_before_they_cost_a_page(
     wait_until(lambda: len(export.ended) == 2, "the connection has ended")
     found = export.statistics()
     assert (found["abandoned"], found["pages_remote"], found["bytes_read"], found["errors"]) == (8, 0, 0, 0)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_client_that_has_gone_does_not_wait_for_a_silent_lender(make_pair: MakePair, tcp: bool) -> None:
+    """Its connection ends, the lender's answer comes later and finds nobody; its memory is used again."""
+    pair = make_pair(give_up_ms=60_000, request_deadline_ms=60_000)
+    with ServedExport(pair.a.links, PAGES, slow_threads=1) as export:
+        stays = export.connect()
+        stays.write(0, content(0, 128))
+        pair.ship()
+        with pair.get.up.held():
+            asked = stays.send(Command.READ, 0, 4 * PAGE_BYTES)
+            for n in range(3):
+                client = export.connect(tcp=tcp)
+                client.send(Command.READ, 8 * n * PAGE_BYTES, 4 * PAGE_BYTES)
+                wait_until(lambda n=n: export.statistics()["reads"] == n + 2, "it is under way")  # type: ignore[misc]
+                client.close()
+                wait_until(lambda n=n: len(export.ended) == n + 1, "its connection ends")  # type: ignore[misc]
+            assert (export.statistics()["abandoned"], export.statistics()["pages_remote"]) == (3, 0)
+        assert stays.wait(asked).data == content(0, 4)
+        assert stays.read(0, 128 * PAGE_BYTES) == content(0, 128)
+
+
+def test_what_clients_that_have_gone_leave_to_the_links_is_bounded(make_pair: MakePair) -> None:
+    """32 rows, 8 of them for one connection: those that come, ask and go keep at most half of them from others."""
+    pair = make_pair(give_up_ms=60_000, request_deadline_ms=60_000)
+    with ServedExport(pair.a.links, PAGES, slow_threads=1) as export:
+        stays = export.connect()
+        stays.write(0, content(0, 128))
+        pair.ship()
+        with pair.get.up.held():
+            for n in range(3):
+                client = export.connect()
+                for page in range(8):
+                    client.send(Command.READ, page * PAGE_BYTES, PAGE_BYTES)
+                wait_until(lambda n=n: export.statistics()["reads"] == 8 * n + 8, "under way")  # type: ignore[misc]
+                client.close()
+                if n < 2:
+                    wait_until(lambda n=n: len(export.ended) == n + 1, "it ends")  # type: ignore[misc]
+            asked = stays.send(Command.READ, 0, PAGE_BYTES)
+            wait_until(lambda: export.statistics()["reads"] == 25, "there is a row for it")
+            assert len(export.ended) == 2, "the third waits for its answers"
+        assert stays.wait(asked).data == content(0, 1)
+        wait_until(lambda: len(export.ended) == 3, "and has them")
+        assert export.statistics()["abandoned"] == 24
 
 
 def test_what_a_client_that_has_gone_wrote_is_written(export: ServedExport, pair: Pair) -> None:

@@ -395,7 +395,8 @@ def test_a_disk_that_is_full_in_the_middle_leaves_pages_in_the_arena(alone: Alon
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     seen = alone.spill.statistics()
-    assert seen.writes == 1 and seen.write_errors == ordered - 1 and "large" in seen.last_error
+    assert ordered > 2 and seen.writes == 1 and "large" in seen.last_error
+    assert seen.write_errors == 1, "what was ordered with it is not tried as well"
     assert not alone.spill.room()[2], "no more tries for a while"
     assert alone.store.statistics().segments_spilled == 1 and alone.rooms() == 1
     alone.expect(PAGES)

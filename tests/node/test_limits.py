@@ -9,12 +9,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ramster
 from ramster import limits
-from ramster.errors import LimitReached
+from ramster.engine.links import Links
+from ramster.engine.store import Store
+from ramster.errors import LimitReached, StoreFull
+from ramster.frontswap.sockets import listen_tcp, listen_unix
 from ramster.testing.cluster import Cluster
 
 _APPLICATION = """
@@ -62,6 +66,52 @@ def test_an_application_is_told_which_limit_it_ran_into(kind: str, limit: int, k
     *errors, made = done.stdout.splitlines()
     assert errors and 0 < int(made.split()[0]) < 64
     assert all(each.startswith("limit-reached ") and knob in each for each in errors), errors[:3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "knob"),
+    [(resource.RLIMIT_NOFILE, n, "ulimit -n") for n in (8, 12, 16, 20, 24, 28)]
+    + [(resource.RLIMIT_AS, n << 20, "ulimit -v") for n in (150, 200, 250, 300, 400)],
+)
+def test_a_node_that_a_limit_keeps_from_starting_names_it(kind: int, limit: int, knob: str) -> None:
+    with Cluster({"alpha": {"arena": {"size": "64MiB"}, "lend": {"size": "64MiB"}}, "beta": {}}) as cluster:
+        done = subprocess.run(
+            [sys.executable, "-m", "ramster.cli", "node", "--config", str(cluster["alpha"].config)],
+            preexec_fn=lambda: resource.setrlimit(kind, (limit, limit)),
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert "bug" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    assert done.returncode == LimitReached.exit_code, done.stderr
+    assert knob in done.stderr.splitlines()[-1]
+
+
+def test_listening_without_descriptors_names_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_more(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("ramster.frontswap.sockets.socket.socket", no_more)
+    with pytest.raises(LimitReached, match=r"127.0.0.1:7777 \(\[links\] listen\).*ulimit -n"):
+        listen_tcp("127.0.0.1", 7777, "[links] listen")
+    with pytest.raises(LimitReached, match=r"nbd.sock.*ulimit -n"):
+        listen_unix(tmp_path / "nbd.sock")
+
+
+def test_links_that_could_not_be_made_go_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(Links):
+        @property
+        def stop(self) -> Any:
+            raise AttributeError("its class is half gone")
+
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    store = Store(1 << 20, segment_bytes=65536, lock=False, cleaner=False)
+    with pytest.raises(StoreFull, match="cannot lend"):
+        Half(store, 1, lend_bytes=1 << 60, lock=False)
+    store.close()
+    assert said == []
 
 
 def test_a_node_without_descriptors_says_so_and_goes_on_answering() -> None:

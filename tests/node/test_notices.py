@@ -126,7 +126,21 @@ def region(look: RegionLook) -> Look:
         (swap(DESERTED), swap(SWAP), ["INFO export swap0: this machine's kernel is connected to it again"]),
         (swap(DESERTED), Look(), ["INFO export swap0: this machine's kernel does not swap on it any more"]),
         (swap(SWAP), Look(), []),
-        (Look(), Look(damaged=1), ["ERROR 1 page (4 KiB) failed the check of their bytes"]),
+        (
+            Look(),
+            Look(damaged=1),
+            ["ERROR 1 read met bytes that fail their check; a page that has no other copy"],
+        ),
+        (
+            replace(peers(replace(UP, damaged=3), replace(UP, name="gamma", damaged=2)), damaged=5),
+            replace(peers(replace(UP, damaged=7), replace(UP, name="gamma", damaged=2)), damaged=9),
+            ["ERROR 4 reads met bytes that fail their check (4 from node beta); "],
+        ),
+        (
+            peers(UP),
+            replace(peers(replace(UP, damaged=1), replace(UP, name="gamma", damaged=2)), damaged=5),
+            ["ERROR 5 reads met bytes that fail their check (1 from node beta, 2 from node gamma); "],
+        ),
         (
             Look(puts_refused=1),
             Look(puts_refused=9),
@@ -160,6 +174,35 @@ def test_a_region_whose_room_comes_and_goes_is_full_until_it_has_had_room_for_a_
     assert 1 not in watch._look_at_regions(9.5)
     state[1] = False  # another one
     assert not watch._look_at_regions(9.9)[1].full
+
+
+def test_a_lender_that_returns_false_bytes_all_the_time_is_said_once_in_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, reads = 0.0, 0
+    monkeypatch.setattr("ramster.node.watch.time.monotonic", lambda: now)
+    peer = {"number": 2, "up": True, "gone": False, "reason": "", "lost": False, "silent_ms": 0}
+    links: Any = SimpleNamespace(
+        unreachable=dict,
+        counters=lambda: {"corrupt_replies": reads},
+        peers=lambda: [{**peer, "damaged": reads}],
+    )
+    store: Any = SimpleNamespace(statistics=lambda: SimpleNamespace(corrupt_pages=0, puts_refused=0, pages_lost=0))
+    regions: Any = SimpleNamespace(troubles=dict)
+    exports: Any = SimpleNamespace(swapped_on=dict)
+    beta: Any = SimpleNamespace(number=2, name="beta")
+    watch = Watch(store, links, regions, exports, [beta], 1000)
+    said = []
+    before = watch._look()
+    for second in range(1, 121):
+        now, reads = float(second), 10 * second
+        look = watch._look()
+        said += [each.text.split(";")[0] for each in notices(before, look, 1.0)]
+        before = look
+    assert said == [
+        "10 reads met bytes that fail their check (10 from node beta)",
+        "600 reads met bytes that fail their check (600 from node beta)",
+    ]
 
 
 PAGES = 4000

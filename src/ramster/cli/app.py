@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -12,9 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from ramster import limits
 from ramster.cli.commands import cluster, config, demo, doctor, export, node, run, status, stop, swap
 from ramster.cli.commands.options import say
 from ramster.errors import RamsterError
+
+# What no command can foresee wherever it happens: no more descriptors, no more memory.
+_OF_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70  # EX_SOFTWARE
@@ -92,6 +97,10 @@ def _run(arguments: Sequence[str] | None) -> int:
             return _unwritable(error)
         if hasattr(error, "format_message"):  # the parser's errors; their class moved between typer's releases
             return _usage(error)
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_LIMITS):
+            limit = limits.reached(error, "go on")
+            if limit is not None:
+                return _fail(str(limit), limit.exit_code)
         if os.environ.get("RAMSTER_DEBUG"):
             raise
         return _fail(

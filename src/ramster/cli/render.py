@@ -84,7 +84,13 @@ def _memory(status: Mapping[str, Any]) -> Table:
     table.add("puts", str(_int(counters, "puts")))
     table.add("gets here / away", f"{_int(counters, 'local_gets')} / {_int(counters, 'remote_gets')}")
     if damaged := _int(counters, "pages_damaged"):
-        table.add(("damaged pages", "red"), str(damaged))
+        lenders = [
+            f"{_int(peer, 'damaged')} from {peer.get('name', '?')}"
+            for peer in status.get("peers") or ()
+            if _int(peer, "damaged")
+        ]
+        # Each read of one counts, also where another copy was right: these are no pages as of now.
+        table.add(("reads of damaged pages", "red"), str(damaged) + f" ({', '.join(lenders)})" * bool(lenders))
     if lost := _int(arena, "pages_lost"):
         table.add(("lost pages", "red"), str(lost))
     if away := _int(arena, "pages_unreachable"):

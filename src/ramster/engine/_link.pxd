@@ -132,6 +132,7 @@ cdef struct Peer:
     uint64_t gets
     uint64_t segments_sent
     uint64_t refused
+    uint64_t damaged                # atomic: pages in its replies that failed their check
     uint32_t refusal                # status of the last refusal
     uint32_t *orphans               # it may have them, and is to forget them: not shipped there again before it says that it did
     uint32_t *orphan_generations
@@ -370,5 +371,6 @@ cdef class Links:
     cdef object spill               # what 'spilling' points into lives as long as the threads that call it
     cdef bint stopped
     cdef Links_t *live(self) except NULL
+    cdef void end(self) noexcept
     cdef grant(self, uint64_t lend_bytes, bint lock, double borrower_share)
     cdef Peer *peer(self, uint32_t number) except NULL

@@ -66,7 +66,7 @@ from ramster.engine._store cimport (
 
 import os
 
-from ramster import errors
+from ramster import errors, limits
 
 cdef enum:
     FRAME_MAGIC = 0x54534d52        # "RMST"
@@ -957,6 +957,8 @@ cdef int reply_next(Reply *reply, uint8_t *page) noexcept nogil:
         say(&l.remote_gets, 1)
     elif status == CORRUPT:
         say(&l.corrupt_replies, 1)
+        if not reply.spilled:
+            say(&peer_at(l, ref.peer).damaged, 1)
         status = other_copy(reply)
     return status
 
@@ -2181,11 +2183,23 @@ cdef void *bulk_reactor(void *argument) noexcept nogil:
 
 # --- Python: TLS before a connection is attached -------------------------------------------------------------------
 
+cdef object no_memory(str doing):
+    """What to raise."""
+    return limits.reached(MemoryError(), doing, "the node")
+
+
 cdef str tls_reason(SSL *ssl):
-    """What OpenSSL has to say about the last failure."""
-    cdef unsigned long code = ERR_peek_error()
+    """What OpenSSL has to say about the last failure, its queue, which it takes. LimitReached where memory ran out: whatever else
+    stands there follows from it, also what it says of the certificate, which it could not read."""
+    cdef unsigned long code = ERR_get_error(), other = code
     cdef const char *text
     cdef long verify = SSL_get_verify_result(ssl) if ssl != NULL else X509_V_OK
+    cdef bint short_of_memory = verify == X509_V_ERR_OUT_OF_MEM
+    while other != 0:
+        short_of_memory |= ERR_GET_REASON(other) == ERR_R_MALLOC_FAILURE
+        other = ERR_get_error()
+    if short_of_memory:
+        raise no_memory("speak TLS")
     if verify != X509_V_OK:
         return f"the other side's certificate is not of this cluster ({X509_verify_cert_error_string(verify).decode()})"
     text = ERR_reason_error_string(code) if code else NULL
@@ -2255,7 +2269,7 @@ cdef class Connection:
         os.set_blocking(fd, False)
         self.ssl = SSL_new(context.context)
         if self.ssl == NULL or SSL_set_fd(self.ssl, fd) != 1:
-            raise MemoryError
+            raise no_memory("speak TLS")
         if server:
             SSL_set_accept_state(self.ssl)
         else:
@@ -2478,7 +2492,7 @@ cdef class Links:
         cdef uint32_t i
         if l == NULL:
             return
-        self.stop()
+        self.end()
         for i in range(PEERS_MAX):
             if l.peers[i] != NULL:
                 for k in range(2):
@@ -2516,6 +2530,10 @@ cdef class Links:
 
     def stop(self):
         """Close every connection, fail every get under way, join the threads. Twice is fine."""
+        self.end()
+
+    cdef void end(self) noexcept:
+        """Also of one whose making failed half-way."""
         cdef Links_t *l = self.l
         cdef uint32_t i
         if self.stopped:
@@ -2931,7 +2949,7 @@ cdef class Links:
                 generation=load64(&p.generation, RELAXED), credit=load32(&p.credit, RELAXED),
                 shipping=load32(&p.shipping, RELAXED), reason=reason.decode(), lost=links_peer_lost(l, i), bytes_sent=sent,
                 bytes_received=received, gets=load64(&p.gets, RELAXED), segments_sent=load64(&p.segments_sent, RELAXED),
-                refused=load64(&p.refused, RELAXED),
+                refused=load64(&p.refused, RELAXED), damaged=load64(&p.damaged, RELAXED),
                 round_trip_p50_us=quantile(&p.round_trip, 0.5) // 1000,
                 round_trip_p99_us=quantile(&p.round_trip, 0.99) // 1000))
         return result

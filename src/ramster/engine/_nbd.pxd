@@ -85,7 +85,9 @@ cdef struct Job:
     const uint8_t *bytes            # NULL: zeros
 
 cdef struct Piece:                  # pages of one segment of one parked read
+    Server_t *server
     Parked *request
+    void *asked_for                 # atomic: while a lender or the spill file is asked, the connection that waits; NULL then: it has let go
     Piece *next
     uint32_t pages
     uint32_t asked                  # counted in its connection's asked_pages
@@ -175,6 +177,8 @@ cdef struct Server_t:
     Parked *parked_rows
     Piece *piece_free
     Piece *piece_rows
+    uint32_t pieces                 # rows of them
+    uint32_t pieces_left            # asked for, and nobody waits for them any more; under free_lock
     uint64_t large_bytes
     uint32_t rows_each              # that one connection may have: a client that takes no answers leaves some to others
     uint8_t *memory
@@ -199,6 +203,8 @@ cdef class NbdServer:
     cdef bint stopped
     cdef set connections
     cdef Export *export(self, uint32_t number) except NULL
+    cdef uint32_t left(self)
+    cdef end(self)
 
 cdef class NbdConnection:
     cdef readonly int fd

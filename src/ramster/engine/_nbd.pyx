@@ -22,8 +22,9 @@ Rules:
 * `send_lock` is held by whoever sends. A thread that finds it taken leaves its answer in the queue: the holder looks again after
   it has let go. Only the connection's own thread waits for a slow client; TLS is spoken by that thread alone.
 * A parked request holds the connection (`users`) until its last thread has let go of it.
-* A client that has gone gets nothing more done that only it would see: its reads and CACHE are dropped wherever they wait. What
-  changes pages is carried out. See look() for how it shows that a client has gone, and not merely sends no more.
+* A client that has gone gets nothing more done that only it would see: its reads and CACHE are dropped wherever they wait, and
+  pieces that a lender was asked for are left to the links, whose answer then only frees them (let_go). What changes pages is
+  carried out. See look() for how it shows that a client has gone, and not merely sends no more.
 * Connections take turns in what they share: one job of each at a time with slow threads, and each has a bounded part of rows, of
   memory and of the pages that are asked for elsewhere.
 """
@@ -385,10 +386,35 @@ cdef bint look(Conn *c) noexcept nogil:
     if load32(&c.dead, ACQUIRE) or (poll(&p, 1, 0) > 0 and p.revents & (POLLHUP | POLLERR)):
         say_why(c, b"the client went away")
         store32(&c.gone, 1, RELEASE)
+        let_go(c)
         return True
     if p.revents & POLLRDHUP and not c.asked:
         ask_for_life(c)
     return False
+
+
+cdef void let_go(Conn *c) noexcept nogil:
+    """By the thread of a connection that is gone, which alone asks elsewhere for it: its reads stop waiting for what was asked. So
+    many pieces at most, of all connections, are left to the links: clients that come, ask and go must leave some to others."""
+    cdef Server_t *s = c.server
+    cdef Piece *piece
+    cdef Parked *p
+    cdef void *mine
+    cdef uint32_t i
+    for i in range(s.pieces):
+        piece = &s.piece_rows[i]
+        if load_pointer(&piece.asked_for, RELAXED) != <void *> c:
+            continue
+        mine = <void *> c
+        p = NULL
+        pthread_mutex_lock(&s.free_lock)            # without it, nobody frees the piece
+        if s.pieces_left < 2 * s.rows_each and cas_pointer(&piece.asked_for, &mine, NULL, False, ACQ_REL, RELAXED):
+            s.pieces_left += 1
+            c.asked_pages -= piece.asked
+            p = piece.request
+        pthread_mutex_unlock(&s.free_lock)
+        if p != NULL:               # else its answer comes in this moment
+            parked_done(p)
 
 
 cdef void ask_for_life(Conn *c) noexcept nogil:
@@ -644,11 +670,21 @@ cdef void piece_again(Piece *piece) noexcept nogil:
 cdef void piece_answered(void *context, Reply *reply) noexcept nogil:
     """Called by a thread of the links, once."""
     cdef Piece *piece = <Piece *> context
-    cdef Parked *p = piece.request
-    cdef Server_t *s = p.conn.server
-    cdef uint64_t first = p.offset // PAGE
+    cdef Server_t *s = piece.server
+    cdef Parked *p
+    cdef uint64_t first
     cdef uint32_t i, again = 0, came = 0
     cdef int status
+    if swap_pointer(&piece.asked_for, NULL, ACQ_REL) == NULL:       # let go of: request and connection may be others' by now
+        pthread_mutex_lock(&s.free_lock)
+        s.pieces_left -= 1
+        piece.next = s.piece_free
+        s.piece_free = piece
+        pthread_cond_broadcast(&s.freed)
+        pthread_mutex_unlock(&s.free_lock)
+        return
+    p = piece.request
+    first = p.offset // PAGE
     if load32(&p.conn.gone, RELAXED):
         piece_dropped(s, piece)
         return
@@ -681,9 +717,11 @@ cdef void piece_send(Server_t *s, Piece *piece, RemoteRef *ref) noexcept nogil:
     pthread_mutex_lock(&s.free_lock)
     p.conn.asked_pages += piece.asked
     pthread_mutex_unlock(&s.free_lock)
+    store_pointer(&piece.asked_for, <void *> p.conn, RELEASE)
     result = links_get(s.links, ref, piece.wanted, piece.pages, piece.staging, piece_answered, piece, True)
     if result == OK:
         return
+    store_pointer(&piece.asked_for, NULL, RELAXED)
     if result == BUSY:
         piece_again(piece)
         return
@@ -1293,6 +1331,7 @@ cdef class NbdServer:
         s.store = s.links.store
         s.deadline_ns = max(2 * s.links.give_up_ns, <uint64_t> PATIENCE_S * 1000000000ull)
         s.rows_each = max(requests_max // 4, 1)
+        s.pieces = requests_max
         pthread_mutex_init(&s.free_lock, NULL)
         cond_init_monotonic(&s.freed)
         pthread_mutex_init(&s.slow_lock, NULL)
@@ -1308,6 +1347,7 @@ cdef class NbdServer:
         for i in range(requests_max):
             s.parked_rows[i].small = s.memory + i * small
             s.parked_rows[i].next = &s.parked_rows[i + 1] if i + 1 < requests_max else NULL
+            s.piece_rows[i].server = s
             s.piece_rows[i].staging = s.memory + requests_max * small + i * staging
             s.piece_rows[i].next = &s.piece_rows[i + 1] if i + 1 < requests_max else NULL
         s.parked_free = s.parked_rows
@@ -1392,8 +1432,19 @@ cdef class NbdServer:
         kinds = {LOST: "lost", CORRUPT: "corrupt", UNREACHABLE: "unreachable"}
         return [(found[i].export, found[i].page, kinds.get(found[i].kind, "lost")) for i in range(count)]
 
+    cdef uint32_t left(self):
+        """Pieces whose memory the links still write to."""
+        cdef uint32_t n
+        pthread_mutex_lock(&self.s.free_lock)
+        n = self.s.pieces_left
+        pthread_mutex_unlock(&self.s.free_lock)
+        return n
+
     def stop(self):
         """Every connection ends, threads are joined. Again: does nothing."""
+        self.end()
+
+    cdef end(self):
         cdef Server_t *s = self.s
         cdef uint32_t i
         cdef uint64_t deadline
@@ -1407,7 +1458,7 @@ cdef class NbdServer:
         for connection in list(self.connections):
             connection.shutdown()
         deadline = ran_ns(&s.store.running) + 2 * s.deadline_ns
-        while self.connections:
+        while self.connections or self.left():
             ASSERT(ran_ns(&s.store.running) < deadline, b"whatever a connection waits for has a deadline")
             with nogil:
                 poll(NULL, 0, 1)
@@ -1426,7 +1477,7 @@ cdef class NbdServer:
         if s == NULL:
             return
         if s.slow_started:
-            self.stop()
+            self.end()
         if s.memory != NULL and s.memory != <uint8_t *> MAP_FAILED:
             munmap(s.memory, s.memory_bytes)
         free(s.parked_rows)

@@ -162,6 +162,12 @@ cdef int read_file(Spill_t *sp, uint8_t *buffer, uint32_t low, uint32_t high, ui
     return OK
 
 
+cdef inline bint may_write(Spill_t *sp) noexcept nogil:
+    """No write has failed a moment ago."""
+    cdef uint64_t failed = load64(&sp.failed_ms, RELAXED)
+    return failed == 0 or coarse_ms() - failed > RETRY_MS
+
+
 cdef bint write_file(Spill_t *sp, uint8_t *image, uint32_t bytes, uint32_t first) noexcept nogil:
     """An image, padded to whole blocks in its buffer, into the rooms that were taken for it."""
     cdef uint32_t rooms[ROOMS_MAX]
@@ -313,6 +319,8 @@ cdef void write_segment(Thread *t, const Write *order) noexcept nogil:
     cdef RemoteMeta *meta = NULL
     cdef uint32_t bytes, image = NONE
     store32(&sp.store.segments[order.segment].ordered, 0, RELAXED)
+    if not may_write(sp):               # what was ordered before a write failed is not tried one after the other
+        return
     if images_left(sp) == 0:
         say(&sp.refused, 1)
         store_touch(sp.store, order.segment, order.generation)
@@ -550,6 +558,8 @@ cdef void copy_one(Spill_t *sp) noexcept nogil:
     cdef uint8_t reachable[256]
     cdef uint32_t room
     cdef int result
+    if not may_write(sp):
+        return
     reachable_lenders(sp, reachable)
     if not store_next_unmirrored(sp.store, &sp.copy.cursor, reachable, &ref, &sp.copy.layout):
         return
@@ -616,9 +626,9 @@ cdef void *copy_main(void *argument) noexcept nogil:
 
 # --- threads -------------------------------------------------------------------------------------------------------
 
-cdef inline bint merge_due(const Spill_t *sp) noexcept nogil:
-    """Under the lock: rooms run short, and the last look was not in vain or is a while ago."""
-    return sp.free < sp.rooms // 4 and sp.reserve and now_ns() >= sp.merge_after_ns
+cdef inline bint merge_due(Spill_t *sp) noexcept nogil:
+    """Under the lock: rooms run short, and the last look was not in vain or is a while ago, and so the last failed write."""
+    return sp.free < sp.rooms // 4 and sp.reserve and now_ns() >= sp.merge_after_ns and may_write(sp)
 
 
 cdef void *thread_main(void *argument) noexcept nogil:
@@ -702,9 +712,8 @@ cdef bint spill_order(void *spill, uint32_t segment, uint32_t generation) noexce
 
 cdef uint32_t spill_keep(void *spill, const uint8_t *image, uint32_t bytes) noexcept nogil:
     cdef Spill_t *sp = <Spill_t *> spill
-    cdef uint64_t failed = load64(&sp.failed_ms, RELAXED)
     cdef uint32_t first
-    if failed != 0 and coarse_ms() - failed <= RETRY_MS:
+    if not may_write(sp):
         return 0
     first = take_rooms(sp, bytes, sp.reserve)
     if first == NONE:
@@ -898,12 +907,11 @@ cdef class Spill:
     def room(self):
         """(images that still fit, orders waiting to be written, whether writing works, images in all)."""
         cdef Spill_t *sp = self.sp
-        cdef uint64_t failed = load64(&sp.failed_ms, RELAXED)
         cdef uint32_t waiting
         pthread_mutex_lock(&sp.lock)
         waiting = sp.orders_count
         pthread_mutex_unlock(&sp.lock)
-        return images_left(sp), waiting, failed == 0 or coarse_ms() - failed > RETRY_MS, sp.rooms // sp.rooms_each
+        return images_left(sp), waiting, bool(may_write(sp)), sp.rooms // sp.rooms_each
 
     def tend(self, uint32_t images, uint32_t copies):
         """With a mirror: give up copies of what lenders have until so many images fit, and mirror so many segments that lenders

@@ -138,6 +138,7 @@ class ExportService:
             raise UsageError("max_bytes, {}, is less than size_bytes, {}".format(*show_apart(most, size)))
         async with self._changing:
             if name in self._exports:
+                self._get(name, change=True)
                 raise Refused(f"there is an export {name} already; remove it first, or choose another name")
             if len(self._exports) >= EXPORTS_MAX:
                 raise Refused(f"this node has {EXPORTS_MAX} exports already, its limit")
@@ -195,9 +196,10 @@ class ExportService:
         """
         allowed = None if allow is None else self._allow_list(allow)
         notes: list[str] = []
+        out: list[Connection] = []
         size = None if size_bytes is None else whole_pages("size", size_bytes, notes)
         async with self._changing:
-            export = self._get(name)
+            export = self._get(name, change=True)
             size = export.size_bytes if size is None else size
             if size < export.size_bytes:
                 has, wanted = show_apart(export.size_bytes, size)
@@ -223,18 +225,25 @@ class ExportService:
                     export.swap = swap
                 log.info("export %s: this machine %s", name, "swaps on it" if swap else "does not swap on it any more")
             if allowed is not None:
-                notes += await self._admit(export, allowed)
-            described = await asyncio.to_thread(self._describe, export)
+                out = self._admit(export, allowed)
+        notes += await self._turn_out(export, out)
+        described = await asyncio.to_thread(self._describe, export)
+        if not described:
+            raise Refused(f"export {name} was removed meanwhile")
         if grows and export.clients:
             notes.append("clients that are connected see the new size when they connect again")
         return {**described, "notes": notes}
 
-    async def _admit(self, export: Registered, allow: tuple[str, ...]) -> list[str]:
-        """Its new allow list, and the end of those connections that it does not let in; what is to be said of them."""
+    def _admit(self, export: Registered, allow: tuple[str, ...]) -> list[Connection]:
+        """Its new allow list; the connections that it does not let in."""
         with self._lock:  # whoever enters after this meets the new list
             export.allow = allow
             out = [each for each in export.clients if objection(allow, each.name, local=each.local) is not None]
         log.info("export %s: for %s from now on", export.name, ", ".join(allow) or "every client of the cluster")
+        return out
+
+    async def _turn_out(self, export: Registered, out: list[Connection]) -> list[str]:
+        """End connections; what is to be said of them."""
         if not out:
             return []
         whose = ", ".join(sorted({each.who for each in out}))
@@ -260,25 +269,26 @@ class ExportService:
         use it: force ends their connections first.
         """
         async with self._changing:
-            export = self._get(name)
+            export = self._get(name, change=True)
             with self._lock:
                 clients = list(export.clients)
                 if clients and not force:
                     raise Refused(f"{export.in_use()}; disconnect first, or force it: their further requests then fail")
                 export.removing = True  # nobody enters any more
-            try:
-                still = await end_all(clients)
-                if still:
-                    raise Refused(
-                        f"export {name}: {still} of its connections did not end within {END_S:g} s; try again"
-                    )
+        try:
+            still = await end_all(clients)  # others may be made and removed meanwhile
+            if still:
+                raise Refused(f"export {name}: {still} of its connections did not end within {END_S:g} s; try again")
+            async with self._changing:
+                if self._closing:
+                    raise Refused("the node is stopping")
                 await asyncio.to_thread(self._forget, export)
-            except BaseException:
                 with self._lock:
-                    export.removing = False
-                raise
+                    del self._exports[name]
+        except BaseException:
             with self._lock:
-                del self._exports[name]
+                export.removing = False
+            raise
         log.info("export %s: removed", name, extra={"per": name})
 
     def _forget(self, export: Registered) -> None:
@@ -289,8 +299,10 @@ class ExportService:
             export.forgotten = True
         self.store.destroy_pool(export.pool)
 
-    def _get(self, name: str) -> Registered:
+    def _get(self, name: str, *, change: bool = False) -> Registered:
         export = self._exports.get(name)
+        if change and export is not None and export.removing:
+            raise Refused(f"export {name} is being removed: its connections end first; try again in a moment")
         if export is None:
             raise UsageError(f"there is no export {name!r:.80}; there are: {', '.join(self._exports) or 'none'}")
         return export

@@ -34,9 +34,10 @@ def listen_unix(path: Path) -> socket.socket:
     """A stream socket that listens at `path`, in place of whatever socket stood there.
 
     Bound under another name, then renamed: bind() applies the umask, and a chmod afterwards would leave a gap. The
-    other name is not longer than ours, so a length that was checked holds.
+    other name is not longer than ours, so a length that was checked holds. LimitReached.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with limits.named(f"listen on {path}", "the node"):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     staging = path.with_name(f".{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -54,9 +55,13 @@ def listen_unix(path: Path) -> socket.socket:
 
 
 def listen_tcp(host: str, port: int, knob: str) -> socket.socket:
-    """A socket that listens there, without blocking. PortTaken, UsageError name the knob, such as "[links] listen"."""
+    """A socket that listens there, without blocking. PortTaken, UsageError, LimitReached name the knob, such as
+    "[links] listen".
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    doing = f"listen on {host}:{port} ({knob})"
+    with limits.named(doing, "the node"):
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
@@ -67,7 +72,9 @@ def listen_tcp(host: str, port: int, knob: str) -> socket.socket:
             raise PortTaken(
                 f"port {port} on {host} is taken by another program; set another one with {knob}"
             ) from error
-        raise UsageError(f"cannot listen on {host}:{port} ({knob}): {error.strerror}") from error
+        if (limit := limits.reached(error, doing, "the node")) is not None:
+            raise limit from error
+        raise UsageError(f"cannot {doing}: {error.strerror}") from error
     return sock
 
 

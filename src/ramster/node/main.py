@@ -77,7 +77,8 @@ async def _run(config: Config, guard: Guard, arena_fd: int | None) -> int:
     asked: set[asyncio.Task[None]] = set()  # keeps them alive until they have run
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: asked.add(loop.create_task(stop())))
-    await node.start()
+    with limits.named("start", "the node"):
+        await node.start()
     where = node.peering.address if node.peering is not None else None
     log.info(
         "node %s is up, sockets in %s%s",

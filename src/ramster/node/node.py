@@ -373,6 +373,7 @@ _PEER_KEYS = (
     "gets",
     "segments_sent",
     "refused",
+    "damaged",
     "round_trip_p50_us",
     "round_trip_p99_us",
 )

@@ -35,6 +35,8 @@ class PeerLook:
     """For how long nothing came on a connection that is up."""
     pages: int = 0
     """Of one that is `lost`: stored pages whose only copy it has."""
+    damaged: int = 0
+    """Reads that got bytes from it which fail their check, so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Look:
     regions: dict[int, RegionLook] = field(default_factory=dict)
     swaps: dict[int, SwapLook] = field(default_factory=dict)
     damaged: int = 0
-    """Pages that failed their check, here or as they came back, so far."""
+    """Reads of pages that failed their check, here or as they came back, so far: of one page, each counts."""
     puts_refused: int = 0
     pages_lost: int = 0
     """Stored pages whose only copy is gone, now."""
@@ -112,17 +114,28 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
     for number in {**before.swaps, **now.swaps}:
         yield from _swap(before.swaps.get(number), now.swaps.get(number))
     if now.damaged > before.damaged:
-        yield Notice(
-            logging.ERROR,
-            f"{_pages(now.damaged - before.damaged)} failed the check of their bytes and are reported as damaged: "
-            "look at the RAM of this machine and of its lenders, and at the spill file where there is one",
-        )
+        yield _damaged(before, now)
     if now.puts_refused > before.puts_refused:
         yield Notice(
             logging.WARNING,
             f"the arena is full and nothing leaves it: {counted(now.puts_refused - before.puts_refused, 'put')} "
             f"refused; enlarge [arena] size, add a lender or a spill file",
         )
+
+
+def _damaged(before: Look, now: Look) -> Notice:
+    had = {number: peer.damaged for number, peer in before.peers.items()}
+    lenders = {peer.name: n for number, peer in now.peers.items() if (n := peer.damaged - had.get(number, 0)) > 0}
+    count = now.damaged - before.damaged
+    here = count - sum(lenders.values())
+    whose = ", ".join(f"{n} from node {name}" for name, n in lenders.items())
+    look = [f"at the RAM of {', '.join(lenders)}, and whether it is to be trusted"] if lenders else []
+    look += ["at the RAM of this machine, and at the spill file where there is one"] if here > 0 or not lenders else []
+    return Notice(
+        logging.ERROR,
+        f"{counted(count, 'read')} met bytes that fail their check{f' ({whose})' if whose else ''}; a page that has no "
+        f"other copy is reported as damaged: look {'; '.join(look)}",
+    )
 
 
 def _peer(before: PeerLook | None, now: PeerLook, still_s: float, lost: bool) -> Iterator[Notice]:

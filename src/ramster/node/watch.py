@@ -21,6 +21,7 @@ log = logging.getLogger("ramster.node")
 
 EVERY_S = 1.0
 FULL_AGAIN_S = 60.0  # a store that goes on refusing is not said every second
+DAMAGED_AGAIN_S = 60.0  # nor pages that are read damaged again and again
 ROOM_S = 5.0  # a region has room again once something took its pages for so long
 
 
@@ -46,6 +47,8 @@ class Watch:
         self._probe_s = keepalive_ms / 1000
         self._before = Look()
         self._refused, self._full_said = 0, -FULL_AGAIN_S
+        self._damaged, self._damaged_said = 0, -DAMAGED_AGAIN_S
+        self._from: dict[int, int] = {}  # of the damaged ones, by peer
         self._full_until: dict[int, float] = {}
 
     async def run(self) -> None:
@@ -76,6 +79,11 @@ class Watch:
         unreachable = self._links.unreachable()
         arena = self._store.statistics()
         spill = self._spill.statistics() if self._spill is not None else None
+        rows = self._links.peers()
+        damaged = arena.corrupt_pages + self._links.counters()["corrupt_replies"]
+        if damaged > self._damaged and time.monotonic() - self._damaged_said >= DAMAGED_AGAIN_S:
+            self._damaged, self._damaged_said = damaged, time.monotonic()
+            self._from = {row["number"]: row["damaged"] for row in rows}
         if arena.puts_refused > self._refused and time.monotonic() - self._full_said >= FULL_AGAIN_S:
             self._refused, self._full_said = arena.puts_refused, time.monotonic()
         return Look(
@@ -88,12 +96,13 @@ class Watch:
                     lost=row["lost"],
                     silent_s=row["silent_ms"] / 1000,
                     pages=unreachable.get(row["number"], 0),
+                    damaged=self._from.get(row["number"], 0),
                 )
                 for row in rows
             },
             regions=self._look_at_regions(time.monotonic()),
             swaps={number: SwapLook(*each) for number, each in self._exports.swapped_on().items()},
-            damaged=arena.corrupt_pages + self._links.counters()["corrupt_replies"],
+            damaged=self._damaged,
             puts_refused=self._refused,
             pages_lost=arena.pages_lost,
             cuts=spill.cuts if spill is not None else 0,

@@ -27,6 +27,9 @@ cdef extern from *:
     uint64_t sub64 "__atomic_sub_fetch"(uint64_t *where, uint64_t value, int order) noexcept nogil
     bint cas64 "__atomic_compare_exchange_n"(
         uint64_t *where, uint64_t *expected, uint64_t desired, bint weak, int success, int failure) noexcept nogil
+    void *swap_pointer "__atomic_exchange_n"(void **where, void *value, int order) noexcept nogil
+    bint cas_pointer "__atomic_compare_exchange_n"(
+        void **where, void **expected, void *desired, bint weak, int success, int failure) noexcept nogil
     void fence "__atomic_thread_fence"(int order) noexcept nogil
     void *load_pointer "__atomic_load_n"(void **where, int order) noexcept nogil
     void store_pointer "__atomic_store_n"(void **where, void *value, int order) noexcept nogil

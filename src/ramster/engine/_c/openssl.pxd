@@ -78,10 +78,12 @@ cdef extern from "<openssl/x509.h>" nogil:
 
 cdef extern from "<openssl/x509_vfy.h>" nogil:
     const char *X509_verify_cert_error_string(long) noexcept
-    long X509_V_OK
+    long X509_V_OK, X509_V_ERR_OUT_OF_MEM
 
 cdef extern from "<openssl/err.h>" nogil:
     unsigned long ERR_get_error() noexcept
     unsigned long ERR_peek_error() noexcept
     void ERR_clear_error() noexcept
+    int ERR_GET_REASON(unsigned long) noexcept
+    int ERR_R_MALLOC_FAILURE
     const char *ERR_reason_error_string(unsigned long) noexcept
