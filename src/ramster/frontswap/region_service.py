@@ -244,7 +244,7 @@ class RegionService:
         self.reserved_pages -= reserved_pages
 
     def find(self, which: str | int, uid: int) -> Shared:
-        """The region of this name or number. A name is that of one's own regions, also for root: anybody may give his the
+        """The region of this name or number. A name is of one's own regions, also for root: anybody may give his the
         name that root looks for. Raises UsageError where the user has none, or several; PermissionMissing for another
         user's.
         """
