@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,54 @@ def test_a_node_without_descriptors_says_so_and_goes_on_answering() -> None:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         ramster.connect(alpha.run_dir / "region.sock").region(1 << 20).close()
         assert alpha.log.count("as many descriptors open as it may") <= 3
+
+
+# The user of this process alone, and one thread more each time, until there are enough.
+_THREADS = """
+import os, resource, sys
+from pathlib import Path
+from ramster import limits
+from ramster.engine.links import Links
+from ramster.engine.nbd import NbdServer
+from ramster.engine.spill import Spill
+from ramster.engine.store import Store
+from ramster.testing.proxy import wait_until
+what, directory = sys.argv[1], Path(sys.argv[2])
+running = lambda: len(os.listdir("/proc/self/task"))
+store = Store(64 << 20, lock=False)
+links = None if what == "links" else Links(store, 1)
+def make():
+    if what == "store":
+        return Store(64 << 20, lock=False)
+    if what == "links":
+        return Links(store, 1)
+    if what == "spill":
+        return Spill(links, directory / "spill", 64 << 20, mirror=True)
+    return NbdServer(links, slow_threads=3)
+os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[3]))
+before, refused, made = running(), 0, None
+while made is None:
+    assert refused < 64
+    resource.setrlimit(resource.RLIMIT_NPROC, (before + refused, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    try:
+        with limits.named("start", "the node"):
+            made = make()
+    except limits.LimitReached as error:
+        assert "ulimit -u" in str(error), error
+        wait_until(lambda: running() == before, "those that were started have ended")
+        refused += 1
+print(refused, running() - before)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user, whom the limit binds")
+@pytest.mark.parametrize("what", ["store", "links", "spill", "nbd"])
+def test_a_thread_that_is_not_to_be_had_is_named_and_those_before_it_end(what: str) -> None:
+    user = 1 << 24 | os.getpid()  # nobody else's: the limit counts all threads of a user
+    with tempfile.TemporaryDirectory() as directory:
+        os.chown(directory, user, user)
+        command = [sys.executable, "-c", _THREADS, what, directory, str(user)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    refused, started = map(int, done.stdout.split())
+    assert refused == started > 0, "each thread was refused once"

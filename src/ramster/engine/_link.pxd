@@ -252,7 +252,9 @@ cdef struct Links_t:
     int order_fd
     int stop_fd
     int event_fd                    # channels went up or down: for the node's shell
-    bint running
+    uint32_t reactors_started
+    bint sender_started
+    bint shipper_started
     uint32_t stopping
     uint64_t request_deadline_ns
     uint64_t give_up_ns

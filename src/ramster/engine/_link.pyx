@@ -47,7 +47,7 @@ from ramster.engine._c.openssl cimport *
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init,
     pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, start_thread)
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, need_thread)
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_createCCtx, ZSTD_freeCCtx
 from ramster.engine._conduct cimport BUCKET, COSTLY, IDLE, NONSENSE, USEFUL, conduct_charge
 from ramster.engine._histogram cimport quantile, record
@@ -2414,16 +2414,18 @@ cdef class Links:
             event.data.u32 = 0xffffffffu
             if l.epolls[k] < 0 or l.wakes[k] < 0 or epoll_ctl(l.epolls[k], EPOLL_CTL_ADD, l.wakes[k], &event) != 0:
                 raise OSError(errno, strerror(errno).decode())
-        if start_thread(&l.reactors[GET], get_reactor, l, b"ramster-get") != 0 or \
-                start_thread(&l.reactors[BULK], bulk_reactor, l, b"ramster-bulk") != 0 or \
-                start_thread(&l.sender, sender_main, l, b"ramster-send") != 0 or \
-                start_thread(&l.shipper, shipper_main, l, b"ramster-ship") != 0:
-            raise MemoryError("cannot start the threads of the links")
+        # Counted one by one: where the next cannot be had, stop() ends those that run before their memory goes.
+        need_thread(&l.reactors[GET], get_reactor, l, b"ramster-get")
+        l.reactors_started = 1
+        need_thread(&l.reactors[BULK], bulk_reactor, l, b"ramster-bulk")
+        l.reactors_started = 2
+        need_thread(&l.sender, sender_main, l, b"ramster-send")
+        l.sender_started = True
+        need_thread(&l.shipper, shipper_main, l, b"ramster-ship")
+        l.shipper_started = True
         for i in range(min(<uint32_t> WORKERS_MAX, max(1, len(os.sched_getaffinity(0)) // 2))):
-            if start_thread(&l.workers[i], worker_main, l, b"ramster-work") != 0:
-                raise MemoryError("cannot start the threads of the links")
+            need_thread(&l.workers[i], worker_main, l, b"ramster-work")
             l.workers_started += 1
-        l.running = True
 
     cdef grant(self, uint64_t lend_bytes, bint lock, double borrower_share):
         """Reserve and touch what may be lent: a full arena refuses, it never grows."""
@@ -2520,18 +2522,19 @@ cdef class Links:
             return
         self.stopped = True
         store32(&l.stopping, 1, RELEASE)
-        if not l.running:
+        if l.reactors_started == 0:
             return
-        l.running = False
         with nogil:
             eventfd_write(l.order_fd, 1)
             eventfd_write(l.wakes[GET], 1)
             eventfd_write(l.wakes[BULK], 1)
             wake_sender(l)
-            pthread_join(l.shipper, NULL)
-            pthread_join(l.sender, NULL)
-            pthread_join(l.reactors[GET], NULL)
-            pthread_join(l.reactors[BULK], NULL)
+            if l.shipper_started:
+                pthread_join(l.shipper, NULL)
+            if l.sender_started:
+                pthread_join(l.sender, NULL)
+            for i in range(l.reactors_started):
+                pthread_join(l.reactors[i], NULL)
             if load32(&l.spilling.ready, ACQUIRE):
                 l.spilling.stop(l.spilling.spill)
             pthread_mutex_lock(&l.jobs_lock)

@@ -47,7 +47,7 @@ from ramster.engine._c.openssl cimport (
     SSL_set_min_proto_version, SSL_set_options, SSL_write, TLS1_2_VERSION)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, start_thread)
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, need_thread)
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport Fetch, Links, Reply, TlsContext, get_page, get_pages, links_get, peer_certificate, reply_bytes, reply_next
 from ramster.engine._store cimport (
@@ -1313,8 +1313,7 @@ cdef class NbdServer:
         s.parked_free = s.parked_rows
         s.piece_free = s.piece_rows
         for i in range(slow_threads):
-            if start_thread(&s.slow[i], slow_main, s, b"ramster-nbdslow") != 0:
-                raise MemoryError
+            need_thread(&s.slow[i], slow_main, s, b"ramster-nbdslow")
             s.slow_started += 1
 
     cdef Export *export(self, uint32_t number) except NULL:

@@ -57,10 +57,9 @@ from ramster.engine._c.linux cimport (
     memfd_create, poll, pollfd, pread, pwrite, read, recv, send, socketpair, uffd_msg_t, uffdio_continue_t, uffdio_copy_t,
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
-    cond_init_monotonic, cond_wait_until, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, pthread_rwlock_destroy,
-    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, start_thread,
-    take_nudges)
+    cond_init_monotonic, cond_wait_until, need_thread, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
+    pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, take_nudges)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
@@ -2203,14 +2202,10 @@ cdef class Region:
             a.uffd = uffd           # from here on evictors protect here, too
             pthread_rwlock_unlock(&r.mapped)
         for i in range(r.fault_threads):
-            failure = start_thread(&a.threads[i], fault_main, a, b"ramster-fault")
-            if failure:
-                raise OSError(failure, "cannot start the threads of a region")
+            need_thread(&a.threads[i], fault_main, a, b"ramster-fault")
             a.started += 1
         while r.evictors_started < r.evictor_threads:
-            failure = start_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict")
-            if failure:
-                raise OSError(failure, "cannot start the threads of a region")
+            need_thread(&r.evictors[r.evictors_started], evictor_main, r, b"ramster-evict")
             r.evictors_started += 1
 
     def detach(self, uint32_t number):

@@ -39,7 +39,7 @@ from ramster.engine._c.linux cimport (
     fallocate, ftruncate, lseek, mlock, mmap, munmap, posix_fadvise, pread, pwrite, sync_file_range)
 from ramster.engine._c.pthread cimport (
     coarse_ms, cond_init_monotonic, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, need_thread)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._link cimport (
     GET_PAGES_MAX, Links, Links_t, Pending, Reply, Wanted, links_get, links_peer_reachable, links_unspill, pending_arrived, pending_asked, pending_claim, reply_bytes)
@@ -828,15 +828,15 @@ cdef class Spill:
             if t.open_ctx == NULL or t.seal_ctx == NULL:
                 raise MemoryError
         for i in range(threads):
-            if start_thread(&sp.threads[i].thread, thread_main, &sp.threads[i], b"ramster-spill") != 0:
-                raise MemoryError("cannot start the threads of the spill file")
+            need_thread(&sp.threads[i].thread, thread_main, &sp.threads[i], b"ramster-spill")
             sp.started += 1
         if mirror:
             sp.copy.image = aligned(sp.image_bytes, lock)
             sp.copy.staging = aligned(reply_bytes(COPY_PAGES), lock)
             sp.copy.open_ctx = store_unseal_context()
-            if sp.copy.open_ctx == NULL or start_thread(&sp.copier, copy_main, sp, b"ramster-mirror") != 0:
-                raise MemoryError("cannot start the thread that mirrors later")
+            if sp.copy.open_ctx == NULL:
+                raise MemoryError
+            need_thread(&sp.copier, copy_main, sp, b"ramster-mirror")
             sp.copying = True
         l.spilling.spill = sp
         l.spilling.mirror = mirror

@@ -40,7 +40,7 @@ from ramster.engine._c.linux cimport (
     PROT_WRITE, close, eventfd, eventfd_write, fallocate, ftruncate, madvise, memfd_create, mlock, mmap, munmap, touch_page)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, coarse_ms, now_ns, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, start_thread)
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, need_thread)
 
 from ramster.engine._running cimport ran_ns
 from ramster.engine._c.zstd cimport ZSTD_CCtx, ZSTD_compressCCtx, ZSTD_isError, zstd_decompress
@@ -3080,8 +3080,7 @@ cdef class Store:
         if s.freed_fd < 0 or s.pressure_fd < 0:
             raise OSError(errno, strerror(errno).decode())
         if cleaner:
-            if start_thread(&s.cleaner, cleaner_main, s, "ramster-clean") != 0:
-                raise MemoryError("cannot start the cleaner thread")
+            need_thread(&s.cleaner, cleaner_main, s, b"ramster-clean")
             s.cleaner_running = True
 
     def __dealloc__(self):

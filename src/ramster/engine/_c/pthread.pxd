@@ -112,6 +112,14 @@ cdef inline int start_thread(pthread_t *thread, void *(*body)(void *) noexcept n
     return result
 
 
+cdef inline int need_thread(pthread_t *thread, void *(*body)(void *) noexcept nogil, void *argument, const char *name) except -1:
+    """As start_thread; an OSError where the system has no more. It is a limit of its own, and not one of memory (ramster.limits)."""
+    cdef int failure = start_thread(thread, body, argument, name)
+    if failure:
+        raise OSError(failure, f"cannot start the thread {name.decode()}")
+    return 0
+
+
 cdef inline int nudge_number() noexcept nogil:
     """The signal that makes a thread return from a system call, and does nothing else."""
     return SIGRTMAX - 2
