@@ -15,6 +15,9 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 * UFFDIO_COPY may do part of its work (EAGAIN); a dead application gives ESRCH. EEXIST says that the memfd has a page where this
   node put none: a page is brought in by whoever took it from 'away' to 'fetching', alone, and a page that is away has been
   punched. So it is the application's doing (fallocate, write() to the file), never a newer version, and is punched in turn.
+* UFFDIO_COPY and UFFDIO_CONTINUE do nothing (ENOENT) where a run does not lie in one mapping of the process, and mlock, mprotect or
+  madvise of a part of a region cut its mapping there. Such a run goes in in pieces: else whoever waits for it would fault, be woken
+  and fault again for ever.
 
 Several processes (docs/adr/0007): the state of a page is the region's, what a mapping does with it is each process's own.
 
@@ -198,18 +201,20 @@ cdef void map_in(Attachment *a, uint64_t page, uint64_t pages, bint protected) n
     """Map what the memfd holds, and wake there. Pages that are mapped already stay as they are."""
     cdef uffdio_continue_t more
     cdef uint32_t turns = 0
-    cdef uint64_t done = 0
+    cdef uint64_t done = 0, most = pages
     while done < pages:
         more.range.start = a.base + (page + done) * PAGE
-        more.range.len = (pages - done) * PAGE
+        more.range.len = min(pages - done, most) * PAGE
         more.mode = UFFDIO_CONTINUE_MODE_WP if protected else 0
         more.mapped = 0
         if ioctl(a.uffd, UFFDIO_CONTINUE, &more) == 0:
-            return
-        if more.mapped > 0:
+            done += more.range.len // PAGE
+        elif more.mapped > 0:
             done += <uint64_t> more.mapped // PAGE
         elif errno == EAGAIN:
             let_it_run(&turns)
+        elif errno == ENOENT and more.range.len > PAGE:
+            most = more.range.len // PAGE // 2
         else:
             if failed(a) == ESRCH:
                 return
@@ -256,7 +261,7 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
     from the first on; 'spoiled' is set when the application wrote to the place of the next one."""
     cdef uffdio_copy_t copy
     cdef uint32_t turns = 0, cleared = 0
-    cdef uint64_t done = 0
+    cdef uint64_t done = 0, most = pages
     cdef bint good
     cdef Attachment *a
     pthread_rwlock_rdlock(&r.mapped)
@@ -264,12 +269,12 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
     while done < pages and a != NULL:
         copy.dst = a.base + (page + done) * PAGE
         copy.src = <uint64_t> (bytes + done * PAGE)
-        copy.len = (pages - done) * PAGE
+        copy.len = min(pages - done, most) * PAGE
         copy.mode = UFFDIO_COPY_MODE_WP if protected else 0
         copy.copy = 0
         if ioctl(a.uffd, UFFDIO_COPY, &copy) == 0:
-            done = pages
-            break
+            done += copy.len // PAGE
+            continue
         if copy.copy > 0:
             done += <uint64_t> copy.copy // PAGE
         if errno == EEXIST:
@@ -285,6 +290,8 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
                 break               # filled as fast as it is punched: whoever waits faults again
         elif errno == EAGAIN:
             let_it_run(&turns)
+        elif errno == ENOENT and copy.len > PAGE:
+            most = copy.len // PAGE // 2
         elif failed(a) == ESRCH:
             a = somebody(r, via)
         else:
