@@ -283,7 +283,7 @@ def test_an_export_neither_shrinks_nor_outgrows_its_limit(served: Served) -> Non
     served.create("swap", 2, max_bytes=4 * PAGE_BYTES)
     with pytest.raises(UsageError, match="cannot shrink"):
         served.call(served.service.change("swap", PAGE_BYTES))
-    with pytest.raises(UsageError, match="may grow to 16384"):
+    with pytest.raises(UsageError, match="may grow to 16 KiB, not to 20 KiB"):
         served.call(served.service.change("swap", 5 * PAGE_BYTES))
     with pytest.raises(UsageError, match=r"there is no export 'swab'; there are: swap"):
         served.call(served.service.change("swab", 5 * PAGE_BYTES))
