@@ -70,8 +70,8 @@ def test_an_application_is_told_which_limit_it_ran_into(kind: str, limit: int, k
 
 @pytest.mark.parametrize(
     ("kind", "limit", "knob"),
-    [(resource.RLIMIT_NOFILE, n, "ulimit -n") for n in (8, 12, 16, 20, 24, 28)]
-    + [(resource.RLIMIT_AS, n << 20, "ulimit -v") for n in (150, 200, 250, 300, 400)],
+    [(resource.RLIMIT_NOFILE, n, "ulimit -n") for n in (8, 12, 16, 20)]
+    + [(resource.RLIMIT_AS, n << 20, "ulimit -v") for n in (150, 200, 250)],
 )
 def test_a_node_that_a_limit_keeps_from_starting_names_it(kind: int, limit: int, knob: str) -> None:
     with Cluster({"alpha": {"arena": {"size": "64MiB"}, "lend": {"size": "64MiB"}}, "beta": {}}) as cluster:

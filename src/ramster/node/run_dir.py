@@ -10,13 +10,14 @@ import os
 import stat
 from pathlib import Path
 
+from ramster import limits
 from ramster.errors import PermissionMissing, UsageError
 
 MODE = 0o750
 
 
 def prepare(run_dir: Path) -> None:
-    """Make it, or look at the one that is there. UsageError, PermissionMissing: it will not do."""
+    """Make it, or look at the one that is there. UsageError, PermissionMissing, LimitReached: it will not do."""
     try:
         run_dir.mkdir(mode=MODE, parents=True, exist_ok=True)
         status = run_dir.stat()
@@ -25,6 +26,8 @@ def prepare(run_dir: Path) -> None:
     except PermissionError as error:
         raise PermissionMissing(f"cannot make {run_dir}: set another run_dir in [node]") from error
     except OSError as error:
+        if (limit := limits.reached(error, f"use {run_dir}", "the node")) is not None:
+            raise limit from error
         why = (error.strerror or str(error)).lower()
         raise UsageError(f"cannot use {run_dir}: {why}; set another run_dir in [node]") from error
     if status.st_uid not in (0, os.geteuid()):
