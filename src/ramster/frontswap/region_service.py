@@ -136,6 +136,8 @@ class RegionService:
             # process.
             self._lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            if (limit := limits.reached(error, f"use {directory}", "the node")) is not None:
+                raise limit from error
             raise PermissionMissing(
                 f"cannot use {directory}: {error.strerror}; set another run_dir in [node]"
             ) from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ramster import limits
 from ramster.errors import PermissionMissing, UntrustedNode
 
 _UCRED: Final = struct.Struct("iII")  # pid, uid, gid
@@ -89,6 +90,8 @@ def require_own_folder(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = Folder.of(directory)
     except OSError as error:
+        if (limit := limits.reached(error, f"use {directory}", "the node")) is not None:
+            raise limit from error
         raise PermissionMissing(f"cannot use {directory}: {error.strerror}; set another run_dir in [node]") from error
     if found.owner not in (os.geteuid(), 0) or found.open:
         raise PermissionMissing(
