@@ -72,7 +72,7 @@ class Refused(RamsterError):
 
 
 class RegionLost(RamsterError):
-    """Pages of a region had their only copy on a node that is gone; `runs` lists them.
+    """Pages of a region had their only copy on a node that is gone or out of reach; `runs` lists them.
 
     Those pages give SIGBUS when touched; every other page of the region is right and stays usable.
     """

@@ -60,8 +60,10 @@ def test_the_tree_has_been_walked_to_its_leaves() -> None:
 def test_docs_list_every_exit_code() -> None:
     section = (ROOT / "docs/cli.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)]
-    own = {0, app.EXIT_USAGE, app.EXIT_INTERNAL, app.EXIT_INTERRUPTED, app.EXIT_PIPE}
-    assert listed == sorted(own | {error.exit_code for error in every_error()})
+    own = {0, app.EXIT_USAGE, app.EXIT_INTERNAL, app.EXIT_OUTPUT, app.EXIT_INTERRUPTED, app.EXIT_PIPE}
+    errors = {error.exit_code for error in every_error()}
+    assert listed == sorted(own | errors)
+    assert f"Codes {min(errors)} to {max(errors)} belong" in section
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -196,6 +198,31 @@ def test_broken_pipe_is_silent() -> None:
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert ended.stderr == ""
     assert ended.stdout.strip() in ("0", "141")  # the pipe's buffer may swallow it all
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "config list", "config --help", "cluster init --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line_and_a_code_of_its_own(words: str, unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "ramster.cli", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (ended.returncode, ended.stderr) == (
+        app.EXIT_OUTPUT,
+        "ramster: cannot write the output: No space left on device\n",
+    )
+
+
+def test_nobody_to_write_to_at_all_ends_as_the_command_does() -> None:
+    for command, code in (("config list >&-", 0), ("config list > /dev/full 2>&1", app.EXIT_OUTPUT)):
+        words = f"{shlex.quote(sys.executable)} -m ramster.cli {command}"
+        ended = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from ramster.cli.demo import digest, preflight, workload
 from ramster.cli.demo.live import Screen
 from ramster.cli.demo.nodes import end, spawn
-from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work, make_work, show_size
+from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work, make_work
 from ramster.cli.demo.report import Outcome, Result
 from ramster.cli.demo.run import verdict
 from ramster.cli.demo.source import Source, system_files, write_source
 from ramster.cli.tables import lines
+from ramster.config.units import show_size
 from ramster.constants import MIB, PAGE_BYTES
 from ramster.errors import RamsterError, RegionFull, RegionLost, UsageError
 

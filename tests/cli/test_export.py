@@ -53,6 +53,8 @@ def test_an_allow_list_is_kept(export: Any) -> None:
     assert made["allow"] == ["web", "backup"]
     assert json.loads(export("ls", "--json")[1])["exports"][0]["allow"] == ["web", "backup"]
     export("rm", "w")
+    assert export("create", "w", "--size", "1MiB", "--allow", "web")[2].startswith("for: web; ")
+    export("rm", "w")
     code, out, err = export("create", "w", "--size", "1MiB", "--allow", "We b")
     assert (code, out) == (2, "") and "'We b' is no name of a certificate" in err
 
@@ -64,7 +66,14 @@ def test_set_changes_who_may_use_it(export: Any) -> None:
         "web",
     ]
     assert json.loads(export("set", "w", "--read-only", "--json")[1])["allow"] == ["backup", "web"]
+    assert "backup, web" in export("ls")[1]
     assert json.loads(export("set", "w", "--allow-all", "--json")[1])["allow"] == []
+    assert "every client" in export("ls")[1]
+    code, out, err = export("set", "w", "--allow", "web")
+    assert (code, out.count("\n")) == (0, 1)
+    assert err == "for: web; over TCP, clients whose certificate has another name are refused\n"
+    assert export("set", "w", "--allow-all")[2] == "for: every client\n"
+    assert export("set", "w", "--read-write")[2] == ""
     code, out, err = export("set", "w", "--allow", "web", "--allow-all")
     assert (code, out) == (2, "") and "--allow and --allow-all both" in err
     code, out, err = export("set", "w")
@@ -78,7 +87,7 @@ def test_it_grows_up_to_its_limit(export: Any) -> None:
     found = json.loads(export("set", "g", "--size", "2MiB", "--json")[1])
     assert (found["size_bytes"], found["read_only"]) == (2 << 20, True)
     code, _, err = export("set", "g", "--size", "3MiB", "--read-write")
-    assert code == 2 and "2097152" in err
+    assert code == 2 and "may grow to 2 MiB, not to 3 MiB;" in err
     assert json.loads(export("ls", "--json")[1])["exports"][0]["read_only"]
     export("rm", "g")
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -546,3 +546,45 @@ def test_a_swap_that_noise_would_fill_is_warned_about(
     said = swap.overcommitted({"arena": arena, "exports": [export]})
     assert bool(said) == warns and ("Add a lender" in said) == warns
     assert swap.overcommitted({"arena": arena, "exports": [{**export, "swap": False}]}) == ""
+
+
+@pytest.mark.parametrize("late", ["the node's last words", "shielded", "describe", "tell"])
+def test_an_interrupt_after_the_last_step_undoes_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """The kernel swaps already; whoever is told "interrupted" alone must not find it on."""
+    made: list[swap.Record] = []
+    undone: list[swap.Record] = []
+
+    def interrupted(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    def make(node: Any, where: devices.Place, plan: swap.Plan, way: devices.Way, record: swap.Record) -> swap.Record:
+        made.append(record)
+        swap.write(where, record)
+        return record
+
+    class Node:
+        def status(self) -> dict[str, Any]:
+            return interrupted() if made and late == "the node's last words" else copy.deepcopy(GOOD)
+
+        def exports(self) -> list[dict[str, Any]]:
+            return []
+
+    steps: dict[str, Any] = {
+        "_make": make,
+        "_take_down": lambda node, where, record: undone.append(record),
+        "need": lambda *tools: None,
+        "meminfo": lambda: {"MemTotal": RAM},
+        "daemons": lambda where: [1],
+        "shielded": lambda pid: (),
+        "describe": lambda where, record, node: {},
+    }
+    for name, step in steps.items():
+        monkeypatch.setattr(swap, name, interrupted if name == late else step)
+    tell = interrupted if late == "tell" else lambda made: None
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    plan = swap.Plan("swap0", MIB, way="bridge")
+    with pytest.raises(KeyboardInterrupt):
+        swap.on(cast(swap.Node, Node()), tmp_path, plan, say=lambda line: None, tell=tell)
+    assert len(made) == 1 and undone == made

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramster.config.units import format_bytes, format_ms, parse_bytes, parse_ms
+from ramster.config.units import format_bytes, format_ms, parse_bytes, parse_ms, show_apart, show_size
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,23 @@ def test_what_is_not_a_time_is_refused_with_an_example(text: object) -> None:
 def test_formatted_amounts_read_back_exactly(amount: int) -> None:
     assert parse_bytes(format_bytes(amount)) == amount
     assert parse_ms(format_ms(amount)) == amount
+
+
+@pytest.mark.parametrize(
+    ("amount", "shown"),
+    [
+        (0, "0 B"),
+        (17, "17 B"),
+        (4096, "4 KiB"),
+        (88952 << 10, "86.9 MiB"),
+        (150 << 20, "150 MiB"),
+        (3 << 39, "1.5 TiB"),
+    ],
+)
+def test_sizes_as_people_read_them(amount: int, shown: str) -> None:
+    assert show_size(amount) == shown
+
+
+def test_two_sizes_never_look_the_same() -> None:
+    assert show_apart(64 << 20, 1 << 30) == ("64 MiB", "1 GiB")
+    assert show_apart(1 << 30, (1 << 30) + 4096) == ("1073741824 bytes", "1073745920 bytes")

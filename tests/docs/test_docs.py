@@ -17,6 +17,7 @@ from ramster.cli.app import app
 from ramster.config.knobs import SECTIONS, knobs
 from ramster.engine import layout
 from ramster.engine.spill import SpillStatistics
+from ramster.frontswap import messages
 from ramster.wire import frames, hello
 
 ROOT = Path(__file__).parents[2]
@@ -213,3 +214,14 @@ def test_every_document_can_be_found_from_the_readme() -> None:
         targets = re.findall(r"\]\(([^)#\s:]+)[^)]*\)", without_code(path.read_text()))
         todo.extend((path.parent / target).resolve() for target in targets)
     assert {path.resolve() for path in DOCUMENTS} <= {path.resolve() for path in seen}
+
+
+def test_units_that_documents_name_are_installed() -> None:
+    units = {path.name.removesuffix(".service") for path in (ROOT / "packaging").rglob("*.service")}
+    named = [each for path in DOCUMENTS for each in re.findall(r"journalctl -u ([\w@.-]+)", path.read_text())]
+    assert named and {each.removesuffix(".service") for each in named} <= units
+
+
+def test_what_a_regions_name_may_be_is_documented() -> None:
+    rule = messages.NAME_RULE.replace("[red]", "`[red]`")
+    assert rule in (ROOT / "docs" / "regions.md").read_text()

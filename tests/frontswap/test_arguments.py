@@ -16,7 +16,7 @@ from tests.frontswap.conftest import Node, run_script
 import ramster
 from ramster.constants import PAGE_BYTES, POOL_PAGES_MAX
 from ramster.errors import RamsterError, UsageError
-from ramster.frontswap import arguments
+from ramster.frontswap import arguments, messages
 
 StartNode = Callable[..., Node]
 
@@ -382,3 +382,28 @@ def test_help_says_what_it_does_and_what_it_raises(name: str, value: Any) -> Non
     assert len(text) > 40, f"{name} has no docstring"
     if not isinstance(value, type) or not issubclass(value, Exception | ramster.Capacity | ramster.RegionStatistics):
         assert re.search(r"Raises|raises|errors", text) or value is ramster.Pin, f"{name}: not a word on errors"
+
+
+def test_what_is_given_up_is_contiguous_and_writable() -> None:
+    whole = np.zeros(8192, "u1")
+    address = whole.__array_interface__["data"][0]
+    assert arguments.whole_range(whole[4096:], address, 8192) == (4096, 8192)
+    assert arguments.whole_range(whole.view("M8[s]"), address, 8192) == (0, 8192)  # which has no buffer
+    with pytest.raises(UsageError, match="must be contiguous"):
+        arguments.whole_range(whole[::2], address, 8192)
+    whole.flags.writeable = False
+    for array in (whole, whole.view("M8[s]"), memoryview(whole.data)):
+        with pytest.raises(UsageError, match="is read-only") as caught:
+            arguments.whole_range(array, address, 8192)
+        assert isinstance(caught.value, ValueError)  # as numpy's own
+
+
+@pytest.mark.parametrize(
+    ("runs", "count", "words"),
+    [
+        ([(4, 1)], 8, "1 of 8 pages is lost or out of reach (`ramster status` says which), the first is page 4"),
+        ([(4, 1), (9, 2)], 16, "3 of 16 pages are lost or out of reach"),
+    ],
+)
+def test_lost_pages_may_only_be_out_of_reach(runs: list[tuple[int, int]], count: int, words: str) -> None:
+    assert messages.lost_words(runs, count).startswith(words)

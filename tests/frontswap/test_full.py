@@ -33,8 +33,8 @@ def measured(put: int, compressed: int) -> Capacity:
             "1 TiB beyond its RAM, and there is room for 544 MiB compressed (arena 32 MiB, 1 lender 512 MiB)",
         ),
         (1 << 40, ROOM, "compress 1927.5:1"),
-        (1, Capacity(), "no lender is up"),
-        (1, Capacity(), "room for 0B"),
+        (1, Capacity(), "no lender has room"),
+        (1, Capacity(), "room for 0 B"),
         (MIB, Capacity(spill_bytes=2 * MIB, spill_free_bytes=MIB), None),
         (2 * MIB, Capacity(spill_bytes=2 * MIB, spill_free_bytes=MIB), "spill file 1 MiB"),
         # A full file gives up copies for pages: what lenders have is room beside it.
@@ -50,7 +50,7 @@ def measured(put: int, compressed: int) -> Capacity:
         (4 * 544 * MIB, measured(64 * MIB, 0), None),
         (4 * 544 * MIB + 1, measured(64 * MIB, 0), "compress 4.0:1"),
         (544 * MIB, measured(64 * MIB, 66 * MIB), "528 MiB of pages that compress as those so far (1.0:1)"),
-        (1, replace(measured(64 * MIB, 16 * MIB), arena_free_bytes=0, lenders_free_bytes=0), "room for 0B"),
+        (1, replace(measured(64 * MIB, 16 * MIB), arena_free_bytes=0, lenders_free_bytes=0), "room for 0 B"),
         # Two that fit alone and not together: the second is told.
         (
             300 * MIB,

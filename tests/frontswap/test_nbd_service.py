@@ -283,7 +283,7 @@ def test_an_export_neither_shrinks_nor_outgrows_its_limit(served: Served) -> Non
     served.create("swap", 2, max_bytes=4 * PAGE_BYTES)
     with pytest.raises(UsageError, match="cannot shrink"):
         served.call(served.service.change("swap", PAGE_BYTES))
-    with pytest.raises(UsageError, match="may grow to 16384"):
+    with pytest.raises(UsageError, match="may grow to 16 KiB, not to 20 KiB"):
         served.call(served.service.change("swap", 5 * PAGE_BYTES))
     with pytest.raises(UsageError, match=r"there is no export 'swab'; there are: swap"):
         served.call(served.service.change("swab", 5 * PAGE_BYTES))
@@ -839,7 +839,13 @@ def test_in_the_clear_nobody_is_anybody(tmp_path: Path, farm: list[identity.Node
     """On a loopback address, which every user of the machine reaches."""
     context = TlsContext(*map(str, (farm[0].ca, farm[0].cert, farm[0].key)))
     served = Served(tmp_path / "run", NbdKnobs(listen=(LOOPBACK,)), context)
-    served.create("webs", allow=["web"])
+    host, port = served.address
+    assert served.create("swap")["uris"][1] == f"nbd://{host}:{port}/swap"
+    assert served.create("webs", allow=["web"])["uris"][1] == f"nbds://{host}:{port}/webs"
+    assert served.call(served.service.change("webs", allow=[]))["uris"][1] == f"nbd://{host}:{port}/webs"
+    assert served.call(served.service.change("webs", allow=["web"]))["uris"][1] == f"nbds://{host}:{port}/webs"
+    assert served.described("webs")["uris"][1] == f"nbds://{host}:{port}/webs"
+    served.call(served.service.remove("swap"))
     with tcp(served) as client:
         assert listed(client) == set()
         assert [kind for kind, _ in client.option(Option.GO, nbd.pack_info("webs"))] == [OptionReply.ERR_TLS_REQD]

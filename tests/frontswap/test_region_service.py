@@ -125,7 +125,7 @@ def test_refusals(start_node: StartNode) -> None:
         assert (
             answer["error"] == "refused"
             and "resident_max" in answer["message"]
-            and "16KiB is free" in answer["message"]
+            and "16 KiB is free" in answer["message"]
         )
         assert second.create(resident_pages=4)["ok"]
         # What is no userfaultfd is not attached; the region goes on.

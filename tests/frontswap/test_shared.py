@@ -337,9 +337,17 @@ def test_a_region_of_another_user_is_refused(engines: MakeEngines, directory: Pa
     assert bob.ask("client.attach(1)")[0] == "permission-missing"
     code, message = bob.ask("client.attach('else')")
     assert code == "usage" and "shared" not in message, "what others have is not for him"
-    root.attach()
+    code, message = root.ask("client.attach('shared')")
+    assert code == "permission-missing" and "1 (user 65533)" in message, "a name is no invitation to a stranger's pages"
+    root.attach(1)
     alice.run("a[9] = 9")
     assert root.ask("a[9, 9].item()") == 9
+    mine = served.agent()
+    mine.create(64, 32)
+    mine.run("a[9] = 5")
+    another = served.agent()
+    another.attach()
+    assert another.ask("a[9, 9].item()") == 5, "two users may use one name"
 
 
 @both_ways

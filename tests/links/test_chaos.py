@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -44,11 +45,9 @@ class Writer(threading.Thread):
         action = self.dice.random()
         if action < 0.45:
             version = self.dice.randrange(1, 10**9)
-            try:
+            with contextlib.suppress(StoreFull):  # what was there before stays
                 self.pair.a.store.put(self.pair.pool, index, page(version))
                 self.held[index] = version
-            except StoreFull:
-                self.held.pop(index, None)
         elif action < 0.55:
             assert self.pair.a.store.flush_page(self.pair.pool, index) == (index in self.held)
             self.held.pop(index, None)

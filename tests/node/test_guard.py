@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -81,7 +82,7 @@ print(json.dumps([check.state, check.detail, may_lock(4 << 20), may_lock(16 << 2
         pytest.skip("the limit is lower here")
     state, detail, less, more = python(code, without("ipc_lock"))
     assert (state, less, more) == ("refused", True, False)
-    assert "not more than 8MiB" in detail
+    assert "not more than 8 MiB" in detail
 
 
 def test_without_a_capability_the_advice_names_it() -> None:
@@ -316,3 +317,30 @@ def test_a_node_with_an_export_is_spared_and_one_without_is_not(exports: int, sw
     guard.serve(0, 0)
     assert guard.report()["oom_score"]["state"] == "off"
     assert (Path("/proc/self/oom_score_adj").read_text(), os.sched_getscheduler(0)) == before
+
+
+def test_what_was_refused_is_said_with_the_first_export_and_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    guard = privileges.Guard("on")  # which changes nothing of this process after `begin`
+    refused = privileges.Check("oom_score", "refused", "it is 0", "OOMScoreAdjust=-1000")
+    for check, exports, lines in (
+        (refused, 0, 0),
+        (refused, 1, 1),
+        (refused, 2, 0),
+        (dataclasses.replace(refused, detail="it is 10"), 2, 1),
+        (privileges.Check("oom_score", "ok", "it is -1000"), 2, 0),
+        (refused, 2, 1),
+        (refused, 0, 0),
+        (refused, 1, 0),
+    ):
+        caplog.clear()
+        guard.add(check)
+        guard.serve(exports, 0)
+        assert len(caplog.records) == lines, (check, exports)
+
+
+def test_a_guard_that_is_off_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    guard = privileges.Guard("off")
+    guard.begin()
+    for _ in range(3):
+        guard.serve(1, 0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -157,7 +157,7 @@ def start(node: Node) -> int:
     """Its holder."""
     node.start()
     status = node.wait(lambda status: status["state"] == "running", "runs")
-    return int(re.findall(r"process (\d+) keeps 64MiB", status["guard"]["holder"]["detail"])[0])
+    return int(re.findall(r"process (\d+) keeps 64 MiB", status["guard"]["holder"]["detail"])[0])
 
 
 def test_a_node_that_was_killed_starts_again_in_the_same_memory(node: Node) -> None:
@@ -165,7 +165,7 @@ def test_a_node_that_was_killed_starts_again_in_the_same_memory(node: Node) -> N
     node.kill()
     assert field(pid, "RssShmem") in (0, SIZE) and not gone(pid)
     assert start(node) == pid
-    assert f"the arena of 64MiB is the one that process {pid} has kept" in node.log
+    assert f"the arena of 64 MiB is the one that process {pid} has kept" in node.log
     assert node.status()["arena"]["frames_free"] == node.status()["arena"]["frames_total"], (
         "contents are not taken over"
     )

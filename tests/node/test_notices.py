@@ -49,7 +49,18 @@ def region(look: RegionLook) -> Look:
         (peers(UP), peers(DOWN), ["WARNING lost the link to node beta: the connection broke"]),
         (peers(DOWN), peers(DOWN), []),
         (peers(DOWN), peers(UP), ["INFO the link to node beta is up again"]),
-        (peers(UP), peers(GONE), ["WARNING node beta has stopped and said so"]),
+        (peers(UP), peers(GONE), ["INFO node beta has stopped"]),
+        (peers(UP), peers(replace(GONE, pages=1)), ["WARNING node beta has stopped and said so: what it kept"]),
+        (
+            peers(UP),
+            replace(peers(GONE), pages_lost=3),
+            ["WARNING node beta has stopped and said so: what it kept", "ERROR 3 pages (12 KiB) have lost their only"],
+        ),
+        (
+            replace(peers(UP), pages_lost=3),
+            replace(peers(GONE), pages_lost=3),
+            ["INFO node beta has stopped"],  # lost with another one, earlier
+        ),
         (peers(GONE), peers(GONE), []),
         (peers(GONE), peers(UP), ["INFO the link to node beta is up again"]),
         (peers(UP), peers(STILL), ["WARNING node beta has answered nothing for 4 s although its link is up"]),
@@ -60,14 +71,14 @@ def region(look: RegionLook) -> Look:
         (
             peers(DOWN),
             replace(peers(DOWN), pages_lost=7),
-            ["ERROR 7 pages (28KiB) have lost their only copy, 7 in all: their lender came back without"],
+            ["ERROR 7 pages (28 KiB) have lost their only copy, 7 in all: their lender came back without"],
         ),
         (replace(peers(DOWN), pages_lost=7), replace(peers(UP), pages_lost=3), ["INFO the link"]),
         (region(REGION), region(REGION), []),
         (
             region(REGION),
             region(replace(REGION, lost=2)),
-            ["ERROR region matrix of process 4711: 2 pages (8KiB) touched and lost, 2 in all (node beta"],
+            ["ERROR region matrix of process 4711: 2 pages (8 KiB) touched and lost, 2 in all (node beta"],
         ),
         (region(replace(REGION, lost=2)), region(REGION), ["INFO region matrix of process 4711: its lost pages"]),
         (region(REGION), region(replace(REGION, refused=1)), ["ERROR region matrix of process 4711: full, 1 page"]),
@@ -88,12 +99,12 @@ def region(look: RegionLook) -> Look:
         (
             peers(DOWN),
             peers(replace(DOWN, lost=True, pages=3)),
-            ["ERROR node beta has been out of reach for too long: 3 pages (12KiB) whose only copy it has cannot"],
+            ["ERROR node beta has been out of reach for too long: 3 pages (12 KiB) whose only copy it has cannot"],
         ),
         (
             Look(),
             Look(cuts=1, pages_cut=2, pages_lost=2),
-            ["ERROR somebody else has cut the spill file short: 2 pages (8KiB) that lay there alone are lost"],
+            ["ERROR somebody else has cut the spill file short: 2 pages (8 KiB) that lay there alone are lost"],
         ),
         (Look(cuts=1), Look(cuts=2), ["WARNING somebody else has cut the spill file short: nothing that lay there"]),
         (
@@ -101,7 +112,7 @@ def region(look: RegionLook) -> Look:
             Look(cuts=2, pages_cut=3, pages_lost=7),
             [
                 "ERROR somebody else has cut the spill file short: 1 page",
-                "ERROR 4 pages (16KiB) have lost their only copy",
+                "ERROR 4 pages (16 KiB) have lost their only copy",
             ],
         ),
         (Look(cuts=1, pages_cut=2, pages_lost=2), Look(cuts=1, pages_cut=2), []),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +23,7 @@ _OF_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70  # EX_SOFTWARE
+EXIT_OUTPUT = 74  # EX_IOERR
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_PIPE = 141  # 128 + SIGPIPE
 
@@ -63,24 +67,34 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Prints every error once, on stderr, without a traceback."""
+    if sys.stdout is None:  # closed by whoever started us: nobody wants the output
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    code = _run(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if code == 0:
+            return _unwritable(error)
+        _let_go()
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         result = _command()(
             args=None if arguments is None else list(arguments), prog_name="ramster", standalone_mode=False
         )
-        sys.stdout.flush()
     except RamsterError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. The interpreter's own flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_PIPE
     except SystemExit:
         if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # the parser met the broken pipe first
             return EXIT_PIPE
         raise
     except Exception as error:
+        if isinstance(error, OSError) and _of_output(error):
+            return _unwritable(error)
         if hasattr(error, "format_message"):  # the parser's errors; their class moved between typer's releases
             return _usage(error)
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_LIMITS):
@@ -97,6 +111,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result == EXIT_INTERRUPTED:  # newer parsers turn Ctrl-C into this result
         return _fail("interrupted", EXIT_INTERRUPTED)
     return result if isinstance(result, int) else 0
+
+
+def _of_output(error: OSError) -> bool:
+    """Whether an error is that of writing our output: what could not be written is still to be, and still cannot."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    if error.filename is not None:
+        return False
+    if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):  # PYTHONUNBUFFERED keeps nothing
+        return True
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _unwritable(error: OSError) -> int:
+    _let_go()
+    if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+        return EXIT_PIPE
+    return _fail(f"cannot write the output: {error.strerror or error}", EXIT_OUTPUT)
+
+
+def _let_go() -> None:
+    """What is left of the output goes nowhere: the interpreter's own flush at exit must not complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def _command() -> Any:
@@ -116,5 +159,6 @@ def _usage(error: Any) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    say(message)
+    with contextlib.suppress(OSError):  # stderr may be as full as stdout
+        say(message)
     return code

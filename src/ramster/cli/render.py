@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ramster.cli.demo.plan import show_size
 from ramster.cli.tables import Part, Table
-from ramster.config.units import counted, show_seconds
+from ramster.config.units import counted, show_seconds, show_size
 from ramster.constants import PAGE_BYTES
 from ramster.frontswap.swap import overcommitted
 from ramster.logs import escaped
@@ -221,12 +220,13 @@ def export_table(exports: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
     """All exports of a node."""
     if not exports:
         return ("No exports.", "")
-    columns = ("name", "size", "here", "away", "lost", "clients", "reads", "writes", "errors")
-    table = Table("Exports (NBD)", columns)
+    columns = ("name", "for", "size", "here", "away", "lost", "clients", "reads", "writes", "errors")
+    table = Table("Exports (NBD)", columns, left=2)
     for export in exports:
         gone, errors = _int(export, "pages_gone"), _int(export, "errors")
         table.add(
             str(export.get("name", "?")) + (" (read-only)" if export.get("read_only") else ""),
+            for_whom(export),
             show_size(_int(export, "size_bytes")),
             show_size(_int(export, "pages_here") * PAGE_BYTES),
             show_size(_int(export, "pages_away") * PAGE_BYTES),
@@ -238,6 +238,11 @@ def export_table(exports: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
         )
     said: list[Part] = [(line, "red") for line in map(deserted, exports) if line]
     return (table, *said, "") if said else (table,)
+
+
+def for_whom(export: Mapping[str, Any]) -> str:
+    """Whose certificates may use an export over TCP."""
+    return ", ".join(map(str, export.get("allow") or ())) or "every client"
 
 
 def deserted(export: Mapping[str, Any]) -> str:

@@ -51,6 +51,22 @@ def format_bytes(amount: int) -> str:
     return _format(amount, _SIZES)
 
 
+def show_size(amount: int) -> str:
+    """Bytes as people read them, rounded: 512 MiB, 1.5 GiB, 4 KiB, 17 B."""
+    for unit, factor in reversed(_SIZES.items()):
+        if amount >= factor > 1:
+            value = amount / factor
+            return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
+    return f"{amount} B"
+
+
+def show_apart(one: int, other: int) -> tuple[str, str]:
+    """Two sizes that are not the same, as people read them; in bytes where they would look the same."""
+    shown = show_size(one), show_size(other)
+    alike = shown[0].replace(".0 ", " ") == shown[1].replace(".0 ", " ")
+    return shown if not alike else (f"{one} bytes", f"{other} bytes")
+
+
 def format_ms(amount: int) -> str:
     """Exact text that `parse_ms` reads back: 5000 is "5s"."""
     return _format(amount, _TIMES)

@@ -15,6 +15,9 @@ Facts that shape it (DESIGN.md section 5), each measured on real kernels:
 * UFFDIO_COPY may do part of its work (EAGAIN); a dead application gives ESRCH. EEXIST says that the memfd has a page where this
   node put none: a page is brought in by whoever took it from 'away' to 'fetching', alone, and a page that is away has been
   punched. So it is the application's doing (fallocate, write() to the file), never a newer version, and is punched in turn.
+* UFFDIO_COPY and UFFDIO_CONTINUE do nothing (ENOENT) where a run does not lie in one mapping of the process, and mlock, mprotect or
+  madvise of a part of a region cut its mapping there. Such a run goes in in pieces: else whoever waits for it would fault, be woken
+  and fault again for ever.
 
 Several processes (docs/adr/0007): the state of a page is the region's, what a mapping does with it is each process's own.
 
@@ -33,6 +36,10 @@ wakes it in every process when done: the thread faults again and meets the new s
 
 Locks: Region_t.lock, then Region_t.mapped (for reading, never twice). A process's own fault threads need not hold 'mapped':
 they are joined before its descriptors are closed.
+
+What reads or changes the memfd (lseek, pread, pwrite, fallocate) waits for its inode lock, which the application can hold for
+as long as it likes. So nothing of that happens under either lock, with the page in hand instead; and nobody waits for a
+lock of a region with the GIL held.
 """
 from libc.errno cimport EAGAIN, EEXIST, EINVAL, EMFILE, ENFILE, ENOENT, ESRCH, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -54,8 +61,8 @@ from ramster.engine._c.linux cimport (
     uffdio_poison_t, uffdio_range_t, uffdio_writeprotect_t)
 from ramster.engine._c.pthread cimport (
     cond_init_monotonic, cond_wait_until, need_thread, now_ns, nudge, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
-    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, take_nudges)
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
+    pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init_fair, take_nudges)
 from ramster.engine._histogram cimport quantile, record
 from ramster.engine._running cimport ran_ns
 from ramster.engine._link cimport (
@@ -97,6 +104,7 @@ cdef enum:
     CENSUS = 4096                   # pages looked at together for statistics; divides what the store populates at once
     NUDGE_NS = 5000000              # between two signals to a thread that is to end ...
     END_NS = 10000000000            # ... for so long; what it waits for by itself, a guardian, takes a second
+    TROUBLES_TURNS = 64             # of other threads, before a look that may not wait does without the lock
     GUARD_LOST = 1
     GUARD_NOTE = 2
     GUARD_TEXT = 128
@@ -193,18 +201,20 @@ cdef void map_in(Attachment *a, uint64_t page, uint64_t pages, bint protected) n
     """Map what the memfd holds, and wake there. Pages that are mapped already stay as they are."""
     cdef uffdio_continue_t more
     cdef uint32_t turns = 0
-    cdef uint64_t done = 0
+    cdef uint64_t done = 0, most = pages
     while done < pages:
         more.range.start = a.base + (page + done) * PAGE
-        more.range.len = (pages - done) * PAGE
+        more.range.len = min(pages - done, most) * PAGE
         more.mode = UFFDIO_CONTINUE_MODE_WP if protected else 0
         more.mapped = 0
         if ioctl(a.uffd, UFFDIO_CONTINUE, &more) == 0:
-            return
-        if more.mapped > 0:
+            done += more.range.len // PAGE
+        elif more.mapped > 0:
             done += <uint64_t> more.mapped // PAGE
         elif errno == EAGAIN:
             let_it_run(&turns)
+        elif errno == ENOENT and more.range.len > PAGE:
+            most = more.range.len // PAGE // 2
         else:
             if failed(a) == ESRCH:
                 return
@@ -251,23 +261,28 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
     from the first on; 'spoiled' is set when the application wrote to the place of the next one."""
     cdef uffdio_copy_t copy
     cdef uint32_t turns = 0, cleared = 0
-    cdef uint64_t done = 0
+    cdef uint64_t done = 0, most = pages
+    cdef bint good
     cdef Attachment *a
     pthread_rwlock_rdlock(&r.mapped)
     a = somebody(r, via)
     while done < pages and a != NULL:
         copy.dst = a.base + (page + done) * PAGE
         copy.src = <uint64_t> (bytes + done * PAGE)
-        copy.len = (pages - done) * PAGE
+        copy.len = min(pages - done, most) * PAGE
         copy.mode = UFFDIO_COPY_MODE_WP if protected else 0
         copy.copy = 0
         if ioctl(a.uffd, UFFDIO_COPY, &copy) == 0:
-            done = pages
-            break
+            done += copy.len // PAGE
+            continue
         if copy.copy > 0:
             done += <uint64_t> copy.copy // PAGE
         if errno == EEXIST:
-            if not clear_foreign(r, page + done):
+            pthread_rwlock_unlock(&r.mapped)
+            good = clear_foreign(r, page + done)
+            pthread_rwlock_rdlock(&r.mapped)
+            a = somebody(r, via)
+            if not good:
                 spoiled[0] = True
                 break
             cleared += 1
@@ -275,6 +290,8 @@ cdef uint64_t copy_in(Region_t *r, Attachment *via, uint64_t page, uint64_t page
                 break               # filled as fast as it is punched: whoever waits faults again
         elif errno == EAGAIN:
             let_it_run(&turns)
+        elif errno == ENOENT and copy.len > PAGE:
+            most = copy.len // PAGE // 2
         elif failed(a) == ESRCH:
             a = somebody(r, via)
         else:
@@ -972,6 +989,21 @@ cdef inline bint is_hole(Region_t *r, uint64_t page) noexcept nogil:
     return lseek(r.memfd, <long> (page * PAGE), SEEK_DATA) != <long> (page * PAGE)
 
 
+cdef bint looked_gone(Region_t *r, uint64_t page) noexcept nogil:
+    """Under the lock, which it lets go meanwhile: has this resident page vanished from the memfd? It is in hand while that is looked
+    at, and then what it was, in every process that met it so."""
+    cdef uint8_t before = r.states[page]
+    cdef bint gone
+    r.states[page] = <uint8_t> ((before & ~STATE_MASK) | PAGE_FETCHING)
+    pthread_mutex_unlock(&r.lock)
+    gone = is_hole(r, page)
+    pthread_mutex_lock(&r.lock)
+    if set_state(r, page, before & STATE_MASK):
+        wake(r, page, 1)
+    pthread_cond_broadcast(&r.changed)
+    return gone
+
+
 cdef int removed(Region_t *r, uint64_t page) noexcept nogil:
     """Under the lock: a resident page has vanished from the memfd, which only the application can have done (MADV_REMOVE,
     fallocate). If what is stored equals it, nothing is lost. Else its only copy is gone: zeros, which MADV_REMOVE promises, would
@@ -1003,7 +1035,7 @@ cdef void on_missing(Attachment *a, uint64_t page, bint write) noexcept nogil:
     if r.states[page] & FLAG_REFUSED and r.can_poison and not is_condemned(a, page):
         set_state(r, page, PAGE_AWAY)       # there was no room for another process; perhaps there is now
         state = PAGE_AWAY
-    if (state == PAGE_CLEAN or state == PAGE_DIRTY) and is_hole(r, page):
+    if (state == PAGE_CLEAN or state == PAGE_DIRTY) and looked_gone(r, page):
         state = removed(r, page)
         said = state == PAGE_DAMAGED
     if state != PAGE_AWAY:
@@ -1137,8 +1169,7 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
         r.states[page] |= FLAG_WAITERS
         pthread_mutex_unlock(&r.lock)
         return
-    # What fallocate made is a hole still, as far as the file tells: CONTINUE would fill it with zeros.
-    if (state != PAGE_CLEAN and state != PAGE_DIRTY) or is_hole(r, page):
+    if state != PAGE_CLEAN and state != PAGE_DIRTY:
         pthread_mutex_unlock(&r.lock)
         on_missing(a, page, write)
         return
@@ -1154,6 +1185,11 @@ cdef void on_minor(Attachment *a, uint64_t page, bint write) noexcept nogil:
     take_alike(r, page, plan.low, plan.high, &first, &end)
     pattern_took(&r.maps, &plan, first, end, <uint32_t> (end - first) - 1)
     pthread_mutex_unlock(&r.lock)
+    # What fallocate made is a hole still, as far as the file tells: CONTINUE would fill it with zeros.
+    if is_hole(r, page):
+        give_back(r, first, end, NOBODY, state)
+        on_missing(a, page, write)
+        return
     if end - first > 1 and any_holes(r, first, end):
         give_back(r, first, end, page, state)
         first = page
@@ -2103,11 +2139,7 @@ cdef class Region:
     @property
     def attached(self):
         """Processes that have it mapped."""
-        cdef Region_t *r = self.live()
-        pthread_mutex_lock(&r.lock)
-        n = r.attached
-        pthread_mutex_unlock(&r.lock)
-        return n
+        return load32(&self.live().attached, RELAXED)
 
     cdef Attachment *attachment(self, uint32_t number) except NULL:
         cdef Region_t *r = self.live()
@@ -2117,9 +2149,10 @@ cdef class Region:
 
     def wait_when_full(self, uint64_t hold_ms):
         cdef Region_t *r = self.live()
-        pthread_mutex_lock(&r.lock)
-        r.hold_ns = max(r.full_wait_ns, hold_ms * 1000000)
-        pthread_mutex_unlock(&r.lock)
+        with nogil:
+            pthread_mutex_lock(&r.lock)
+            r.hold_ns = max(r.full_wait_ns, hold_ms * 1000000)
+            pthread_mutex_unlock(&r.lock)
 
     def join(self):
         cdef Region_t *r = self.live()
@@ -2198,20 +2231,22 @@ cdef class Region:
             raise errors.UsageError("this process has not mapped the region yet")
         if count == 0 or first >= r.pages or count > r.pages - first:
             raise errors.UsageError(f"pages {first} to {first + count} are not all in a region of {r.pages} pages")
-        pthread_mutex_lock(&r.lock)
-        r.users += 1
-        if a != NULL:
-            a.users += 1
-        pthread_mutex_unlock(&r.lock)
+        with nogil:
+            pthread_mutex_lock(&r.lock)
+            r.users += 1
+            if a != NULL:
+                a.users += 1
+            pthread_mutex_unlock(&r.lock)
         return r
 
     cdef int end(self, Region_t *r, Attachment *a) except -1:
-        pthread_mutex_lock(&r.lock)
-        r.users -= 1
-        if a != NULL:
-            a.users -= 1
-        pthread_cond_broadcast(&r.changed)
-        pthread_mutex_unlock(&r.lock)
+        with nogil:
+            pthread_mutex_lock(&r.lock)
+            r.users -= 1
+            if a != NULL:
+                a.users -= 1
+            pthread_cond_broadcast(&r.changed)
+            pthread_mutex_unlock(&r.lock)
         return 0
 
     cdef int wait_in(self, Attachment *a, uint64_t first, uint64_t count, bint writable, uint64_t *done) except -1:
@@ -2309,9 +2344,7 @@ cdef class Region:
             runs = self.lost_runs(r, first, count, False, False, NULL)
             if runs:
                 self.fail(GONE_LOST, first, count)
-            pthread_mutex_lock(&r.lock)
-            pinned = r.pinned
-            pthread_mutex_unlock(&r.lock)
+            pinned = load64(&r.pinned, RELAXED)
             count = min(count, r.budget - r.reserve_least - min(pinned, r.budget - r.reserve_least))
             if count == 0:
                 return 0                # all that may be is pinned
@@ -2407,12 +2440,13 @@ cdef class Region:
             if kind not in ADVICE:
                 raise errors.UsageError(f"advice: {kind!r}, must be one of {', '.join(ADVICE)}")
             number = ADVICE[kind]
-            pthread_mutex_lock(&r.lock)
-            kept = pattern_advise(&r.reads, number, first, first + count)
-            if kept:
-                pattern_advise(&r.writes, number, first, first + count)
-                pattern_advise(&r.maps, number, first, first + count)
-            pthread_mutex_unlock(&r.lock)
+            with nogil:
+                pthread_mutex_lock(&r.lock)
+                kept = pattern_advise(&r.reads, number, first, first + count)
+                if kept:
+                    pattern_advise(&r.writes, number, first, first + count)
+                    pattern_advise(&r.maps, number, first, first + count)
+                pthread_mutex_unlock(&r.lock)
             if not kept:
                 raise errors.UsageError(f"more than {RANGES_MAX} ranges of the region have an advice of their own")
         finally:
@@ -2516,9 +2550,17 @@ cdef class Region:
         cdef Region_t *r = self.live()
         cdef uint64_t lost, refused, removed
         cdef bint full
-        pthread_mutex_lock(&r.lock)         # no Python under it
-        lost, refused, removed, full = r.lost - r.lost_removed, r.refused, r.removed, r.full
-        pthread_mutex_unlock(&r.lock)
+        cdef uint32_t turns = 0
+        with nogil:
+            # The event loop asks: it waits for no region. Without the lock, what is being counted just now may be seen in part.
+            while pthread_mutex_trylock(&r.lock) != 0 and turns < TROUBLES_TURNS:
+                turns += 1
+                sched_yield()
+            removed = r.lost_removed
+            lost = r.lost - min(r.lost, removed)
+            refused, removed, full = r.refused, r.removed, r.full
+            if turns < TROUBLES_TURNS:
+                pthread_mutex_unlock(&r.lock)
         return lost, refused, removed, bool(full)
 
     def close(self):

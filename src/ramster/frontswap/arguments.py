@@ -246,16 +246,36 @@ def byte_range(where: object, address: int, nbytes: int) -> tuple[int, int]:
 
 
 def whole_range(where: Any, address: int, nbytes: int) -> tuple[int, int]:
-    """As `byte_range`, of what is to be given up: an array must have every byte of it for its own."""
+    """As `byte_range`, of what is to be given up: an array must have every byte of it for its own, and
+    be writable.
+    """
     start, stop = byte_range(where, address, nbytes)
     if where is None or isinstance(where, slice | range | tuple):
         return start, stop
-    own: int = memoryview(where).nbytes
+    own, read_only = _own_bytes(where)
+    if read_only:
+        raise _ReadOnlyError(
+            f"range: {shown(where)}, is read-only (flags.writeable is False): discard would write to it"
+        )
     if own != stop - start:
         raise UsageError(
             f"range: {shown(where)}, must be contiguous: {stop - start - own} bytes between its items are not its own"
         )
     return start, stop
+
+
+class _ReadOnlyError(UsageError, ValueError):
+    """ValueError is what numpy raises for a write to such an array."""
+
+
+def _own_bytes(where: Any) -> tuple[int, bool]:
+    """(bytes of an array's or buffer's items, whether it is read-only)."""
+    import numpy as np
+
+    if isinstance(where, np.ndarray):  # not every type of it has a buffer: dates have none
+        return where.nbytes, not where.flags.writeable
+    with memoryview(where) as view:
+        return view.nbytes, view.readonly
 
 
 def _bounds(where: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from ramster.config.units import counted, format_bytes
+from ramster.config.units import counted, show_size
 from ramster.constants import PAGE_BYTES
 
 # Of fewer bytes a ratio says nothing of what comes next.
@@ -25,7 +25,7 @@ class Capacity:
     """RAM of this machine for compressed pages."""
     arena_free_bytes: int = 0
     lenders: int = 0
-    """Nodes that lend to this one and are up."""
+    """Nodes that are up and lend to this one what nothing fills yet: one that is full is not counted."""
     lenders_free_bytes: int = 0
     """What they have granted and nothing fills yet."""
     spill_bytes: int = 0
@@ -117,7 +117,7 @@ def outgrows(beyond_bytes: int, room: Capacity, full: str) -> str | None:
     ratio = f"{(beyond_bytes + others) / free:.1f}:1" if free else "however well they compress, nothing"
     tiers = [f"arena {_short(room.arena_free_bytes)}"]
     tiers.append(
-        f"{counted(room.lenders, 'lender')} {_short(room.lenders_free_bytes)}" if room.lenders else "no lender is up"
+        f"{counted(room.lenders, 'lender')} {_short(room.lenders_free_bytes)}" if room.lenders else "no lender has room"
     )
     if room.spill_bytes:
         tiers.append(f"spill file {_short(room.spill_free_bytes)}" + (" (mirrors the lenders)" * room.spill_mirror))
@@ -145,4 +145,4 @@ def _short(amount: int) -> str:
     for name, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20)):
         if amount >= size * 1000 // 1024:
             return f"{amount / size:.3g} {name}" if amount < 999 * size else f"{amount / size:.0f} {name}"
-    return format_bytes(amount)
+    return show_size(amount)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from ramster.config.units import counted
 from ramster.constants import POOL_PAGES_MAX
 
 # 2: the guard channel's text has 128 bytes.
@@ -48,6 +49,17 @@ WhenFull: TypeAlias = Literal["fail", "wait"]
 Page = Annotated[int, Meta(ge=0, lt=POOL_PAGES_MAX)]
 Count = Annotated[int, Meta(ge=1, le=POOL_PAGES_MAX)]
 Group = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+def lost_words(runs: Sequence[tuple[int, int]], count: int) -> str:
+    """What RegionLost says of `count` pages of which these runs cannot be had. The node's status tells those that are
+    lost for good from those whose lender may come back.
+    """
+    pages = sum(size for _, size in runs)
+    return (
+        f"{pages} of {counted(count, 'page')} {'is' if pages == 1 else 'are'} lost or out of reach "
+        f"(`ramster status` says which), the first is page {runs[0][0]}"
+    )
 
 
 def is_name(text: str) -> bool:

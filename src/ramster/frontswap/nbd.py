@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from ramster import limits
 from ramster.admission import Limits, Table
-from ramster.config.units import counted, format_bytes
+from ramster.config.units import counted, show_apart, show_size
 from ramster.constants import NAME_PATTERN, NAME_RULE, NBD_SOCKET, PAGE_BYTES
 from ramster.engine.nbd import NbdServer
 from ramster.engine.store import Store
@@ -135,7 +135,7 @@ class ExportService:
         size = whole_pages("size", size_bytes, notes)
         most = size if max_bytes is None else whole_pages("max_bytes", max_bytes, notes)
         if most < size:
-            raise UsageError(f"max_bytes, {most}, is less than size_bytes, {size}")
+            raise UsageError("max_bytes, {}, is less than size_bytes, {}".format(*show_apart(most, size)))
         async with self._changing:
             if name in self._exports:
                 self._get(name, change=True)
@@ -152,7 +152,7 @@ class ExportService:
             with self._lock:
                 self._exports[name] = export
             described = await asyncio.to_thread(self._describe, export)
-        log.info("export %s: made, %s", name, format_bytes(size), extra={"per": name})
+        log.info("export %s: made, %s", name, show_size(size), extra={"per": name})
         return {**described, "notes": notes}
 
     def _allow_list(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -202,15 +202,13 @@ class ExportService:
             export = self._get(name, change=True)
             size = export.size_bytes if size is None else size
             if size < export.size_bytes:
+                has, wanted = show_apart(export.size_bytes, size)
                 raise UsageError(
-                    f"export {name} has {export.size_bytes} bytes and cannot shrink to {size}; "
-                    "discard what is not needed, which frees it"
+                    f"export {name} has {has} and cannot shrink to {wanted}; discard what is not needed, which frees it"
                 )
             if size > export.max_bytes:
-                raise UsageError(
-                    f"export {name} may grow to {export.max_bytes} bytes, not to {size}; "
-                    "the limit is set when it is made"
-                )
+                most, wanted = show_apart(export.max_bytes, size)
+                raise UsageError(f"export {name} may grow to {most}, not to {wanted}; the limit is set when it is made")
             assert self.server is not None
             grows = size > export.size_bytes
             if grows:
@@ -342,16 +340,18 @@ class ExportService:
             "allow": list(export.allow),
             "connections": len(export.clients),
             "deserted_s": 0.0 if left is None else round(time.monotonic() - left, 1),
-            "uris": self.uris(export.name),
+            "uris": self.uris(export.name, export.allow),
         }
 
-    def uris(self, name: str) -> list[str]:
-        """Where clients reach an export; the first is on this machine."""
+    def uris(self, name: str, allow: Sequence[str] = ()) -> list[str]:
+        """Where clients reach an export; the first is on this machine. Over TCP, one for certain clients asks for their
+        certificate, which TLS alone shows.
+        """
         uris = [f"nbd+unix:///{name}?socket={quote(str(self.path))}"]
         for listener in self._listeners:
             if not listener.local:
                 address, port = listener.sock.getsockname()[:2]
-                scheme = "nbds" if listener.tls is Tls.REQUIRED else "nbd"
+                scheme = "nbds" if allow or listener.tls is Tls.REQUIRED else "nbd"
                 uris.append(f"{scheme}://{_join(self._host(address), port)}/{name}")
         return uris
 

@@ -298,11 +298,12 @@ class Region(Mapping):
     def discard(self, where: Range = None) -> int:
         """Make a range zeros and keep nothing of it: whole pages leave RAM, arena and lenders at once. Nothing is
         fetched or stored for it, so it works where the node is full and a lender is gone, and what was lost of the
-        range is zeros, too. Bytes of whole pages of the range; the rest, of pages that it has only in part, is written
-        as by a pinned assignment.
+        range is zeros, too. The number is 4096 for each page of which the range has every byte, whatever was kept of
+        it; the rest, of pages that the range has only in part, is not in it and is written as by a pinned assignment.
 
-        A range as in `evict`, but rounded to nothing: an array must be contiguous. Raises UsageError, Refused where
-        a page stays in other hands; for the parts of pages RegionFull, RegionLost; NodeUnreachable, ForkedError.
+        A range as in `evict`, but rounded to nothing: an array must be contiguous and writable. Raises UsageError,
+        which for a read-only array is a ValueError too, as numpy's; Refused where a page stays in other hands; for the
+        parts of pages RegionFull, RegionLost; NodeUnreachable, ForkedError.
         """
         self._own()
         return discard(self, self._control.ask, arguments.whole_range(where, self.address, self.nbytes))
@@ -341,8 +342,7 @@ class Region(Mapping):
                 raise ProtocolError("the node's answer to check does not advance")
             at = reply.next_page
         if lost:
-            pages = sum(size for _, size in lost)
-            raise RegionLost(f"{pages} of {count} pages are lost, the first is page {lost[0][0]}", lost)
+            raise RegionLost(messages.lost_words(lost, count), lost)
 
     @_under_way
     def statistics(self) -> RegionStatistics:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 
 from ramster import limits
-from ramster.config.units import format_bytes
+from ramster.config.units import show_size
 from ramster.constants import PAGE_BYTES, REGION_MESSAGE_BYTES_MAX
 from ramster.errors import ProtocolError, RamsterError, Refused, RegionLost, UsageError
 from ramster.frontswap import messages
@@ -240,10 +240,10 @@ class Connection:
         resident = max(1, min(request.pages, asked))
         limit = settings.resident_max_bytes // PAGE_BYTES
         if settings.resident_max_bytes and service.reserved_pages + resident > limit:
-            free = format_bytes((limit - service.reserved_pages) * PAGE_BYTES)
+            free = show_size((limit - service.reserved_pages) * PAGE_BYTES)
             raise Refused(
-                f"the region wants {format_bytes(resident * PAGE_BYTES)} resident; of the node's resident_max "
-                f"({format_bytes(limit * PAGE_BYTES)}) {free} is free"
+                f"the region wants {show_size(resident * PAGE_BYTES)} resident; of the node's resident_max "
+                f"({show_size(limit * PAGE_BYTES)}) {free} is free"
             )
         refused = region_refusal(
             service.made.total(),

@@ -246,17 +246,23 @@ class RegionService:
         self.reserved_pages -= reserved_pages
 
     def find(self, which: str | int, uid: int) -> Shared:
-        """The region of this name or number. Raises UsageError where the user has none, or several; PermissionMissing
-        for another user's.
+        """The region of this name or number. A name is of one's own regions, also for root: anybody may give his the
+        name that root looks for. Raises UsageError where the user has none, or several; PermissionMissing for another
+        user's.
         """
         found = [each for each in self.regions.values() if which in (each.number, each.name)]
-        mine = [each for each in found if uid in (each.uid, 0)]
+        mine = [each for each in found if each.uid == uid or (uid == 0 and which == each.number)]
         if len(mine) == 1:
             return mine[0]
         if mine:
             raise UsageError(
                 f"{len(mine)} regions are named {which!r}: attach to one by its number, "
                 + " or ".join(str(each.number) for each in mine)
+            )
+        if found and uid == 0:
+            raise PermissionMissing(
+                f"root has no region {which!r}; to attach to another user's, give its number: "
+                + ", ".join(f"{each.number} (user {each.uid})" for each in found)
             )
         if found:
             raise PermissionMissing(

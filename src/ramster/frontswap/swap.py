@@ -158,11 +158,17 @@ def choose_way(wanted: str) -> Way:
 
 
 def on(
-    node: Node, run_dir: Path, plan: Plan, say: Say, patience: Callable[[str], bool] = lambda _: False
+    node: Node,
+    run_dir: Path,
+    plan: Plan,
+    say: Say,
+    patience: Callable[[str], bool] = lambda _: False,
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Ends with the kernel swapping on a new export, described as by `describe`, or with nothing changed.
 
-    patience: of a wait, told for what; sleeps a moment and is true until the time is over.
+    patience: of a wait, told for what; sleeps a moment and is true until the time is over. tell: shows the user what
+    came of it; a swap that nobody could be told of is undone, too.
     Refused with every reason at once; what could be better goes to `say`. An error in the middle undoes what was done.
     """
     check(plan)
@@ -203,18 +209,20 @@ def on(
         where = replace(where, token=record.token)
         try:
             record = _make(node, where, plan, way, record)
-        except BaseException as error:
+            with contextlib.suppress(RamsterError):  # it swaps, whatever the node has to add
+                for warning in guard_notes(node.status()):
+                    if warning not in verdict.warnings:
+                        say(warning)
+            if way.name == "bridge":
+                for pid in daemons(where):
+                    for warning in shielded(pid):
+                        say(warning)
+            made = describe(where, record, node)
+            tell(made)
+            return made
+        except BaseException as error:  # also after the last step: whoever interrupts learns nothing of a swap
             _undo_after(error, node, where, say)
             raise
-        with contextlib.suppress(RamsterError):  # it swaps, whatever the node has to add
-            for warning in guard_notes(node.status()):
-                if warning not in verdict.warnings:
-                    say(warning)
-        if way.name == "bridge":
-            for pid in daemons(where):
-                for warning in shielded(pid):
-                    say(warning)
-        return describe(where, record, node)
 
 
 def _judged(node: Node, plan: Plan) -> Verdict:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from ramster.config.units import format_bytes
+from ramster.config.units import show_size
 from ramster.engine._store import memory_available
 from ramster.errors import PermissionMissing, PortTaken, RamsterError, StoreFull
 from ramster.frontswap import trust
@@ -56,7 +56,7 @@ class KeptArena:
 
     def check(self) -> Check:
         """For the guard's report."""
-        held = f"process {self.pid} keeps {format_bytes(self.arena_bytes)}"
+        held = f"process {self.pid} keeps {show_size(self.arena_bytes)}"
         if not self.locked:
             return Check(
                 "holder",
@@ -93,12 +93,12 @@ def take(run_dir: Path, arena_bytes: int, segment_bytes: int, lock: bool, keep_m
     found = _ask(path, ANSWER_S)
     if found is not None:
         if (found.arena_bytes, found.segment_bytes) == (arena_bytes, segment_bytes):
-            log.info("the arena of %s is the one that process %d has kept", format_bytes(arena_bytes), found.pid)
+            log.info("the arena of %s is the one that process %d has kept", show_size(arena_bytes), found.pid)
             return found
         log.info(
             "process %d has kept an arena of %s for this directory, which is not what [arena] says now: it goes",
             found.pid,
-            format_bytes(found.arena_bytes),
+            show_size(found.arena_bytes),
         )
         found.release(end=True)
     if arena_bytes > (available := memory_available()):

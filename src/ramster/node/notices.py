@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from ramster.config.units import counted, format_bytes
+from ramster.config.units import counted, show_size
 from ramster.constants import PAGE_BYTES
 
 # A peer is said to stand still after this many probes without an answer; the idle time-out, which ends its link, comes
@@ -93,16 +93,17 @@ def notices(before: Look, now: Look, probe_s: float) -> Iterator[Notice]:
 
     probe_s: how often a silent peer is probed.
     """
-    for number, peer in now.peers.items():
-        yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s)
     cut = now.pages_cut - before.pages_cut
+    lost = now.pages_lost - cut > before.pages_lost
+    for number, peer in now.peers.items():
+        yield from _peer(before.peers.get(number), peer, STILL_PROBES * probe_s, lost)
     if now.cuts > before.cuts:
         yield Notice(
             logging.ERROR if cut else logging.WARNING,
             "somebody else has cut the spill file short: "
             + (f"{_pages(cut)} that lay there alone are lost" if cut else "nothing that lay there alone is lost"),
         )
-    if now.pages_lost - cut > before.pages_lost:
+    if lost:
         yield Notice(
             logging.ERROR,
             f"{_pages(now.pages_lost - cut - before.pages_lost)} have lost their only copy, {now.pages_lost} in all: "
@@ -137,12 +138,16 @@ def _damaged(before: Look, now: Look) -> Notice:
     )
 
 
-def _peer(before: PeerLook | None, now: PeerLook, still_s: float) -> Iterator[Notice]:
+def _peer(before: PeerLook | None, now: PeerLook, still_s: float, lost: bool) -> Iterator[Notice]:
+    """lost: pages have lost their only copy since the look before."""
     name = f"node {now.name}"
     was_up = before is not None and before.up
     was_still = before is not None and before.up and before.silent_s >= still_s
     if now.gone and not (before is not None and before.gone):
-        yield Notice(logging.WARNING, f"{name} has stopped and said so: what it kept for this node is lost", name)
+        if now.pages or lost:
+            yield Notice(logging.WARNING, f"{name} has stopped and said so: what it kept for this node is lost", name)
+        else:
+            yield Notice(logging.INFO, f"{name} has stopped", name)
     elif was_up and not now.up and not now.gone:
         yield Notice(logging.WARNING, f"lost the link to {name}: {now.reason or 'no reason is known'}", name)
     if now.lost and not now.gone and before is not None and not before.lost:
@@ -232,4 +237,4 @@ def _whose(now: Look) -> str:
 
 
 def _pages(count: int) -> str:
-    return f"{counted(count, 'page')} ({format_bytes(count * PAGE_BYTES)})"
+    return f"{counted(count, 'page')} ({show_size(count * PAGE_BYTES)})"

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from ramster.config.units import format_bytes
+from ramster.config.units import show_size
 from ramster.constants import MIB, PAGE_BYTES
 from ramster.errors import RamsterError
 
@@ -242,14 +242,12 @@ def may_lock(size: int) -> bool:
 def arena_lock(arena_bytes: int, locked: bool | None = None) -> Check:
     """The arena: whether it is locked, or (locked=None) could be."""
     if may_lock(arena_bytes) if locked is None else locked:
-        return Check(
-            "arena", "ok", f"{format_bytes(arena_bytes)} {'may be' if locked is None else 'are'} locked in RAM"
-        )
+        return Check("arena", "ok", f"{show_size(arena_bytes)} {'may be' if locked is None else 'are'} locked in RAM")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     return Check(
         "arena",
         "refused",
-        f"{format_bytes(arena_bytes)} cannot be locked: the limit is {_size(limit)}",
+        f"{show_size(arena_bytes)} cannot be locked: the limit is {_size(limit)}",
         "LimitMEMLOCK=infinity or AmbientCapabilities=CAP_IPC_LOCK in the node's unit",
     )
 
@@ -305,6 +303,7 @@ class Guard:
     def __init__(self, mode: str = "off") -> None:
         self._mode = mode
         self._checks: dict[str, Check] = {}
+        self._warned: dict[str, Check] = {}
         self._oom_before: int | None = None
 
     def begin(self) -> None:
@@ -333,19 +332,22 @@ class Guard:
 
     def serve(self, exports: int, swapped_on: int) -> None:
         """The node has so many exports now, and this machine swaps on so many of them. What was refused is said in the
-        log each time.
+        log once, and again when it has changed.
         """
         if self._mode == "off":
-            if exports:
+            if exports and not self._warned:
+                self._warned = dict(self._checks)
                 log.warning('this node serves a block device with [node] guard = "off": do not swap on it')
             return
         if self._mode == "auto":
             self._spare(exports > 0)
             self._reserve(swapped_on > 0)
-        if exports:
-            for check in self._checks.values():
-                if check.state in ("refused", "unsupported"):
-                    log.warning("guard: %s %s: %s; to do: %s", check.name, check.state, check.detail, check.advice)
+        for check in self._checks.values():
+            if check.state not in ("refused", "unsupported"):
+                self._warned.pop(check.name, None)
+            elif exports and self._warned.get(check.name) != check:
+                self._warned[check.name] = check
+                log.warning("guard: %s %s: %s; to do: %s", check.name, check.state, check.detail, check.advice)
 
     def add(self, check: Check) -> None:
         """What is found out elsewhere (the arena, its holder) and belongs into the report."""
@@ -484,7 +486,7 @@ def _file_system(device: int) -> tuple[str, set[str]]:
 
 
 def _size(limit: int) -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else format_bytes(limit)
+    return "unlimited" if limit == resource.RLIM_INFINITY else show_size(limit)
 
 
 def _line(check: Check) -> str:

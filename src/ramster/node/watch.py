@@ -74,8 +74,10 @@ class Watch:
                 handler.settle()
 
     def _look(self) -> Look:
-        arena = self._store.statistics()
+        # In this order: what a peer that has said goodbye kept is out of reach until it counts as lost.
+        rows = self._links.peers()
         unreachable = self._links.unreachable()
+        arena = self._store.statistics()
         spill = self._spill.statistics() if self._spill is not None else None
         rows = self._links.peers()
         damaged = arena.corrupt_pages + self._links.counters()["corrupt_replies"]

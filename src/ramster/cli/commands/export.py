@@ -96,7 +96,7 @@ def create(
     max_bytes = None if max_size is None else size_option("--max-size", max_size)
     client = node.awaited()
     export = client.create_export(name, size_bytes, max_bytes=max_bytes, read_only=read_only, allow=allow or ())
-    _show(export, as_json)
+    _show(export, as_json, asked=bool(allow))
 
 
 @app.command("ls", help=LS_HELP)
@@ -155,14 +155,23 @@ def set_(
     size_bytes = None if size is None else size_option("--size", size)
     client = node.awaited()
     allowed = [] if allow_all else allow or None
-    _show(client.change_export(name, size_bytes=size_bytes, read_only=read_only, allow=allowed), as_json)
+    changed = client.change_export(name, size_bytes=size_bytes, read_only=read_only, allow=allowed)
+    _show(changed, as_json, asked=allowed is not None)
 
 
-def _show(export: Mapping[str, Any], as_json: bool) -> None:
-    """URIs alone on stdout, so that a script can take them; what else there is to say on stderr."""
+def _show(export: Mapping[str, Any], as_json: bool, *, asked: bool) -> None:
+    """URIs alone on stdout, so that a script can take them; what else there is to say on stderr. asked: for
+    whom it is.
+    """
     if as_json:
         typer.echo(json.dumps(export, indent=2))
         return
+    if asked:
+        from ramster.cli.render import for_whom
+
+        # Nobody knows whether there are certificates of these names: a mistyped one lets nobody in.
+        others = "; over TCP, clients whose certificate has another name are refused" if export.get("allow") else ""
+        say(f"for: {for_whom(export)}{others}", by="")
     for note in export.get("notes") or []:
         say(note, by="")
     for uri in export.get("uris") or []:

@@ -92,13 +92,16 @@ def on(
     swap.check(plan)
     swap.need_root("switching swap on")
     client = node.awaited(ANSWER_S, strict=True)  # the machine's memory is to go there
-    made = swap.on(client, node.path.parent, plan, say, node.patience.left)
-    if as_json:
-        typer.echo(json.dumps(made, indent=2))
-        return
-    size_mib = -(-made["size_bytes"] // MIB)  # the header takes a page of it
-    typer.echo(f"the kernel swaps on {made['device']}, {size_mib} MiB, priority {made['priority']}")
-    typer.echo(f"to undo it: ramster swap off {name}")
+
+    def tell(made: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json.dumps(made, indent=2))
+            return
+        size_mib = -(-made["size_bytes"] // MIB)  # the header takes a page of it
+        typer.echo(f"the kernel swaps on {made['device']}, {size_mib} MiB, priority {made['priority']}")
+        typer.echo(f"to undo it: ramster swap off {name}")
+
+    swap.on(client, node.path.parent, plan, say, node.patience.left, tell)
 
 
 @app.command("off", help=OFF_HELP)

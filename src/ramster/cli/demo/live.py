@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ramster.cli.demo.plan import show_size
-from ramster.config.units import counted
+from ramster.config.units import counted, show_size
 from ramster.constants import PAGE_BYTES
 
 _TITLES = {"source": "", "plain": "numpy in RAM", "region": "RAMster", "memmap": "numpy.memmap"}

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ramster.constants import ARENA_BYTES_MIN, GIB, KIB, MIB, PAGE_BYTES, SEGMENT_BYTES_DEFAULT
+from ramster.config.units import show_size
+from ramster.constants import ARENA_BYTES_MIN, MIB, PAGE_BYTES, SEGMENT_BYTES_DEFAULT
 from ramster.errors import UsageError
 
 # Pages per step: one `region.check`, one comparison and one progress line. 1 MiB keeps all three far below the walk.
@@ -144,12 +145,3 @@ def make_work(options: Options, kind: Kind, directory: Path, *, socket: str = ""
         socket=socket,
         scratch=str(directory / "memmap.bin") if kind == "memmap" else "",
     )
-
-
-def show_size(size: int) -> str:
-    """`size` in bytes as people write it: 512 MiB, 1.5 GiB, 4 KiB, 17 B."""
-    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if size >= factor:
-            value = size / factor
-            return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
-    return f"{size} B"

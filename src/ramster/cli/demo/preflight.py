@@ -8,7 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from ramster.cli.demo.plan import Options, show_size
+from ramster.cli.demo.plan import Options
+from ramster.config.units import show_size
 from ramster.constants import MIB
 from ramster.errors import KernelUnsupported, PermissionMissing, UsageError
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work, show_size
+from ramster.cli.demo.plan import CHECKED_PHASES, PHASES, Options, Work
 from ramster.cli.demo.source import Source
 from ramster.cli.demo.workload import complete
 from ramster.cli.tables import Part, Table
-from ramster.config.units import counted
+from ramster.config.units import counted, show_size
 from ramster.constants import PAGE_BYTES
 
 FAULT_KEYS = ("fault_local_p50_us", "fault_local_p99_us", "fault_remote_p50_us", "fault_remote_p99_us")
