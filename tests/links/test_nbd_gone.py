@@ -102,8 +102,9 @@ def test_what_a_client_that_has_gone_wrote_is_written(export: ServedExport, pair
         client.send(Command.WRITE, 10, 100, payload=b"w" * 100)  # a part of a page that is away
         client.send(Command.WRITE_ZEROES, PAGE_BYTES, PAGE_BYTES)
         client.send(Command.WRITE, 2 * PAGE_BYTES, PAGE_BYTES, payload=b"p" * PAGE_BYTES)
-        client.close()
+        # An answer that nobody takes ends the connection: what has not been received by then is not written.
         wait_until(lambda: export.statistics()["writes"] == 3, "all of it has arrived")
+        client.close()
     wait_until(lambda: len(export.ended) == 2, "the connection has ended")
     other = export.connect()
     first = bytearray(content(0, 1))

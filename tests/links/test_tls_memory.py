@@ -41,7 +41,7 @@ from ramster.errors import RamsterError
 contexts = [TlsContext(*sys.argv[n:n + 3]) for n in (1, 4)]
 
 def handshake(allowed):
-    # Each side in a process of its own: what failed once stays in OpenSSL's tables, and some of its loops then never end.
+    # Each side in a process of its own: what failed once stays in OpenSSL's tables, and may loop for ever.
     global left
     near, far = socket.socketpair()
     result, says = os.pipe()
